@@ -1,0 +1,34 @@
+# ptbench: from the corpora to the report.
+#
+#   results/environments/{framework}-{accelerator}/environment.json    a framework's virtual environment
+#   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
+#   results/specifications/{variant}.json                              a variant, resolved
+#   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
+#   results/experiments/{experiment}/analysis.json                     tables and figures beside it
+#   results/report/index.html                                          the report
+#
+# Logs and benchmarks mirror these paths under results/logs and results/benchmarks.
+from snakemake.utils import min_version
+
+min_version("9.24")
+
+
+configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/environments.smk"
+include: "workflow/rules/corpus.smk"
+include: "workflow/rules/training.smk"
+include: "workflow/rules/analysis.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        "results/report/index.html",
+
+
+onsuccess:
+    shell("echo 'The report is at results/report/index.html'")

@@ -1,0 +1,72 @@
+"""Training from the shared draw is the same in every framework."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.support import probes
+from tests.support.problems import (
+    BATCH,
+    MEAN,
+    MEAN_ONE_LAYER,
+    SUM,
+    TIME,
+    VOCABULARY,
+    largest_error,
+    same,
+    train,
+)
+from tests.support.remote import Backends, probe
+
+from ptbench.backends.contract import Parameters
+from ptbench.backends.numpy_oracle import NumpyOracle
+from ptbench.configuration.models import Recipe
+from ptbench.corpus.batching import ParallelStreams
+from ptbench.training.initialization import draw_parameters
+
+STEPS = 10
+# Each step moves the parameters by the clip norm times the rate, about 0.5 at first.
+RATES = {SUM: 1.0, MEAN: 5.0, MEAN_ONE_LAYER: 2.0}
+
+
+def test_the_shared_draw_is_the_same_in_every_environment(
+    backends: Backends, framework: str
+) -> None:
+    backend = backends.get(framework, SUM)
+    expected = draw_parameters(SUM, VOCABULARY, seed=7)
+    assert same(probe(probes.shared_parameters, backend, 7), expected)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [SUM, MEAN, MEAN_ONE_LAYER],
+    ids=lambda recipe: f"{recipe.objective}-clip-{recipe.clip_norm}",
+)
+def test_ten_steps_of_sgd_with_a_changing_rate_are_the_oracle_s(
+    backends: Backends, framework: str, recipe: Recipe
+) -> None:
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, STEPS * TIME * BATCH - TIME)
+    batches = list(ParallelStreams(tokens, BATCH, TIME))
+    assert len(batches) == STEPS
+    assert not batches[-1].mask.all()
+    rates = [RATES[recipe] * 0.9**step for step in range(STEPS)]
+    backend, oracle = backends.get(framework, recipe), NumpyOracle(recipe, VOCABULARY)
+    initial = draw_parameters(recipe, VOCABULARY, seed=1)
+    backend.load_parameters(initial)
+    oracle.load_parameters(initial)
+    nll, norms, _ = train(backend, batches, rates)
+    expected_nll, expected_norms, _ = train(oracle, batches, rates)
+
+    if recipe.clip_norm is not None:
+        assert min(expected_norms) > recipe.clip_norm
+    assert nll == pytest.approx(expected_nll, rel=1e-4)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    error, name = largest_error(
+        moved(backend.parameters(), initial), moved(oracle.parameters(), initial)
+    )
+    assert error < 1e-4, name
+
+
+def moved(parameters: Parameters, initial: Parameters) -> Parameters:
+    """How far training has taken the parameters."""
+    return {name: parameters[name] - initial[name] for name in initial}

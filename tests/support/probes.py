@@ -1,0 +1,122 @@
+"""What must be tried in the process where a backend lives: aliasing of memory, and files.
+
+Run by `remote.probe`. Imports what every framework's environment has, and no more. Arguments and
+results are numbers, arrays, lists and mappings of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ptbench.backends.contract import Backend, Parameters
+from ptbench.corpus.batching import ParallelStreams
+from ptbench.training.initialization import draw_parameters
+
+
+def shared_parameters(backend: Backend, seed: int) -> Parameters:
+    """The shared initial draw as this environment's NumPy makes it."""
+    return draw_parameters(backend.recipe, backend.vocabulary_size, seed)
+
+
+def evaluate_split(
+    backend: Backend, tokens: Any, batch_size: int, sequence_length: int
+) -> dict[str, float]:
+    """Summed nll [nats] of a split and the number of its predicted tokens."""
+    state, nll, count = backend.initial_state(batch_size, training=False), 0.0, 0.0
+    for batch in ParallelStreams(tokens, batch_size, sequence_length):
+        step = backend.evaluate_step(*batch, state)
+        state, nll, count = step.state, nll + float(step.nll), count + float(batch.mask.sum())
+    return {"nll": nll, "tokens": count}
+
+
+def save_parameters(backend: Backend, path: str) -> None:
+    save_file(backend.parameters(), path)
+
+
+def load_saved_parameters(backend: Backend, path: str) -> None:
+    backend.load_parameters(load_file(path))
+
+
+def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
+    """The parameters, once the arrays of a former `parameters()` have been written to."""
+    for array in backend.parameters().values():
+        array += 1
+    return backend.parameters()
+
+
+def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: float) -> Parameters:
+    """A copy of the parameters, read again once a step has changed the parameters."""
+    copy = backend.parameters()
+    backend.train_step(*batch, backend.initial_state(batch[0].shape[1], True), learning_rate)
+    backend.synchronize()
+    return copy
+
+
+def parameters_after_overwriting_what_was_loaded(
+    backend: Backend, parameters: Parameters
+) -> Parameters:
+    """The parameters, once the arrays given to `load_parameters` have been written to."""
+    loaded = {name: aligned(array) for name, array in parameters.items()}
+    backend.load_parameters(loaded)
+    for array in loaded.values():
+        array += 1
+    return backend.parameters()
+
+
+def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> list[Any]:
+    """A snapshot when it was taken, and again after training from it, twice, with each nll."""
+    state = backend.initial_state(batches[0][0].shape[1], training=True)
+    for batch in batches:
+        state = backend.train_step(*batch, state, learning_rate).state
+    snapshot = {name: aligned(array) for name, array in backend.snapshot(state).items()}
+    before = {name: array.copy() for name, array in snapshot.items()}
+    nll = []
+    for _ in range(2):
+        state = backend.restore(snapshot)
+        for batch in batches:
+            step = backend.train_step(*batch, state, learning_rate)
+            state = step.state
+        nll.append(float(step.nll))
+    return [before, snapshot, nll]
+
+
+def train_from_one_buffer(backend: Backend, batches: Any, learning_rate: float) -> list[float]:
+    """Each step's nll, when all batches come in the same memory, wiped after each step."""
+    buffer = [aligned(array) for array in batches[0]]
+    state, nll = backend.initial_state(buffer[0].shape[1], training=True), []
+    for batch in batches:
+        for array, content in zip(buffer, batch, strict=True):
+            array[:] = content
+        step = backend.train_step(*buffer, state, learning_rate)
+        for array in buffer:
+            array[:] = 0
+        state = step.state
+        nll.append(step.nll)  # not waited for: the step may still be running
+    return [float(value) for value in nll]
+
+
+def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
+    """The same for evaluation."""
+    buffer = [aligned(array) for array in batches[0]]
+    state, nll = backend.initial_state(buffer[0].shape[1], training=False), []
+    for batch in batches:
+        for array, content in zip(buffer, batch, strict=True):
+            array[:] = content
+        step = backend.evaluate_step(*buffer, state)
+        for array in buffer:
+            array[:] = 0
+        state = step.state
+        nll.append(step.nll)
+    return [float(value) for value in nll]
+
+
+def aligned(array: Any) -> Any:
+    """A copy that begins at a multiple of 64 bytes: such memory JAX may use without copying."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

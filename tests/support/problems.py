@@ -1,0 +1,115 @@
+"""The small models and batches that the suites test with.
+
+There are few, and all batches for training have one shape, because some frameworks compile anew
+for each recipe and shape. The models start by their framework's own draw (`native`), so that it
+is tested too; tests that compare frameworks load `draw_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ptbench.backends.contract import Backend, Parameters, State, parameter_shapes
+from ptbench.configuration.models import Recipe
+from ptbench.corpus.batching import Batch
+
+VOCABULARY = 40  # more than TIME * BATCH, so that a batch can have every word once
+TIME, BATCH = 5, 4
+
+
+def recipe(**changes: Any) -> Recipe:
+    """A two-layer model, embedding and layers of different width, away from linearity."""
+    small = {
+        "batch_size": BATCH,
+        "sequence_length": TIME,
+        "embedding_size": 12,
+        "hidden_size": 16,
+        "layers": 2,
+        "forget_bias": 0.5,
+        "initialization": "native",
+        "initialization_scale": 0.5,
+        "clip_norm": 0.5,  # below every norm that occurs with sum_over_time
+    }
+    return Recipe.model_validate(small | changes)
+
+
+SUM = recipe(objective="sum_over_time")
+MEAN = recipe(objective="mean_per_token", clip_norm=0.1)
+SUM_ONE_LAYER = recipe(objective="sum_over_time", layers=1)
+MEAN_ONE_LAYER = recipe(objective="mean_per_token", layers=1, clip_norm=None)
+# Not one half, to tell what is kept from what is dropped; a clip norm that is never reached.
+DROPOUT = recipe(dropout=0.35, clip_norm=1000.0)
+
+
+def random_batch(seed: int, padding: float = 0.3) -> Batch:
+    """Random words, some of them more than once, a share of them masked."""
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.integers(0, VOCABULARY, (2, TIME, BATCH), np.int32)
+    mask = (rng.random((TIME, BATCH)) >= padding).astype(np.float32)
+    assert 0 < mask.mean() < 1 or padding == 0
+    assert len(np.unique(inputs)) < inputs.size  # a word's gradients must be added up
+    return Batch(inputs, targets, mask)
+
+
+def distinct_batch() -> Batch:
+    """Every position has a word of its own as input, and as target; nothing is masked."""
+    words = np.arange(TIME * BATCH, dtype=np.int32).reshape(TIME, BATCH)
+    return Batch(words, words[::-1].copy(), np.ones((TIME, BATCH), np.float32))
+
+
+def uneven_batches(count: int) -> list[Batch]:
+    """Batches of which the second half of the columns has fewer tokens than the first.
+
+    In the last one it has none, as at the end of a split, when a replica has nothing but padding.
+    """
+    batches = [random_batch(seed, padding=0.2) for seed in range(count)]
+    for index, batch in enumerate(batches):
+        batch.mask[1 + index % (TIME - 1) :, BATCH // 2 :] = 0
+    batches[-1].mask[:, BATCH // 2 :] = 0
+    return batches
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """|actual - expected| / |expected|, by the Euclidean norm over all elements."""
+    expected = np.asarray(expected, np.float64)
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def largest_error(actual: Parameters, expected: Parameters) -> tuple[float, str]:
+    """The relative error of the parameter that has the largest, and that parameter's name."""
+    assert actual.keys() == expected.keys()
+    return max((relative_error(actual[name], expected[name]), name) for name in expected)
+
+
+def train(
+    backend: Backend, batches: Sequence[Batch], rates: Sequence[float], state: State = None
+) -> tuple[list[float], list[float], State]:
+    """One step per batch and rate, the state carried: each nll, each norm, and the last state."""
+    if state is None:
+        state = backend.initial_state(BATCH, training=True)
+    nll, norms = [], []
+    for batch, rate in zip(batches, rates, strict=True):
+        step = backend.train_step(*batch, state, rate)
+        state = step.state
+        nll.append(float(step.nll))
+        norms.append(float(step.gradient_norm))
+    return nll, norms, state
+
+
+def random_parameters(recipe: Recipe, seed: int) -> Parameters:
+    """Every parameter uniform in ±0.5, biases too, so that none can be mistaken for another."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.uniform(-0.5, 0.5, shape).astype(np.float32)
+        for name, shape in parameter_shapes(recipe, VOCABULARY).items()
+    }
+
+
+def same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether two sets of arrays are equal, bit for bit."""
+    return actual.keys() == expected.keys() and all(
+        np.array_equal(actual[name], expected[name]) for name in expected
+    )

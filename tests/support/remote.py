@@ -1,0 +1,217 @@
+"""Backends that live in another process, in their framework's own environment.
+
+`RemoteBackend` offers the contract's methods, so that a test is written once and runs against any
+`Backend`, be it here or there. `Backends` starts what a session needs, once, and ends it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support import probes, wire
+from tests.support.problems import VOCABULARY
+
+from ptbench import environments
+from ptbench import errors as ptbench_errors
+from ptbench.backends.contract import Backend, EvaluateStep, Parameters, State, TrainStep
+from ptbench.backends.numpy_oracle import NumpyOracle
+from ptbench.configuration.models import Accelerator, Recipe
+
+ROOT = Path(__file__).parents[2]
+THREADS = 2
+SECONDS_TO_END = 30  # of a worker that was asked to; a framework's own clean-up takes a few
+
+
+class WorkerError(Exception):
+    """An error in a worker whose type does not exist here, or the death of a worker."""
+
+
+class Worker:
+    """One process in one environment; see `worker.py`."""
+
+    def __init__(self, python: str | Path, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [python, "-m", "tests.support.worker"],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": "workflow"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
+
+    def ask(self, action: str, *arguments: Any) -> Any:
+        """What the worker answers; an error there is raised here."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            wire.send(self.process.stdin, [action, *arguments])
+            answer = wire.receive(self.process.stdout)
+        except (EOFError, BrokenPipeError):
+            status = self.process.wait()
+            said = self.log.read_text(errors="replace")[-4000:]
+            raise WorkerError(f"the worker ended with status {status}:\n{said}") from None
+        if "result" in answer:
+            return answer["result"]
+        known = vars(builtins) | vars(ptbench_errors)
+        name = next(name for name in answer["errors"] if name in known)
+        kind = WorkerError if name in ("Exception", "BaseException") else known[name]
+        error = kind(answer["text"])
+        error.add_note(f"In the worker:\n{answer['traceback']}")
+        raise error
+
+    def close(self) -> None:
+        """Let it end by itself, and see that it does."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            try:
+                self.process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.process.stdout.close()
+
+
+class RemoteBackend(Backend):
+    """A backend in a worker. Its states are handles; scalars come back as finished numbers."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        framework: str,
+        recipe: Recipe,
+        devices: int = 1,
+        seed: int = 0,
+        accelerator: Accelerator = "cpu",
+    ) -> None:
+        # Not the base's __init__: the step that counts is the one over there.
+        self.worker = worker
+        arguments = recipe.model_dump_json(), VOCABULARY, devices, seed, accelerator, THREADS
+        self.handle = worker.ask("create", framework, *arguments)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return self.worker.ask(method, self.handle, *arguments)
+
+    @property
+    def step(self) -> int:  # type: ignore[override]
+        return self._ask("attribute", "step")
+
+    def parameters(self) -> Parameters:
+        return self._ask("parameters")
+
+    def load_parameters(self, parameters: Mapping[str, Any]) -> None:
+        self._ask("load_parameters", parameters)
+
+    def initial_state(self, batch_size: int, training: bool) -> State:
+        return self._ask("initial_state", batch_size, training)
+
+    def gradients(self, inputs: Any, targets: Any, mask: Any, state: State) -> Parameters:
+        return self._ask("gradients", inputs, targets, mask, state)
+
+    def train_step(
+        self, inputs: Any, targets: Any, mask: Any, state: State, learning_rate: float
+    ) -> TrainStep:
+        return TrainStep(*self._ask("train_step", inputs, targets, mask, state, learning_rate))
+
+    def evaluate_step(self, inputs: Any, targets: Any, mask: Any, state: State) -> EvaluateStep:
+        return EvaluateStep(*self._ask("evaluate_step", inputs, targets, mask, state))
+
+    def next_token_log_probabilities(self, inputs: Any, state: State) -> tuple[Any, State]:
+        log_probabilities, state = self._ask("next_token_log_probabilities", inputs, state)
+        return log_probabilities, state
+
+    def snapshot(self, state: State) -> dict[str, Any]:
+        return self._ask("snapshot", state)
+
+    def restore(self, snapshot: Mapping[str, Any]) -> State:
+        return self._ask("restore", snapshot)
+
+    def synchronize(self) -> None:
+        self._ask("synchronize")
+
+    def device_names(self) -> list[str]:
+        return self._ask("device_names")
+
+    def settings(self) -> dict[str, str]:
+        return self._ask("settings")
+
+    def close(self) -> None:
+        self._ask("close")
+
+
+def probe(function: Callable[..., Any], backend: Backend, *arguments: Any) -> Any:
+    """What a function of `probes.py` finds out beside the backend, in the same process."""
+    assert function is getattr(probes, function.__name__)
+    if isinstance(backend, RemoteBackend):
+        return backend._ask("probe", function.__name__, *arguments)
+    return function(backend, *arguments)
+
+
+class Backends:
+    """The session's workers, and backends that are used by many tests.
+
+    To compile a model takes some frameworks seconds, so `get` gives the same backend again, as it
+    was when it was new.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self.workers: dict[tuple[str, int], Worker] = {}
+        self.made: dict[tuple[Any, ...], tuple[Backend, dict[str, Any]]] = {}
+        self.number = itertools.count()
+
+    def start(self, framework: str) -> Worker:
+        """A new worker in the framework's environment, which is built if it is not there."""
+        log = self.logs / f"{framework}-{next(self.number)}.log"
+        if framework == "numpy":
+            return Worker(sys.executable, log)
+        folder = ROOT / "results" / "environments" / framework
+        marker = folder / environments.MARKER
+        # One that is there is used as it is, be it for GPUs: it can compute on the CPU as well.
+        accelerator = json.loads(marker.read_text())["accelerator"] if marker.exists() else "cpu"
+        environments.build(framework, accelerator, folder)
+        return Worker(folder / environments.PYTHON, log)
+
+    def new(self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0) -> Backend:
+        """A backend as its constructor leaves it."""
+        if framework == "numpy":
+            return NumpyOracle(recipe, VOCABULARY, devices=devices, seed=seed)
+        if (framework, devices) not in self.workers:
+            self.workers[framework, devices] = self.start(framework)
+        worker = self.workers[framework, devices]
+        return RemoteBackend(worker, framework, recipe, devices=devices, seed=seed)
+
+    def get(
+        self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0, number: int = 0
+    ) -> Backend:
+        """The same as `new`, by restoring the snapshot of one that was new.
+
+        Args:
+            number: tells apart several that are alike.
+        """
+        key = (framework, recipe.model_dump_json(), devices, seed, number)
+        if key not in self.made:
+            backend = self.new(framework, recipe, devices, seed)
+            state = backend.initial_state(recipe.batch_size, training=True)
+            self.made[key] = backend, backend.snapshot(state)
+        backend, snapshot = self.made[key]
+        backend.restore(snapshot)
+        return backend
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()

@@ -1,0 +1,35 @@
+"""What an experiment asks for, as the analysis needs it: the planned cells and how to compare them.
+
+The configuration makes it; the cells that exist are read by `collect.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ptbench.analysis.statistics import DEFAULT_MARGIN
+from ptbench.configuration.models import Cell, Model, Name
+
+Metric = Literal["valid_perplexity", "test_perplexity"]
+
+
+class ExperimentPlan(Model):
+    """One experiment: its words, its cells, and what its frameworks are compared by."""
+
+    name: Name = Field(description="Name of the experiment.")
+    title: str = Field(min_length=1, description="Heading in the report.")
+    description: str = Field("", description="One paragraph on what is compared and why.")
+    corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
+    cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs.")
+    metric: Metric = Field("test_perplexity", description="What the frameworks are compared by.")
+    equivalence_margin: float = Field(
+        DEFAULT_MARGIN, gt=0, description="Largest difference that does not matter [nats/token]."
+    )
+
+    @model_validator(mode="after")
+    def _cells_are_distinct(self) -> Self:
+        if len(set(self.cells)) != len(self.cells):
+            raise ValueError("a cell is planned twice")
+        return self

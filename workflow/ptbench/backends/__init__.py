@@ -1,0 +1,1 @@
+"""One file per framework, all of one contract. Only these files import a framework."""

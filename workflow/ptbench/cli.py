@@ -1,0 +1,247 @@
+"""`python -m ptbench <command>`: what the workflow's rules call, and people can.
+
+Imports the standard library alone until it knows the command: `train` runs in the frameworks'
+environments, the others in the workflow's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from ptbench.errors import PtbenchError
+
+if TYPE_CHECKING:
+    from ptbench.configuration.loading import Study
+
+
+def environment(arguments: argparse.Namespace) -> None:
+    """Build a framework's virtual environment from its lock."""
+    from ptbench.environments import build
+
+    build(arguments.framework, arguments.accelerator, arguments.output)
+
+
+def config(arguments: argparse.Namespace) -> None:
+    """Keep the merged configuration beside the results."""
+    from ptbench.configuration.loading import Config
+    from ptbench.training.records import write_atomically
+
+    settings = Config.model_validate_json(arguments.json)
+    write_atomically(arguments.output, settings.model_dump_json(indent=2) + "\n")
+
+
+def corpus(arguments: argparse.Namespace) -> None:
+    """Fetch or generate a corpus, verify it, and store it as integers."""
+    from ptbench.configuration.corpora import CorpusRequest
+    from ptbench.corpus.prepare import prepare
+
+    request = CorpusRequest.model_validate_json(arguments.json)
+    with Log(arguments.log):
+        prepare(
+            request.name, request.definition, request.subset, arguments.downloads, arguments.output
+        )
+
+
+def specification(arguments: argparse.Namespace) -> None:
+    """Write a variant's resolved specification for the trainers."""
+    from ptbench.configuration.models import Specification
+    from ptbench.training.records import write_atomically
+
+    resolved = Specification.model_validate_json(arguments.json)
+    write_atomically(arguments.output, resolved.model_dump_json(indent=2) + "\n")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train and score one cell."""
+    from pydantic import ValidationError
+
+    from ptbench.configuration.models import parse_cell_path
+    from ptbench.training.cell import Paths, run_cell
+
+    try:
+        cell = parse_cell_path(arguments.cell)
+    except (ValueError, ValidationError) as error:
+        raise PtbenchError(
+            f"--cell {arguments.cell} is not variant/framework/devices-N/seed-N"
+        ) from error
+    paths = Paths(
+        arguments.specification, arguments.corpus, arguments.output, arguments.checkpoints
+    )
+    with Log(arguments.log) as log:
+        metrics = run_cell(cell, paths, arguments.threads, log.say)
+        shown = f"test perplexity {metrics.test.perplexity:.2f}" if metrics.test else metrics.reason
+        log.say(f"[{cell.path}] {metrics.status}: {shown}, {metrics.seconds.total:.0f} s")
+
+
+def analyse(arguments: argparse.Namespace) -> None:
+    """Tables, figures and verdicts of one experiment, from its cells' results."""
+    from ptbench.analysis.experiment import analyse_experiment
+    from ptbench.configuration.loading import WORKFLOW
+
+    study = load(arguments.config)
+    plan = study.plan(arguments.experiment)
+    analyse_experiment(plan, arguments.results, WORKFLOW / "published", arguments.output)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """The report on all experiments."""
+    from ptbench.measurement.provenance import cpu_model, git
+    from ptbench.report.page import render_report
+
+    facts = {"commit": git("rev-parse", "HEAD"), "cpu": cpu_model()}
+    render_report(arguments.experiments, arguments.output, facts)
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors."""
+    from ptbench.configuration.schemas import schemas
+    from ptbench.training.records import write_atomically
+
+    for name, text in schemas().items():
+        write_atomically(arguments.output / name, text)
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Check a configuration and say what it would run."""
+    study = load(arguments.config)
+    for name, planned in study.experiments.items():
+        print(f"{name}: {len(planned.cells)} cells")
+    print(f"{len(study.cells)} cells in all")
+
+
+def load(path: Path) -> Study:
+    """The study of a configuration file."""
+    from ptbench.configuration.loading import load_study, read_yaml
+
+    content = read_yaml(path)
+    return load_study(content, path.name)
+
+
+class Log:
+    """A log file that also catches what frameworks print; progress is said on the terminal too."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def __enter__(self) -> Log:
+        self.terminal: TextIO = sys.stdout
+        self.stack = contextlib.ExitStack()
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.terminal = self.stack.enter_context(redirected(self.path))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.__exit__(*exception)  # type: ignore[arg-type]
+
+    def say(self, line: str) -> None:
+        """A line for the log and, where that is elsewhere, for the terminal."""
+        print(line, flush=True)
+        if self.terminal is not sys.stdout:
+            print(line, file=self.terminal, flush=True)
+
+
+@contextlib.contextmanager
+def redirected(path: Path) -> Iterator[TextIO]:
+    """Send this process's standard output and error to a file; yields the terminal.
+
+    File descriptors are redirected, not Python's objects alone, because the frameworks' C++ and
+    the replicas' processes write to those.
+    """
+    import os
+    import traceback
+
+    terminal = os.fdopen(os.dup(1), "w")
+    saved = os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield terminal
+    except PtbenchError as error:
+        print(f"ptbench: {error}", file=sys.stderr)  # here it is the log; main() tells the user
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(terminal.fileno(), 1)
+        os.dup2(saved, 2)
+        os.close(saved)
+        terminal.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    main = argparse.ArgumentParser(prog="ptbench", description=__doc__.split("\n")[0])
+    commands = main.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(function: object) -> argparse.ArgumentParser:
+        name, text = function.__name__, function.__doc__  # type: ignore[attr-defined]
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(environment)
+    sub.add_argument("framework", help="pytorch, tensorflow, keras, mxnet or jax")
+    sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    sub.add_argument("--output", type=Path, required=True, help="folder of the environment")
+
+    sub = command(config)
+    sub.add_argument("--json", required=True, help="the configuration")
+    sub.add_argument("--output", type=Path, required=True, help="file to write")
+
+    sub = command(corpus)
+    sub.add_argument("--json", required=True, help="name, subset and definition of the corpus")
+    sub.add_argument("--downloads", type=Path, required=True, help="folder for what is fetched")
+    sub.add_argument("--output", type=Path, required=True, help="folder of the prepared corpus")
+    sub.add_argument("--log", type=Path, help="file for all output")
+
+    sub = command(specification)
+    sub.add_argument("--json", required=True, help="the specification")
+    sub.add_argument("--output", type=Path, required=True, help="file to write")
+
+    sub = command(train)
+    sub.add_argument("--cell", required=True, help="variant/framework/devices-N/seed-N")
+    sub.add_argument("--specification", type=Path, required=True, help="JSON file")
+    sub.add_argument("--corpus", type=Path, required=True, help="folder of the prepared corpus")
+    sub.add_argument("--output", type=Path, required=True, help="folder of the cell's results")
+    sub.add_argument("--checkpoints", type=Path, required=True, help="folder of its parameters")
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads")
+    sub.add_argument("--log", type=Path, help="file for all output; progress is also shown")
+
+    sub = command(analyse)
+    sub.add_argument("experiment", help="name of the experiment")
+    sub.add_argument("--config", type=Path, required=True, help="the merged configuration")
+    sub.add_argument("--results", type=Path, required=True, help="the results folder")
+    sub.add_argument("--output", type=Path, required=True, help="folder of tables and figures")
+
+    sub = command(report)
+    sub.add_argument("experiments", type=Path, nargs="+", help="folders that analyse wrote")
+    sub.add_argument("--output", type=Path, required=True, help="folder of the report")
+
+    sub = command(schema)
+    sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")
+
+    sub = command(validate)
+    sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))
+    return main
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; a PtbenchError is one message on standard error and exit status 2."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.function(arguments)
+    except PtbenchError as error:
+        print(f"ptbench: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""What to run: pydantic models of recipes, experiments, corpora and the configuration, and loading."""

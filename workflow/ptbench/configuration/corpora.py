@@ -1,0 +1,163 @@
+"""What a corpus is: the pydantic models of its definition.
+
+A definition says where text comes from; it is discriminated by `kind`, and a synthetic one further
+by `process`. Reading `corpora.yaml` and merging the user's own definitions over it live in
+`loading.py`; fetching, generating and preparing live in `ptbench.corpus`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, TypeAdapter, field_validator, model_validator
+
+from ptbench.configuration.models import Model, Name
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+# The stationary law of a markov process is a dense linear system of this size at most: 130 MB.
+MAXIMUM_STATES = 4000
+
+Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SplitChecksums(Model):
+    """SHA-256 of the three raw files, as 64 lower-case hexadecimal digits."""
+
+    train: Checksum = Field(description="SHA-256 of the training text.")
+    valid: Checksum = Field(description="SHA-256 of the validation text.")
+    test: Checksum = Field(description="SHA-256 of the test text.")
+
+
+class SplitPaths(Model):
+    """Where the three files are within a mirror."""
+
+    train: str = Field(min_length=1, description="Path of the training text within the mirror.")
+    valid: str = Field(min_length=1, description="Path of the validation text within the mirror.")
+    test: str = Field(min_length=1, description="Path of the test text within the mirror.")
+
+
+class Mirror(Model):
+    """One place that serves the three files."""
+
+    url: str = Field(
+        pattern=r"^(https?://[^/\s]+|file:.)\S*$",
+        description="http:, https: or file: address of the archive, or of the folder of plain "
+        "files; a file: address without a leading slash is relative to the working directory.",
+    )
+    format: Literal["archive", "plain"] = Field(
+        description="archive: url is a tar (.tgz, .tar.xz, ...) or zip archive; plain: url is a "
+        "folder."
+    )
+    paths: SplitPaths = Field(description="Where the three files are within the archive or folder.")
+
+
+class DownloadedCorpus(Model):
+    """Three files from the first of several mirrors that serves them with the right checksums."""
+
+    kind: Literal["download"] = Field(description="A corpus that is downloaded.")
+    mirrors: tuple[Mirror, ...] = Field(min_length=1, description="Mirrors, tried in this order.")
+    files: SplitChecksums = Field(description="SHA-256 of the three files, whichever the mirror.")
+    timeout_seconds: float = Field(
+        30.0, gt=0, description="Longest silence of a server before the try is given up [seconds]."
+    )
+    retries: int = Field(
+        3, ge=0, le=10, description="Further tries of one mirror after a passing failure."
+    )
+    backoff_seconds: float = Field(
+        1.0, ge=0, description="Pause before the first retry [seconds]; it doubles with each."
+    )
+
+
+class FolderCorpus(Model):
+    """A folder of the user's own with train.txt, valid.txt and test.txt."""
+
+    kind: Literal["folder"] = Field(description="A corpus in a local folder.")
+    folder: Path = Field(
+        description="The folder that holds train.txt, valid.txt and test.txt, in UTF-8, one "
+        "sentence a line; a relative path starts at the working directory."
+    )
+    files: SplitChecksums | None = Field(
+        None, description="SHA-256 the three files must have; null: any content will do."
+    )
+
+    @field_validator("folder")
+    @classmethod
+    def _expand_home(cls, folder: Path) -> Path:
+        return folder.expanduser()
+
+
+class _GeneratedCorpus(Model):
+    """What both synthetic processes need."""
+
+    kind: Literal["synthetic"] = Field(description="A corpus that is generated.")
+    seed: int = Field(0, ge=0, description="Seed of the process and of the text drawn from it.")
+    train_tokens: int = Field(ge=1, description="Least training tokens, <eos> counted [tokens].")
+    valid_tokens: int = Field(ge=1, description="Least validation tokens, <eos> counted [tokens].")
+    test_tokens: int = Field(ge=1, description="Least test tokens, <eos> counted [tokens].")
+
+
+class MarkovCorpus(_GeneratedCorpus):
+    """Sentences with a topic, whose last word agrees with the first."""
+
+    process: Literal["markov"] = Field(description="Zipfian words with long-range dependency.")
+    topics: int = Field(ge=1, description="Topics; each has its own content words.")
+    openers_per_topic: int = Field(
+        ge=1, description="First words of a sentence per topic; each has its own last word."
+    )
+    content_words_per_topic: int = Field(ge=1, description="Content words of each topic.")
+    function_words: int = Field(
+        ge=4, le=64, description="Words that stand before each content word and know no topic."
+    )
+    zipf_exponent: float = Field(
+        1.0, ge=0, le=4, description="Probability falls as rank to minus this power."
+    )
+    topic_loyalty: float = Field(
+        ge=0, le=1, description="Share of content words drawn from the sentence's own topic."
+    )
+    closing_probability: float = Field(
+        gt=0, le=1, description="Probability that a content word is the sentence's last."
+    )
+
+    @model_validator(mode="after")
+    def _small_enough(self) -> Self:
+        content = self.topics * self.content_words_per_topic
+        openers = self.topics * self.openers_per_topic
+        states = 1 + openers * (self.function_words + content + 2)
+        if states > MAXIMUM_STATES:
+            raise ValueError(
+                f"these sizes make {states} states and at most {MAXIMUM_STATES} are allowed; lower "
+                "topics, openers_per_topic or content_words_per_topic"
+            )
+        return self
+
+
+class HighRankCorpus(_GeneratedCorpus):
+    """A mixture of softmaxes over the previous word: one softmax of a small size cannot fit it."""
+
+    process: Literal["high-rank"] = Field(
+        description="Log-probabilities whose matrix has a rank above a small hidden size."
+    )
+    words: int = Field(ge=2, le=2000, description="Words besides <eos>.")
+    components: int = Field(ge=1, le=64, description="Softmaxes in the mixture.")
+    latent_size: int = Field(ge=1, le=256, description="Size of each softmax's latent vector.")
+    sharpness: float = Field(
+        gt=0, le=100, description="Standard deviation of the logits: the higher, the more peaked."
+    )
+
+
+SyntheticCorpus = Annotated[MarkovCorpus | HighRankCorpus, Field(discriminator="process")]
+CorpusDefinition = Annotated[
+    DownloadedCorpus | FolderCorpus | SyntheticCorpus, Field(discriminator="kind")
+]
+CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
+
+
+class CorpusRequest(Model):
+    """What `ptbench corpus` is asked to prepare."""
+
+    name: Name = Field(description="Name of the corpus.")
+    subset: int | None = Field(None, ge=1, description="First lines of every split [lines].")
+    definition: CorpusDefinition = Field(description="Where its text comes from.")

@@ -1,0 +1,421 @@
+"""From YAML to a study: every recipe, experiment and cell validated before anything runs.
+
+Runs in the workflow's environment. Every error is a ConfigurationError of one sentence per problem
+that names the file, the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ptbench.configuration.corpora import CorpusDefinition, CorpusRequest
+from ptbench.configuration.models import (
+    FRAMEWORKS,
+    VARIANT_PATTERN,
+    Accelerator,
+    Cell,
+    Framework,
+    Model,
+    Name,
+    Recipe,
+    Specification,
+    variant_name,
+)
+from ptbench.errors import ConfigurationError
+
+WORKFLOW = Path(__file__).resolve().parents[2]
+M = TypeVar("M", bound=Model)
+Value = str | int | float | bool | None
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Devices = Annotated[int, Field(ge=1, le=1024)]
+
+
+class Variant(Model):
+    """A recipe with overrides, or with a sweep that makes one variant of every combination."""
+
+    recipe: Name = Field(description="Name of the recipe.")
+    set: dict[str, Value] = Field({}, description="Recipe keys and their values here.")
+    sweep: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(
+        {}, description="Recipe keys and the values each takes; all combinations are run."
+    )
+
+
+class Experiment(Model):
+    """A named table or figure: variants × frameworks × device counts × seeds."""
+
+    title: str = Field(min_length=1, description="Heading in the report.")
+    description: str = Field("", description="What the experiment shows, in plain sentences.")
+    variants: Annotated[list[str | Variant], Field(min_length=1)] = Field(
+        description="Recipes by name, `recipe+key=value`, or a mapping with recipe, set and sweep."
+    )
+    frameworks: Annotated[list[Framework], Field(min_length=1)] = Field(
+        list(FRAMEWORKS), description="Frameworks that run it."
+    )
+    devices: Annotated[list[Devices], Field(min_length=1)] = Field(
+        [1], description="Numbers of data-parallel replicas."
+    )
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(
+        [1, 2, 3], description="One run for each."
+    )
+
+
+class ExperimentFile(Model):
+    """One YAML file under workflow/experiments."""
+
+    recipes: dict[Name, dict[str, Any]] = Field(
+        {}, description="Recipes by name: recipe keys, and `extends: another-recipe`."
+    )
+    experiments: dict[Name, Experiment] = Field({}, description="Experiments by name.")
+
+
+class Config(Model):
+    """config.yaml, with whatever the command line's --config and --configfile change in it."""
+
+    experiments: Annotated[list[Name], Field(min_length=1)] = Field(
+        ["demo"], description="Which experiments to run."
+    )
+    corpus: Name | None = Field(
+        None, description="Train every recipe on this corpus; null: on the recipe's own."
+    )
+    subset: int | None = Field(
+        None, ge=1, description="First lines of every split to use [lines]; null: the recipe's own."
+    )
+    frameworks: Annotated[list[Framework], Field(min_length=1)] = Field(
+        list(FRAMEWORKS), description="Frameworks to run, of those each experiment names."
+    )
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(
+        None, description="Seeds to run; null: each experiment's own."
+    )
+    devices: Annotated[list[Devices], Field(min_length=1)] | None = Field(
+        None, description="Device counts to run; null: each experiment's own."
+    )
+    accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
+    threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
+    )
+    equivalence_margin: float = Field(
+        0.02, gt=0, lt=1, description="Largest difference of mean nll that does not matter [nats]."
+    )
+    corpora: dict[Name, CorpusDefinition] = Field(
+        {}, description="Corpora of your own by name, or other definitions of the built-in ones."
+    )
+
+
+class CorpusFile(Model):
+    """workflow/corpora.yaml."""
+
+    corpora: dict[Name, CorpusDefinition] = Field(description="Corpora by name.")
+
+
+@dataclass(frozen=True)
+class PlannedExperiment:
+    """An experiment with its names resolved."""
+
+    name: str
+    definition: Experiment
+    cells: tuple[Cell, ...]
+    specifications: tuple[Specification, ...]
+
+    @cached_property
+    def definition_json(self) -> str:
+        """The definition in a form that two runs of the workflow can compare."""
+        return self.definition.model_dump_json()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a configuration asks for."""
+
+    config: Config
+    corpora: Mapping[str, CorpusDefinition]
+    recipes: Mapping[str, Recipe]
+    experiments: Mapping[str, PlannedExperiment]
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell once, though experiments may share it."""
+        return tuple(dict.fromkeys(c for e in self.experiments.values() for c in e.cells))
+
+    @cached_property
+    def _specifications(self) -> dict[str, Specification]:
+        return {s.variant: s for e in self.experiments.values() for s in e.specifications}
+
+    def specification(self, variant: str) -> Specification:
+        """The specification of a variant of any recipe, whether an experiment has it or not.
+
+        Raises:
+            ConfigurationError: if there is no such recipe, or the name is not the variant's own.
+        """
+        if variant not in self._specifications:
+            [(base, overrides)] = expand(variant, "variant")
+            found = resolve(base, overrides, self.recipes, self.corpora, self.config, "variant")
+            if found.variant != variant:
+                raise ConfigurationError(f"variant: {variant} is written {found.variant}")
+            self._specifications[variant] = found
+        return self._specifications[variant]
+
+    def corpus_request(self, corpus_folder: str) -> str:
+        """What `ptbench corpus` is to prepare in results/corpora/{corpus_folder}, as JSON."""
+        name, _, subset = corpus_folder.partition("-first-")
+        request = CorpusRequest(
+            name=known(name, self.corpora, "corpus", "corpus"),
+            subset=int(subset.removesuffix("-lines")) if subset else None,
+            definition=self.corpora[name],
+        )
+        return request.model_dump_json()
+
+
+def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
+    """Validate a merged configuration and resolve all that it names.
+
+    Args:
+        config: as Snakemake merged it.
+        source: what errors call it.
+
+    Raises:
+        ConfigurationError: for anything that cannot be run.
+    """
+    settings = parse(Config, dict(config), source)
+    recipes, experiments = load_experiments(WORKFLOW / "experiments")
+    built_in = parse_file(CorpusFile, WORKFLOW / "corpora.yaml").corpora
+    corpora = {**built_in, **settings.corpora}
+    planned: dict[str, PlannedExperiment] = {}
+    for name in unique(settings.experiments, f"{source}: experiments"):
+        where = f"{source}: experiments"
+        experiment = experiments[known(name, experiments, where, "experiment")]
+        variants = []
+        for base, overrides in itertools.chain.from_iterable(
+            expand(variant, f"experiment {name}: variants[{index}]")
+            for index, variant in enumerate(experiment.variants)
+        ):
+            where = f"experiment {name}: variants"
+            variants.append(resolve(base, overrides, recipes, corpora, settings, where))
+        cells = grid(name, experiment, variants, settings, source)
+        planned[name] = PlannedExperiment(name, experiment, tuple(cells), tuple(variants))
+    return Study(settings, corpora, recipes, planned)
+
+
+def grid(
+    name: str,
+    experiment: Experiment,
+    variants: list[Specification],
+    settings: Config,
+    source: str,
+) -> list[Cell]:
+    """The experiment's cells, each once, in the order of the report."""
+    frameworks = [f for f in experiment.frameworks if f in settings.frameworks]
+    if not frameworks:
+        raise ConfigurationError(
+            f"{source}: frameworks: experiment {name} runs in {', '.join(experiment.frameworks)}, "
+            f"none of which is among {', '.join(settings.frameworks)}"
+        )
+    devices = unique(settings.devices or experiment.devices, f"{source}: devices")
+    seeds = unique(settings.seeds or experiment.seeds, f"{source}: seeds")
+    for specification, count in itertools.product(variants, devices):
+        try:
+            specification.recipe.global_batch_size(count)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"experiment {name}: devices: {specification.variant}: {error}"
+            ) from error
+    cells = itertools.product(
+        dict.fromkeys(v.variant for v in variants), unique(frameworks, name), devices, seeds
+    )
+    return [
+        Cell.model_construct(variant=variant, framework=framework, devices=count, seed=seed)
+        for variant, framework, count, seed in cells
+    ]
+
+
+def expand(variant: str | Variant, where: str) -> list[tuple[str, dict[str, Value]]]:
+    """A variant as written: its recipe's name and overrides, once for each point of its sweep."""
+    if isinstance(variant, str):
+        recipe, *overrides = variant.split("+")
+        values: dict[str, Value] = {}
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ConfigurationError(f"{where}: {variant}: {override} must be key=value")
+            values[key] = yaml.safe_load(text)
+        return [(recipe, values)]
+    if both := sorted(variant.set.keys() & variant.sweep.keys()):
+        raise ConfigurationError(f"{where}: {both[0]} is both in set and in sweep; leave it in one")
+    points = itertools.product(*variant.sweep.values())
+    return [
+        (variant.recipe, {**variant.set, **dict(zip(variant.sweep, point, strict=True))})
+        for point in points
+    ]
+
+
+def resolve(
+    base: str,
+    overrides: Mapping[str, Value],
+    recipes: Mapping[str, Recipe],
+    corpora: Mapping[str, CorpusDefinition],
+    settings: Config,
+    where: str,
+) -> Specification:
+    """The specification of a recipe under overrides, the experiment's and then the user's."""
+    recipe = recipes[known(base, recipes, where, "recipe")]
+    for key in overrides:
+        known(key, Recipe.model_fields, f"{where}: {base}", "recipe key")
+    wanted = {"corpus": settings.corpus, "subset": settings.subset}
+    values = {**overrides, **{k: v for k, v in wanted.items() if v is not None}}
+    changed = parse(Recipe, {**recipe.model_dump(), **values}, f"{where}: {base}")
+    known(changed.corpus, corpora, f"{where}: {base}: corpus", "corpus")
+    return Specification(
+        variant=variant_name(base, recipe, changed),
+        recipe=changed,
+        corpus_definition=corpora[changed.corpus].model_dump(mode="json"),
+        accelerator=settings.accelerator,
+    )
+
+
+def load_experiments(folder: Path) -> tuple[dict[str, Recipe], dict[str, Experiment]]:
+    """All recipes and experiments of all files in a folder; names are unique across files."""
+    raw: dict[str, dict[str, Any]] = {}
+    experiments: dict[str, Experiment] = {}
+    origin: dict[tuple[str, str], str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        file = parse_file(ExperimentFile, path)
+        for kind, names in (("recipe", file.recipes), ("experiment", file.experiments)):
+            for name in names:
+                if (kind, name) in origin:
+                    raise ConfigurationError(
+                        f"{path.name}: {kind} {name} is already in {origin[kind, name]}; rename one"
+                    )
+                origin[kind, name] = path.name
+        raw |= file.recipes
+        experiments |= file.experiments
+    recipes = {
+        name: parse(Recipe, inherited(name, raw, origin), f"{origin['recipe', name]}: {name}")
+        for name in raw
+    }
+    return recipes, experiments
+
+
+def inherited(
+    name: str, raw: Mapping[str, dict[str, Any]], origin: Mapping[tuple[str, str], str]
+) -> dict[str, Any]:
+    """A recipe's keys with those of the recipe it extends, and so on, under them."""
+    values: dict[str, Any] = {}
+    chain = [name]
+    while True:
+        own = dict(raw[chain[-1]])
+        parent = own.pop("extends", None)
+        values = {**own, **values}
+        if parent is None:
+            return values
+        where = f"{origin['recipe', chain[-1]]}: {chain[-1]}: extends"
+        known(parent, raw, where, "recipe")
+        if parent in chain:
+            raise ConfigurationError(f"{where}: {' → '.join([*chain, parent])} goes in a circle")
+        chain.append(parent)
+
+
+def parse_file(model: type[M], path: Path) -> M:
+    """A YAML file as a model."""
+    return parse(model, read_yaml(path), path.name)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise ConfigurationError(f"{path.name}{line}: not valid YAML: {problem}") from error
+
+
+def parse(model: type[M], content: Any, source: str) -> M:
+    """A model from plain values; every problem in one ConfigurationError."""
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{source}: must be a mapping of keys to values")
+    try:
+        return TypeAdapter(model).validate_python(content)
+    except ValidationError as error:
+        sentences = dict.fromkeys(sentence(model, e, source) for e in error.errors())
+        raise ConfigurationError("\n".join(sentences)) from error
+
+
+def sentence(model: type[Model], error: Any, source: str) -> str:
+    """One of pydantic's errors as a sentence: where, what it is, what is allowed."""
+    path = [p for p in error["loc"] if not _is_union_tag(p)]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    place = f"{source}: {where}" if where else source
+    if error["type"] == "extra_forbidden":
+        siblings = _fields_at(model, path[:-1])
+        hint = suggestion(str(path[-1]), siblings) if siblings else ""
+        return f"{place}: there is no such key{hint}"
+    if error["type"] == "missing":
+        return f"{place}: is required"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if error["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place}: {shown(error['input'])} is not allowed: {message}"
+
+
+def _is_union_tag(part: object) -> bool:
+    """Whether pydantic added this part of a location to say which alternative it tried."""
+    return isinstance(part, str) and (
+        part in {"str", "int", "float", "bool", "Variant", "download", "folder", "synthetic"}
+        or "[" in part
+    )
+
+
+def _fields_at(model: type[Model], path: list[Any]) -> list[str]:
+    """Names of the keys allowed at a place, where they are a model's own."""
+    return list(model.model_fields) if not path else []
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: on one line and not too long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def known(name: str, names: Any, where: str, kind: str) -> str:
+    """`name`, if it is among `names`."""
+    if name not in names:
+        raise ConfigurationError(
+            f"{where}: there is no {kind} {shown(name)}{suggestion(str(name), names)}"
+        )
+    return name
+
+
+def suggestion(name: str, names: Any) -> str:
+    """What was probably meant, or else what there is."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(sorted(names))}"
+
+
+T = TypeVar("T")
+
+
+def unique(values: list[T], where: str) -> list[T]:
+    """`values`, if each is there once."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigurationError(f"{where}: {shown(value)} is there twice; name it once")
+    return values
+
+
+__all__ = ["VARIANT_PATTERN", "Config", "Experiment", "Literal", "Study", "load_study"]

@@ -1,0 +1,214 @@
+"""What a training run is: the pydantic models of recipes and cells, and the naming of variants.
+
+Runs in every environment, so it imports pydantic and the standard library alone. Reading YAML,
+and the configuration and experiments built on these models, live in `loading.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# A change of what training or measuring means. Raising it re-runs every cell.
+PROTOCOL = 1
+
+Framework = Literal["pytorch", "tensorflow", "keras", "mxnet", "jax"]
+Accelerator = Literal["cpu", "cuda"]
+FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+# A recipe's name followed by its overrides, as `Recipe.variant` writes it.
+VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z_]+=[A-Za-z0-9.-]+)*"
+
+
+class Model(BaseModel):
+    """Base of every model here: unknown keys are errors and values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
+
+
+class Recipe(Model):
+    """Everything that defines a training run, except framework, device count and seed."""
+
+    corpus: Name = Field("synthetic", description="Name of the corpus to train on.")
+    subset: int | None = Field(
+        None, ge=1, description="Use only the first lines of every split [lines]; null: all."
+    )
+
+    batch_size: int = Field(20, ge=1, description="Parallel streams of text [sequences].")
+    batch_scope: Literal["global", "per_device"] = Field(
+        "global", description="Whether batch_size is shared by the devices or given to each."
+    )
+    sequence_length: int = Field(
+        20, ge=1, description="Time steps of back-propagation through time [tokens]."
+    )
+    evaluation_batch_size: int = Field(
+        20, ge=1, description="Parallel streams in which the validation split is read [sequences]."
+    )
+    test_batch_size: int = Field(
+        1, ge=1, description="Parallel streams in which the test split is read [sequences]."
+    )
+
+    cell: Literal["lstm"] = Field("lstm", description="Kind of recurrent cell.")
+    layers: int = Field(2, ge=1, le=64, description="Recurrent layers.")
+    embedding_size: int = Field(200, ge=1, description="Width of the word embedding [units].")
+    hidden_size: int = Field(200, ge=1, description="Width of every recurrent layer [units].")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropping a unit of the embedding's and each layer's output.",
+    )
+    forget_bias: float = Field(
+        0.0, ge=-20, le=20, description="Initial bias of the forget gates; other biases start at 0."
+    )
+    initialization: Literal["shared", "native"] = Field(
+        "shared",
+        description="shared: drawn in NumPy, the same in every framework; native: by its own draw.",
+    )
+    initialization_scale: float = Field(
+        0.1, gt=0, le=10, description="Weights start uniform in ± this value."
+    )
+
+    objective: Literal["sum_over_time", "mean_per_token"] = Field(
+        "sum_over_time",
+        description="Loss that is differentiated: summed over time and averaged over the batch "
+        "(TensorFlow tutorial, Zaremba), or averaged over all tokens (PyTorch, Keras).",
+    )
+    optimizer: Literal["sgd"] = Field("sgd", description="Update rule.")
+    learning_rate: float = Field(1.0, gt=0, le=1e6, description="Initial learning rate.")
+    clip_norm: float | None = Field(
+        5.0, gt=0, description="Largest norm of all gradients taken together; null: no clipping."
+    )
+    schedule: Literal["constant", "constant_then_decay"] = Field(
+        "constant_then_decay", description="How the learning rate moves from epoch to epoch."
+    )
+    constant_epochs: int = Field(
+        4, ge=0, description="Epochs at the initial rate, before constant_then_decay decays."
+    )
+    learning_rate_decay: float = Field(
+        0.5, gt=0, le=1, description="Factor on the rate at every epoch after constant_epochs."
+    )
+    epochs: int = Field(13, ge=1, le=100_000, description="Passes over the training split.")
+    divergence_perplexity: float = Field(
+        1e6,
+        gt=1,
+        description="A training or validation perplexity above this ends the run as diverged.",
+    )
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> Self:
+        if self.schedule == "constant_then_decay" and self.constant_epochs > self.epochs:
+            raise ValueError(
+                f"constant_epochs={self.constant_epochs} must not exceed epochs={self.epochs}"
+            )
+        return self
+
+    def global_batch_size(self, devices: int) -> int:
+        """Sequences per training step over all `devices` together.
+
+        Raises:
+            ValueError: if a global batch does not divide by the number of devices.
+        """
+        if self.batch_scope == "per_device":
+            return self.batch_size * devices
+        if self.batch_size % devices:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide by devices={devices}; "
+                "choose a multiple, or batch_scope: per_device"
+            )
+        return self.batch_size
+
+    @property
+    def corpus_folder(self) -> str:
+        """Name of the prepared corpus: the corpus, and its subset if it has one."""
+        return self.corpus if self.subset is None else f"{self.corpus}-first-{self.subset}-lines"
+
+
+def format_override(value: object) -> str:
+    """Write one override's value the one way that a variant's name has it.
+
+    Numbers are written in their shortest form (1.0 becomes 1), so that equal values give
+    equal names.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def variant_name(recipe_name: str, base: Recipe, changed: Recipe) -> str:
+    """The one name of `changed` as a variant of the recipe `base`, called `recipe_name`.
+
+    Overrides equal to the recipe's own values are dropped and the others sorted, so one
+    configuration has exactly one name: `zaremba-small+dropout=0.5+learning_rate=0.01`.
+    """
+    names = sorted(Recipe.model_fields)
+    overrides = [
+        f"+{name}={format_override(getattr(changed, name))}"
+        for name in names
+        if getattr(changed, name) != getattr(base, name)
+    ]
+    return recipe_name + "".join(overrides)
+
+
+class Specification(Model):
+    """One variant resolved: all that a framework is told, whatever its devices and seed.
+
+    Written as JSON by the workflow and read by the trainer; frameworks never read YAML.
+    """
+
+    protocol: int = Field(PROTOCOL, description="Version of what training and measuring mean.")
+    variant: str = Field(description="Name of the variant.")
+    recipe: Recipe = Field(description="The recipe with its overrides applied.")
+    corpus_definition: dict[str, Any] = Field(description="The corpus as configured.")
+    accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that change exactly when the meaning of the run changes.
+
+        Where a corpus is fetched from does not matter; what is in it does.
+        """
+        payload = self.model_dump(mode="json", exclude={"variant"})
+        for key in ("mirrors", "timeout_seconds", "retries", "backoff_seconds"):
+            payload["corpus_definition"].pop(key, None)
+        canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+class Cell(Model):
+    """One run: the unit of scheduling, failure and re-run."""
+
+    variant: str = Field(pattern=f"^{VARIANT_PATTERN}$", description="Name of the variant.")
+    framework: Framework = Field(description="Framework that trains.")
+    devices: int = Field(ge=1, le=1024, description="Data-parallel replicas.")
+    seed: int = Field(ge=0, lt=2**31, description="Seed of initial parameters and dropout.")
+
+    @property
+    def path(self) -> str:
+        """Folder of the cell, relative to `results/cells`."""
+        return f"{self.variant}/{self.framework}/devices-{self.devices}/seed-{self.seed}"
+
+
+def parse_cell_path(path: str) -> Cell:
+    """The cell whose `path` this is.
+
+    Raises:
+        ValueError: if it is not `{variant}/{framework}/devices-{devices}/seed-{seed}`.
+    """
+    match = re.fullmatch(r"([^/]+)/([^/]+)/devices-(\d+)/seed-(\d+)", path)
+    if match is None:
+        raise ValueError(f"{path} is not of the form variant/framework/devices-N/seed-N")
+    variant, framework, devices, seed = match.groups()
+    return Cell.model_validate(
+        {"variant": variant, "framework": framework, "devices": int(devices), "seed": int(seed)}
+    )

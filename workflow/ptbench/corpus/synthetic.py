@@ -1,0 +1,269 @@
+"""Seeded generators of PTB-like text whose entropy rate is known exactly.
+
+Two processes. `markov` has a long-range dependency that a recurrent network learns and a bigram
+model cannot; `high-rank` is a process of order one whose log-probabilities one softmax of a small
+hidden size cannot express. Both are finite unifilar sources: the state after a word follows from
+the state before it and the word, so entropy rate, best bigram model and the probability of a text
+are finite sums, not estimates.
+
+NumPy and the standard library only. Turning text into arrays and files is `prepare.py`'s.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ptbench.configuration.corpora import SPLITS, HighRankCorpus, MarkovCorpus
+from ptbench.corpus.vocabulary import END_OF_SENTENCE
+
+Float = npt.NDArray[np.float64]
+Integer = npt.NDArray[np.int64]
+
+# Streams of random numbers: [seed, stream]. One for the process itself, one for each split.
+PROCESS_STREAM = 0
+SPLIT_STREAMS = {split: stream for stream, split in enumerate(SPLITS, start=1)}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A unifilar source of words.
+
+    `words` [word]; `probabilities` [state, word], each row sums to one; `successors` [state, word],
+    the next state; `previous` [state], the word that every path into the state ends with. State 0
+    is the one after `<eos>`, where each text starts.
+    """
+
+    words: tuple[str, ...]
+    probabilities: Float
+    successors: Integer
+    previous: Integer
+
+    def stationary(self) -> Float:
+        """Long-run share of each state [state]: the solution of pi T = pi, sum(pi) = 1."""
+        states = len(self.probabilities)
+        transition = np.zeros((states, states))
+        rows = np.broadcast_to(np.arange(states)[:, None], self.probabilities.shape)
+        np.add.at(transition, (rows, self.successors), self.probabilities)
+        system = transition.T - np.eye(states)
+        system[-1] = 1.0  # one equation follows from the others; the sum takes its place
+        right = np.zeros(states)
+        right[-1] = 1.0
+        return np.linalg.solve(system, right)
+
+    def entropy_rate(self) -> float:
+        """Exact entropy rate [nats per token]: Shannon (1948), section 7, H = sum_i pi_i H_i.
+
+        It is the smallest expected negative log-likelihood that any model can reach.
+        """
+        return float(self.stationary() @ _entropy(self.probabilities))
+
+    def bigram_entropy(self) -> float:
+        """Entropy of a word given the word before it alone [nats per token].
+
+        It is what the best possible bigram model reaches, one that knows the process and not the
+        history. It equals the entropy rate if the process is of order one.
+        """
+        joint = np.zeros((len(self.words), len(self.words)))
+        np.add.at(joint, self.previous, self.stationary()[:, None] * self.probabilities)
+        share = joint.sum(axis=1)
+        return float(share @ _entropy(joint / share[:, None]))
+
+    def log_probability_rank(self) -> int:
+        """Rank of the matrix of log-probabilities [state, word], each row centred.
+
+        Centring removes the row's log-normaliser. A softmax of hidden size d with a bias vector
+        reaches rank d + 1 at most (Yang et al. 2018, arXiv:1711.03953, section 2.2). Meaningful
+        where no probability is zero. Tolerance as in Numerical Recipes, NumPy's default.
+        """
+        logarithms = np.log(self.probabilities)
+        centred = logarithms - logarithms.mean(axis=1, keepdims=True)
+        return int(np.linalg.matrix_rank(centred))
+
+
+class Sample(NamedTuple):
+    """A text drawn from a process, and what the process itself thinks of it."""
+
+    text: str  # sentences, one a line, words separated by one space
+    nll: float  # mean negative log-likelihood per token, `<eos>` counted [nats]
+    standard_error: float  # of nll over repeated draws [nats]
+
+
+def build(corpus: MarkovCorpus | HighRankCorpus) -> Process:
+    """Returns the process that a definition describes."""
+    if isinstance(corpus, MarkovCorpus):
+        return _markov(corpus)
+    return _high_rank(corpus)
+
+
+def sample(process: Process, minimum_tokens: int, seed: int, stream: int) -> Sample:
+    """Draws whole sentences until there are at least `minimum_tokens` tokens, `<eos>` counted.
+
+    Equal arguments give equal text on every platform and NumPy: each word is one number of
+    `Generator.random` through the inverse of a cumulative distribution. Sentences are independent,
+    which gives the standard error of the ratio sum(nll) / sum(length) (Cochran, Sampling
+    Techniques, section 2.11).
+    """
+    random = np.random.default_rng([seed, stream])
+    cumulative = np.cumsum(process.probabilities, axis=1)
+    cumulative /= cumulative[:, -1:]  # ends at exactly one, above every draw
+    tables = cumulative.tolist()
+    with np.errstate(divide="ignore"):
+        costs = (-np.log(process.probabilities)).tolist()
+    successors = process.successors.tolist()
+    end = process.words.index(END_OF_SENTENCE)
+
+    lines: list[str] = []
+    words: list[str] = []
+    sentence_nll: list[float] = []
+    sentence_tokens: list[int] = []
+    tokens, state, nll = 0, 0, 0.0
+    while tokens < minimum_tokens:
+        for draw in random.random(1024).tolist():
+            word = bisect.bisect_right(tables[state], draw)
+            nll += costs[state][word]
+            state = successors[state][word]
+            if word != end:
+                words.append(process.words[word])
+                continue
+            lines.append(" ".join(words))
+            sentence_nll.append(nll)
+            sentence_tokens.append(len(words) + 1)
+            tokens += len(words) + 1
+            words, nll = [], 0.0
+            if tokens >= minimum_tokens:
+                break
+
+    totals, lengths = np.array(sentence_nll), np.array(sentence_tokens)
+    mean = totals.sum() / tokens
+    sentences = len(lines)
+    residual = np.sum((totals - mean * lengths) ** 2) * sentences / max(sentences - 1, 1)
+    return Sample("\n".join(lines) + "\n", float(mean), float(np.sqrt(residual) / tokens))
+
+
+def _markov(corpus: MarkovCorpus) -> Process:
+    """Sentences with a topic, and a last word that agrees with the first.
+
+    `opener (function content)+ closer <eos>`. The opener fixes the topic, and with it which content
+    words are likely; the closer belongs to the opener, whatever stands between. A function word
+    depends on the word before it alone, and a content word on the topic alone, so that a bigram
+    model, which sees the function word, never knows the topic. Every choice has a Zipfian law.
+    """
+    openers = corpus.topics * corpus.openers_per_topic
+    content = corpus.topics * corpus.content_words_per_topic
+    function = corpus.function_words
+    exponent = corpus.zipf_exponent
+
+    supply = _pronounceable()
+    plain = tuple(itertools.islice(supply, function + content))
+    stems = tuple(itertools.islice(supply, openers))
+    agreeing = (stem + ending for ending in ("num", "tas") for stem in stems)
+    words = (END_OF_SENTENCE, *plain, *agreeing)
+    first_function = 1
+    first_content = first_function + function
+    first_opener = first_content + content
+    first_closer = first_opener + openers
+
+    opener_law = zipf(openers, exponent)
+    function_law = zipf(function, exponent)
+    any_topic = zipf(content, exponent)
+    own_topic = zipf(corpus.content_words_per_topic, exponent)
+
+    # State 0 is the start; then, for each opener, one state for each word that can stand before.
+    block = function + content + 2
+    states = 1 + openers * block
+    probabilities = np.zeros((states, len(words)))
+    successors = np.zeros((states, len(words)), dtype=np.int64)
+    previous = np.zeros(states, dtype=np.int64)
+
+    for opener in range(openers):
+        base = 1 + opener * block
+        after_opener, after_closer = base, base + block - 1
+        after_function = base + 1 + np.arange(function)
+        after_content = base + 1 + function + np.arange(content)
+        probabilities[0, first_opener + opener] = opener_law[opener]
+        successors[0, first_opener + opener] = after_opener
+        previous[after_opener] = first_opener + opener
+        previous[after_function] = first_function + np.arange(function)
+        previous[after_content] = first_content + np.arange(content)
+        previous[after_closer] = first_closer + opener
+
+        functions = slice(first_function, first_function + function)
+        for state in (after_opener, *after_content):
+            # Which function words are common turns with the word before: four laws in all.
+            turn = (previous[state] % 4) * function // 4
+            going_on = 1.0 if state == after_opener else 1.0 - corpus.closing_probability
+            probabilities[state, functions] = going_on * np.roll(function_law, turn)
+            successors[state, functions] = after_function
+        probabilities[after_content, first_closer + opener] = corpus.closing_probability
+        successors[after_content, first_closer + opener] = after_closer
+
+        topic = opener % corpus.topics
+        content_law = (1.0 - corpus.topic_loyalty) * any_topic
+        content_law[topic :: corpus.topics] += corpus.topic_loyalty * own_topic
+        probabilities[after_function, first_content:first_opener] = content_law
+        successors[after_function, first_content:first_opener] = after_content
+
+        probabilities[after_closer, 0] = 1.0
+    return Process(words, probabilities, successors, previous)
+
+
+def _high_rank(corpus: HighRankCorpus) -> Process:
+    """A process of order one, itself a mixture of softmaxes: P(w|c) = sum_k softmax(E h_ck)_w / K.
+
+    The K latent vectors h_ck of a context and the output vectors E_w are Gaussian, and few: the
+    logarithm of the mixture is what has a high rank. A mixture of K softmaxes can therefore fit the
+    process with few parameters, and a single softmax of the same size cannot (Yang et al. 2018,
+    arXiv:1711.03953, section 2.3).
+    """
+    size = corpus.words + 1
+    random = np.random.default_rng([corpus.seed, PROCESS_STREAM])
+    outputs = _gaussian(random, (size, corpus.latent_size))
+    latents = _gaussian(random, (size, corpus.components, corpus.latent_size))
+    logits = latents @ outputs.T * (corpus.sharpness / np.sqrt(corpus.latent_size))
+    logits -= logits.max(axis=2, keepdims=True)
+    softmax = np.exp(logits)
+    softmax /= softmax.sum(axis=2, keepdims=True)  # [context, component, word]
+    mixture = softmax.mean(axis=1)
+
+    words = (END_OF_SENTENCE, *itertools.islice(_pronounceable(), corpus.words))
+    identifiers = np.arange(size)
+    return Process(words, mixture, np.broadcast_to(identifiers, mixture.shape), identifiers)
+
+
+def zipf(size: int, exponent: float) -> Float:
+    """Zipf's law [rank]: the probability of rank r is proportional to r ** -exponent."""
+    weights = np.array([rank**-exponent for rank in range(1, size + 1)])
+    return weights / weights.sum()
+
+
+def _entropy(probabilities: Float) -> Float:
+    """Entropy of each row [nats]; zero times the logarithm of zero is zero."""
+    logarithms = np.log(np.where(probabilities > 0, probabilities, 1.0))
+    return -np.sum(probabilities * logarithms, axis=1)
+
+
+def _gaussian(random: np.random.Generator, shape: tuple[int, ...]) -> Float:
+    """Standard normal numbers by the inverse distribution function of uniform ones.
+
+    `Generator.normal` may change with NumPy's version; `Generator.random` does not.
+    """
+    inverse = statistics.NormalDist().inv_cdf
+    uniform = random.random(int(np.prod(shape))).tolist()
+    # random() can be exactly zero, where the inverse has no value.
+    return np.array([inverse(max(value, 2.0**-53)) for value in uniform]).reshape(shape)
+
+
+def _pronounceable() -> Iterator[str]:
+    """70 words of one syllable, then 4,900 of two: distinct, and neighbours unlike each other."""
+    syllables = [consonant + vowel for vowel in "aeiou" for consonant in "bdfgklmnprstvz"]
+    yield from syllables
+    for shift, first in itertools.product(range(len(syllables)), repeat=2):
+        yield syllables[first] + syllables[(first + shift) % len(syllables)]

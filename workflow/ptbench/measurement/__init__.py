@@ -1,0 +1,1 @@
+"""Clocks, memory and the facts about a run's surroundings."""

@@ -1,0 +1,112 @@
+"""The facts about a run's surroundings: commit, versions, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PROJECT = Path(__file__).resolve().parents[3]
+LIBRARIES = ("numpy", "safetensors", "pydantic", "psutil")
+
+
+def git(*arguments: str) -> str | None:
+    """Standard output of a git command on the project; None without git or a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def cpu_model() -> str:
+    """The processor's own name of itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpus() -> list[dict[str, str]]:
+    """Name and driver of each GPU that NVIDIA's library sees; empty where there is none."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    driver = str(pynvml.nvmlSystemGetDriverVersion())
+    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    return [{"name": str(pynvml.nvmlDeviceGetName(h)), "driver": driver} for h in handles]
+
+
+def provenance(package: str) -> dict[str, Any]:
+    """Everything about where and with what a run is made that its recipe does not say.
+
+    Args:
+        package: distribution name of the framework.
+    """
+    status = git("status", "--porcelain", "--untracked-files=no")
+    environment = Path(sys.prefix) / "environment.json"
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "framework_package": package,
+        "framework_version": importlib.metadata.version(package),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "environment_sha256": hashlib.sha256(environment.read_bytes()).hexdigest()
+        if environment.exists()
+        else None,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "command": sys.argv[1:],
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process plus that of the replicas it started [bytes]."""
+    import resource
+
+    own, children = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    live = sum(peak_of(child.pid) for child in psutil.Process().children(recursive=True))
+    scale = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux
+    return own * scale + max(live, children * scale)
+
+
+def peak_of(pid: int) -> int:
+    """High-water mark of a live process's resident memory [bytes]; 0 where unknown."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,47 @@
+"""From the cells of one experiment to its folder of tables, figures and analysis.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ptbench.analysis.collect import collect_rows, read_corpus_facts
+from ptbench.analysis.experiment import Analysis, analyse
+from ptbench.analysis.plan import ExperimentPlan
+from ptbench.analysis.published import read_published
+from ptbench.report import tables
+from ptbench.report.figures import write_figures
+from ptbench.training.records import write_atomically
+
+
+def analyse_experiment(
+    plan: ExperimentPlan, results_folder: Path, published_folder: Path, output_folder: Path
+) -> Analysis:
+    """Analyse the planned cells that exist and write everything the report needs of them.
+
+    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, figures/*.svg and *.png,
+    and last, as it tells that the others are there, analysis.json.
+
+    Args:
+        plan: the experiment.
+        results_folder: holds cells/ and corpora/.
+        published_folder: holds the published numbers as CSV.
+        output_folder: made if need be.
+
+    Raises:
+        AnalysisError: if results cannot be read or must not be averaged; nothing is written then.
+    """
+    rows = collect_rows(plan, results_folder)
+    corpus = read_corpus_facts(results_folder, plan.corpus_folder)
+    analysis = analyse(plan, rows, corpus, read_published(published_folder))
+    figures = write_figures(analysis, rows, output_folder / "figures")
+    analysis = analysis.model_copy(update={"figures": figures})
+    for name, text in {
+        "table.csv": tables.results_csv(analysis),
+        "table.md": tables.markdown(analysis),
+        "table.tex": tables.latex(analysis),
+        "comparison.csv": tables.comparison_csv(analysis),
+        "differences.csv": tables.differences_csv(analysis),
+        "analysis.json": analysis.model_dump_json(indent=1) + "\n",
+    }.items():
+        write_atomically(output_folder / name, text)
+    return analysis

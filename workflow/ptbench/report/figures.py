@@ -1,0 +1,577 @@
+"""The figures of an experiment, as SVG and PNG.
+
+Drawn without pyplot's global state, on the Agg back-end and with the font that matplotlib brings,
+so that the same numbers give the same bytes. In the SVG, text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from ptbench.analysis.collect import Row
+from ptbench.analysis.experiment import Analysis, FigureFile, RowResult
+from ptbench.report.formatting import (
+    METRIC_NAMES,
+    devices_name,
+    format_count,
+    format_perplexity,
+    format_seconds,
+    framework_name,
+)
+from ptbench.report.palette import (
+    CLOCK_COLOURS,
+    FRAMEWORK_COLOURS,
+    FRAMEWORK_MARKERS,
+    GRID,
+    INK,
+    LIGHT_BACKGROUND,
+    MUTED,
+)
+from ptbench.training.records import perplexity
+
+WIDTH = 5.2  # inches: a column of a paper, and still legible when a phone shrinks it
+ROW_HEIGHT = 0.3  # inches per framework in a list
+PNG_RESOLUTION = 200  # dots per inch
+COMMON_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ptbench",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelsize": 9.5,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.facecolor": LIGHT_BACKGROUND,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "figure.facecolor": LIGHT_BACKGROUND,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+}
+
+
+def write_figures(analysis: Analysis, rows: Sequence[Row], folder: Path) -> tuple[FigureFile, ...]:
+    """Draw every figure that has something to show, as {folder}/{name}.svg and .png.
+
+    Args:
+        analysis: the numbers.
+        rows: the same rows with their histories.
+        folder: made if need be.
+    """
+    if not any(row.n_ok for row in analysis.rows):
+        return ()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for draw, file in (
+        (lambda: draw_perplexity(analysis), _perplexity_file(analysis)),
+        (lambda: draw_learning_curves(rows), _learning_curves_file(analysis)),
+        (lambda: draw_speed(analysis), _speed_file(analysis)),
+        (lambda: draw_seconds(analysis), _seconds_file(analysis)),
+    ):
+        with style():
+            save(draw(), folder / file.name)
+        files.append(file)
+    return tuple(files)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The one look of all figures."""
+    with matplotlib.rc_context({**sns.plotting_context("paper"), **COMMON_STYLE}):
+        yield
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write `{stem}.svg` and `{stem}.png`, each the same bytes for the same drawing."""
+    FigureCanvasAgg(figure)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    # A reader without matplotlib's font gets the nearest in width.
+    drawing = text.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    stem.with_suffix(".svg").write_text(drawing, encoding="utf-8")
+    figure.savefig(stem.with_suffix(".png"), dpi=PNG_RESOLUTION, metadata={"Software": None})
+
+
+def group_title(variant: str, devices: int) -> str:
+    """Heading of the rows that differ by framework alone."""
+    return f"{variant}, {devices_name(devices)}"
+
+
+def _groups(rows: Sequence[RowResult]) -> list[tuple[tuple[str, int], list[RowResult]]]:
+    return [
+        (key, list(group))
+        for key, group in groupby(rows, key=lambda row: (row.variant, row.devices))
+    ]
+
+
+def _list_axes(
+    analysis: Analysis, label: str, share_limits: Callable[[str], tuple[float, float] | None]
+) -> tuple[Figure, list[tuple[Axes, list[RowResult]]]]:
+    """One axes per variant and number of devices, with the frameworks listed downwards."""
+    groups = _groups(analysis.rows)
+    heights = [len(rows) * ROW_HEIGHT for _, rows in groups]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.62 * len(groups) + 0.55), layout="constrained")
+    grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
+    drawn = []
+    for index, ((variant, devices), rows) in enumerate(groups):
+        axes = figure.add_subplot(grid[index])
+        axes.set_title(group_title(variant, devices))
+        axes.set_yticks(range(len(rows)), [framework_name(row.framework) for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        limits = share_limits(variant)
+        if limits:
+            axes.set_xlim(*limits)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        if index == len(groups) - 1:
+            axes.set_xlabel(label)
+        drawn.append((axes, rows))
+    return figure, drawn
+
+
+def _value_label(axes: Axes, y: int, text: str, muted: bool = False) -> None:
+    """A number in the right margin, in line with its row."""
+    axes.annotate(
+        text,
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        color=MUTED if muted else INK,
+        fontsize=9,
+    )
+
+
+def _no_result(axes: Axes, y: int) -> None:
+    axes.annotate(
+        "no result",
+        (0, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=MUTED,
+        style="italic",
+        fontsize=9,
+    )
+
+
+def draw_perplexity(analysis: Analysis) -> Figure:
+    """The mean of each row with its interval and its seeds, the floor and published values."""
+    published = _published_lines(analysis)
+    sources = list(dict.fromkeys(source for _, source, _ in published))
+    dashes = {
+        source: [(1, 1.5), (4, 1.5, 1, 1.5), (7, 2)][i % 3] for i, source in enumerate(sources)
+    }
+
+    def limits(variant: str) -> tuple[float, float] | None:
+        values = [value for v, _, value in published if v == variant]
+        for row in (row for row in analysis.rows if row.variant == variant):
+            summary = row.perplexity(analysis.metric)
+            values += _seed_perplexities(analysis, row)
+            values += [v for v in (summary and summary.low, summary and summary.high) if v]
+        if values and analysis.floor_perplexity:
+            values.append(analysis.floor_perplexity)
+        return _padded(values)
+
+    figure, drawn = _list_axes(analysis, METRIC_NAMES[analysis.metric], limits)
+    for axes, rows in drawn:
+        if analysis.floor_perplexity:
+            axes.axvline(analysis.floor_perplexity, color=INK, linewidth=1.2, zorder=1)
+        for variant, source, value in published:
+            if variant == rows[0].variant:
+                axes.axvline(value, color=MUTED, linewidth=1.2, dashes=dashes[source], zorder=1)
+        for y, row in enumerate(rows):
+            summary = row.perplexity(analysis.metric)
+            if summary is None:
+                _no_result(axes, y)
+                continue
+            colour = FRAMEWORK_COLOURS[row.framework] if row.usable else MUTED
+            if summary.low is not None and summary.high is not None:
+                axes.plot([summary.low, summary.high], [y, y], color=colour, linewidth=2, zorder=2)
+            seeds = _seed_perplexities(analysis, row)
+            axes.plot(seeds, [y + 0.24] * len(seeds), "|", color=colour, markersize=4.5, zorder=3)
+            axes.plot(
+                summary.perplexity,
+                y,
+                FRAMEWORK_MARKERS[row.framework],
+                color=colour,
+                markersize=6.5,
+                markerfacecolor=colour if row.usable else LIGHT_BACKGROUND,
+                markeredgecolor=LIGHT_BACKGROUND if row.usable else colour,
+                zorder=4,
+            )
+            _value_label(axes, y, format_perplexity(summary.perplexity), muted=not row.usable)
+    handles = []
+    if analysis.floor_perplexity:
+        floor = f"floor of the corpus, {format_perplexity(analysis.floor_perplexity)}"
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, label=floor))
+    for source in sources:
+        values = sorted({value for _, s, value in published if s == source})
+        shown = f", {' and '.join(map(format_perplexity, values))}" if len(values) < 3 else ""
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=MUTED,
+                linewidth=1.2,
+                dashes=dashes[source],
+                label=f"published: {source}{shown}",
+            )
+        )
+    if handles:
+        figure.legend(handles=handles, loc="outside lower left", ncols=1)
+    return figure
+
+
+def _published_lines(analysis: Analysis) -> list[tuple[str, str, float]]:
+    """(variant, source, value) of the published values of the metric, each once."""
+    lines = (
+        (line.published.variant, line.published.source, line.published.value)
+        for line in analysis.published
+        if line.published.metric == analysis.metric
+    )
+    return list(dict.fromkeys(lines))
+
+
+def _seed_perplexities(analysis: Analysis, row: RowResult) -> list[float]:
+    values = [getattr(cell, analysis.metric) for cell in row.cells if cell.state == "ok"]
+    return [value for value in values if value is not None]
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float] | None:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    padding = 0.06 * (high - low) or 0.02 * abs(high) or 1.0
+    return low - padding, high + padding
+
+
+def draw_speed(analysis: Analysis) -> Figure:
+    """Median, quartiles and seeds of the training speed of each row."""
+
+    def limits(variant: str) -> tuple[float, float] | None:
+        speeds = [
+            cell.tokens_per_second or 0.0
+            for row in analysis.rows
+            if row.variant == variant
+            for cell in row.cells
+        ]
+        return (0.0, 1.06 * max(speeds)) if max(speeds, default=0.0) > 0 else None
+
+    figure, drawn = _list_axes(analysis, METRIC_NAMES["tokens_per_second"], limits)
+    for axes, rows in drawn:
+        for y, row in enumerate(rows):
+            speed = row.tokens_per_second
+            if speed is None:
+                _no_result(axes, y)
+                continue
+            colour = FRAMEWORK_COLOURS[row.framework] if row.usable else MUTED
+            axes.plot([0, speed.median], [y, y], color=colour, linewidth=1, alpha=0.35, zorder=1)
+            axes.plot([speed.low, speed.high], [y, y], color=colour, linewidth=5, alpha=0.45)
+            seeds = [c.tokens_per_second for c in row.cells if c.state == "ok"]
+            axes.plot(seeds, [y + 0.24] * len(seeds), "|", color=colour, markersize=4.5)
+            axes.plot(
+                speed.median,
+                y,
+                FRAMEWORK_MARKERS[row.framework],
+                color=colour,
+                markersize=6.5,
+                markerfacecolor=colour if row.usable else LIGHT_BACKGROUND,
+                markeredgecolor=LIGHT_BACKGROUND if row.usable else colour,
+            )
+            _value_label(axes, y, format_count(speed.median), muted=not row.usable)
+    return figure
+
+
+CLOCK_NAMES = {
+    "load": "load data",
+    "start_up": "start up",
+    "compile": "compile",
+    "training": "train",
+    "evaluation": "evaluate",
+    "checkpointing": "save",
+    "other": "other",
+}
+
+
+def clock_parts(row: RowResult) -> dict[str, float]:
+    """Mean seconds by clock, and what is left of the total; they add up to the total."""
+    assert row.seconds is not None
+    parts = {name: getattr(row.seconds, name) for name in CLOCK_NAMES if name != "other"}
+    return {**parts, "other": max(0.0, row.seconds.total - sum(parts.values()))}
+
+
+def draw_seconds(analysis: Analysis) -> Figure:
+    """Where the time of a run went, by clock, as stacked bars."""
+
+    def limits(variant: str) -> tuple[float, float] | None:
+        totals = [
+            sum(clock_parts(row).values())
+            for row in analysis.rows
+            if row.variant == variant and row.seconds
+        ]
+        return (0.0, 1.02 * max(totals)) if max(totals, default=0.0) > 0 else None
+
+    figure, drawn = _list_axes(analysis, "Seconds per run, mean over seeds", limits)
+    for axes, rows in drawn:
+        for y, row in enumerate(rows):
+            if row.seconds is None:
+                _no_result(axes, y)
+                continue
+            left = 0.0
+            for clock, seconds in clock_parts(row).items():
+                axes.barh(
+                    y, seconds, left=left, height=0.58, color=CLOCK_COLOURS[clock], linewidth=0
+                )
+                left += seconds
+            _value_label(axes, y, format_seconds(left), muted=not row.usable)
+    handles = [
+        Patch(facecolor=CLOCK_COLOURS[clock], label=name) for clock, name in CLOCK_NAMES.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=4, columnspacing=1.2, handlelength=1.2
+    )
+    return figure
+
+
+def draw_learning_curves(rows: Sequence[Row]) -> Figure:
+    """Validation perplexity by epoch: a line per framework, a band from best to worst seed."""
+    data = pd.DataFrame(
+        [
+            (row.variant, row.devices, row.framework, cell.cell.seed, e.epoch, e.valid_nll)
+            for row in rows
+            for cell in row.ok
+            for e in cell.history
+        ],
+        columns=["variant", "devices", "framework", "seed", "epoch", "nll"],
+    )
+    facets = list(dict.fromkeys((row.variant, row.devices) for row in rows))
+    columns = 1 if len(facets) <= 4 else 2
+    count = math.ceil(len(facets) / columns)
+    width = WIDTH if columns == 1 else 2 * WIDTH * 0.8
+    figure = Figure(figsize=(width, 2.7 * count + 0.2), layout="constrained")
+    for index, (variant, devices) in enumerate(facets):
+        axes = figure.add_subplot(count, columns, index + 1)
+        axes.set_title(group_title(variant, devices))
+        part = data[(data.variant == variant) & (data.devices == devices)]
+        _draw_curves(axes, part)
+        axes.set_ylabel("Validation perplexity" if index % columns == 0 else "")
+        axes.set_xlabel("Epoch" if index >= len(facets) - columns else "")
+    return figure
+
+
+def _draw_curves(axes: Axes, data: pd.DataFrame) -> None:
+    axes.grid(axis="y")
+    if data.empty:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no result", transform=axes.transAxes, ha="center", color=MUTED)
+        return
+    axes.set_yscale("log")
+    frameworks = list(dict.fromkeys(data.framework))
+    sns.lineplot(
+        data=data.assign(perplexity=[perplexity(nll) for nll in data.nll]),
+        x="epoch",
+        y="perplexity",
+        hue="framework",
+        hue_order=frameworks,
+        palette=FRAMEWORK_COLOURS,
+        estimator=_geometric_mean,
+        errorbar=lambda values: (values.min(), values.max()),
+        err_kws={"alpha": 0.18, "linewidth": 0},
+        linewidth=1.6,
+        marker="o" if data.epoch.nunique() <= 3 else None,
+        markeredgewidth=0,
+        legend=False,
+        ax=axes,
+    )
+    low, high = axes.get_ylim()
+    if high / low < 10:  # a decade or less: round numbers rather than powers of ten
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    last = {framework: _last_point(data[data.framework == framework]) for framework in frameworks}
+    _label_line_ends(axes, last)
+
+
+def _geometric_mean(perplexities: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(np.asarray(perplexities, dtype=np.float64)))))
+
+
+def _last_point(data: pd.DataFrame) -> tuple[float, float]:
+    epoch = data.epoch.max()
+    return float(epoch), perplexity(float(data[data.epoch == epoch].nll.mean()))
+
+
+def _label_line_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
+    """Name each line at its end, in its colour; names that would overlap are moved apart."""
+    low, high = np.log(axes.get_ylim())
+    heights = {name: (math.log(y) - low) / (high - low) for name, (_, y) in ends.items()}
+    order = sorted(heights, key=lambda name: heights[name])
+    places = spread([heights[name] for name in order], gap=0.085)
+    for name, place in zip(order, places, strict=True):
+        axes.annotate(
+            framework_name(name),
+            xy=ends[name],
+            xycoords="data",
+            xytext=(1.07, place),
+            textcoords="axes fraction",
+            color=FRAMEWORK_COLOURS[name],
+            va="center",
+            fontsize=9,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": FRAMEWORK_COLOURS[name],
+                "linewidth": 0.7,
+                "alpha": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 1,
+            },
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights in [0, 1] as little as need be for neighbours to be `gap` apart.
+
+    Overlapping ones become a block centred on their mean (the pool-adjacent-violators algorithm),
+    which is then pushed inside [0, 1].
+    """
+    blocks: list[tuple[float, int]] = []  # sum of (height - offset), members
+    for index, height in enumerate(heights):
+        blocks.append((height - index * gap, 1))
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [(a + b, m + n)]
+    starts = [total / members for total, members in blocks for _ in range(members)]
+    placed = [start + index * gap for index, start in enumerate(starts)]
+    if not placed:
+        return []
+    shift = max(0.0, -placed[0]) - max(0.0, placed[-1] - 1)
+    return [place + shift for place in placed]
+
+
+def _describe(analysis: Analysis, text: Callable[[RowResult], str]) -> str:
+    parts = [
+        f"{group_title(*key)}: "
+        + ", ".join(f"{framework_name(row.framework)} {text(row)}" for row in rows)
+        for key, rows in _groups(analysis.rows)
+    ]
+    return "; ".join(parts) + "."
+
+
+def _perplexity_file(analysis: Analysis) -> FigureFile:
+    def text(row: RowResult) -> str:
+        summary = row.perplexity(analysis.metric)
+        if summary is None:
+            return "no result"
+        words = format_perplexity(summary.perplexity)
+        if summary.low is not None:
+            words += f" ({format_perplexity(summary.low)} to {format_perplexity(summary.high)})"
+        return words
+
+    floor = (
+        "The full line is the corpus' floor, below which no model can stay on average. "
+        if analysis.floor_perplexity
+        else ""
+    )
+    dashed = "Broken lines are published values. " if _published_lines(analysis) else ""
+    return FigureFile(
+        name="perplexity",
+        title=f"{METRIC_NAMES[analysis.metric]} by framework",
+        caption="Markers are means over seeds, bars their 95 % t intervals, ticks the seeds; "
+        f"lower is better. {floor}{dashed}".strip(),
+        alternative=_describe(analysis, text),
+    )
+
+
+def _learning_curves_file(analysis: Analysis) -> FigureFile:
+    def text(row: RowResult) -> str:
+        if row.valid is None or row.best_epoch is None:
+            return "no result"
+        return f"{format_perplexity(row.valid.perplexity)} in epoch {row.best_epoch.median:g}"
+
+    return FigureFile(
+        name="learning-curves",
+        title="Validation perplexity after each epoch",
+        caption="Lines are means over the seeds that ended well, bands reach from the best to the "
+        "worst of them; the scale is logarithmic.",
+        alternative="Best validation perplexity and its median epoch. " + _describe(analysis, text),
+    )
+
+
+def _speed_file(analysis: Analysis) -> FigureFile:
+    def text(row: RowResult) -> str:
+        speed = row.tokens_per_second
+        return "no result" if speed is None else format_count(speed.median)
+
+    return FigureFile(
+        name="tokens-per-second",
+        title="Training speed by framework",
+        caption="Markers are medians over seeds, thick bars reach from the lower to the upper "
+        "quartile, ticks are the seeds; higher is better.",
+        alternative="Median tokens per second. " + _describe(analysis, text),
+    )
+
+
+def _seconds_file(analysis: Analysis) -> FigureFile:
+    def text(row: RowResult) -> str:
+        if row.seconds is None:
+            return "no result"
+        return (
+            f"{format_seconds(row.seconds.total)}, training {format_seconds(row.seconds.training)}"
+        )
+
+    return FigureFile(
+        name="seconds",
+        title="Where the time of a run went",
+        caption="Wall-clock seconds of one run by clock, means over seeds; the clocks do not "
+        "overlap.",
+        alternative="Mean seconds of a run. " + _describe(analysis, text),
+    )

@@ -1,0 +1,1 @@
+"""The one training loop of all frameworks, and what a run leaves behind."""

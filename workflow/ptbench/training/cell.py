@@ -1,0 +1,205 @@
+"""One cell from its specification to its files: the command a scheduler runs.
+
+`metrics.json` is written last, and only for a run that finished.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from safetensors.numpy import save_file
+
+from ptbench.backends.contract import Backend, parameter_count
+from ptbench.backends.registry import backend_class
+from ptbench.configuration.models import PROTOCOL, Cell, Recipe, Specification
+from ptbench.corpus.batching import ParallelStreams
+from ptbench.corpus.store import Corpus, open_corpus
+from ptbench.errors import PtbenchError
+from ptbench.measurement.clocks import Clocks
+from ptbench.measurement.provenance import peak_memory_bytes, provenance
+from ptbench.training.initialization import draw_parameters
+from ptbench.training.loop import Progress, Run, Splits, train
+from ptbench.training.records import Metrics, Score, Seconds, history_csv, write_atomically
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a cell's files are."""
+
+    specification: Path  # JSON, read
+    corpus: Path  # folder, read
+    output: Path  # folder: metrics.json, history.csv, recipe.yaml, provenance.json
+    checkpoints: Path  # folder: best.safetensors
+
+
+def run_cell(cell: Cell, paths: Paths, threads: int, say: Callable[[str], None] = print) -> Metrics:
+    """Train and score one cell and write its files.
+
+    Args:
+        cell: which run.
+        paths: where to read and write.
+        threads: CPU threads, shared by all replicas.
+        say: receives a line of progress now and then.
+
+    Raises:
+        PtbenchError: if the specification, the corpus or the devices do not allow the run.
+    """
+    began = datetime.datetime.now(datetime.UTC)
+    clocks = Clocks()
+    specification = read_specification(paths.specification)
+    recipe = specification.recipe
+    if specification.variant != cell.variant:
+        raise PtbenchError(
+            f"{paths.specification} specifies {specification.variant}, not {cell.variant}"
+        )
+    with clocks("load"):
+        corpus = open_corpus(paths.corpus)
+        splits = batch(corpus, recipe, cell.devices)
+    with clocks("start_up"):
+        backend = create_backend(cell, specification, corpus.vocabulary_size, threads)
+    clocks.synchronize = backend.synchronize
+    facts = provenance(backend.package) | {
+        "devices": backend.device_names(),
+        "settings": backend.settings(),
+        "threads": threads,
+        "corpus": corpus.description,
+        "started": began.isoformat(timespec="seconds"),
+    }
+    if len(facts["devices"]) != cell.devices:
+        raise PtbenchError(f"{cell.path} got {len(facts['devices'])} devices, not {cell.devices}")
+
+    run = train(backend, recipe, splits, clocks, watcher(cell, say))
+
+    paths.output.mkdir(parents=True, exist_ok=True)
+    with clocks("checkpointing"):
+        if run.best_parameters is not None:
+            paths.checkpoints.mkdir(parents=True, exist_ok=True)
+            temporary = paths.checkpoints / ".best.safetensors"
+            save_file(run.best_parameters, temporary)
+            temporary.replace(paths.checkpoints / "best.safetensors")
+    facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    peak = peak_memory_bytes()  # while the replicas' processes still live
+    backend.close()
+    clocks.seconds["total"] = time.time() - psutil.Process().create_time()
+    metrics = summarize(cell, specification, corpus.vocabulary_size, splits, run, clocks, peak)
+    write_atomically(paths.output / "recipe.yaml", recipe_yaml(specification))
+    write_atomically(paths.output / "history.csv", history_csv(run.history))
+    write_atomically(paths.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
+    write_atomically(paths.output / "metrics.json", metrics.model_dump_json(indent=2) + "\n")
+    return metrics
+
+
+def read_specification(path: Path) -> Specification:
+    """The specification in a JSON file that the workflow wrote.
+
+    Raises:
+        PtbenchError: if it is missing, not valid, or of another protocol.
+    """
+    try:
+        specification = Specification.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise PtbenchError(f"cannot read the specification {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise PtbenchError(f"{path} is not a specification: {error}") from error
+    if specification.protocol != PROTOCOL:
+        raise PtbenchError(
+            f"{path} is of protocol {specification.protocol}; this ptbench runs {PROTOCOL}"
+        )
+    return specification
+
+
+def batch(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
+    """The corpus as the recipe feeds it, the training batch for all devices together."""
+    length = recipe.sequence_length
+    return Splits(
+        train=ParallelStreams(corpus.train, recipe.global_batch_size(devices), length),
+        valid=ParallelStreams(corpus.valid, recipe.evaluation_batch_size, length),
+        test=ParallelStreams(corpus.test, recipe.test_batch_size, length),
+    )
+
+
+def create_backend(
+    cell: Cell, specification: Specification, vocabulary_size: int, threads: int
+) -> Backend:
+    """The cell's model with its initial parameters, on its devices."""
+    backend = backend_class(cell.framework, threads)(
+        specification.recipe,
+        vocabulary_size,
+        devices=cell.devices,
+        seed=cell.seed,
+        accelerator=specification.accelerator,
+        threads=threads,
+    )
+    if specification.recipe.initialization == "shared":
+        backend.load_parameters(draw_parameters(specification.recipe, vocabulary_size, cell.seed))
+    return backend
+
+
+def watcher(cell: Cell, say: Callable[[str], None]) -> Callable[[Progress], None]:
+    """Turns progress into lines that say which cell they are about."""
+    label = f"{cell.variant} {cell.framework} devices {cell.devices} seed {cell.seed}"
+
+    def watch(progress: Progress) -> None:
+        where = f"[{label}] epoch {progress.epoch}/{progress.epochs}"
+        speed = f"{progress.tokens_per_second:,.0f} tokens/s"
+        if progress.finished:
+            valid = progress.finished.valid_perplexity
+            say(f"{where}  train {progress.train_perplexity:.2f}  valid {valid:.2f}  {speed}")
+        else:
+            say(f"{where}  {progress.fraction:.0%}  train {progress.train_perplexity:.2f}  {speed}")
+
+    return watch
+
+
+def summarize(
+    cell: Cell,
+    specification: Specification,
+    vocabulary_size: int,
+    splits: Splits,
+    run: Run,
+    clocks: Clocks,
+    peak: int,
+) -> Metrics:
+    """`metrics.json` of a finished run."""
+    best = run.best
+    return Metrics(
+        protocol=specification.protocol,
+        fingerprint=specification.fingerprint,
+        cell=cell,
+        status="diverged" if run.diverged else "ok",
+        reason=run.diverged,
+        parameters=parameter_count(specification.recipe, vocabulary_size),
+        vocabulary_size=vocabulary_size,
+        epochs=len(run.history),
+        best_epoch=best.epoch if best else None,
+        train=best
+        and Score(
+            nll=best.train_nll,
+            perplexity=best.train_perplexity,
+            tokens=splits.train.predicted_tokens,
+        ),
+        valid=best
+        and Score(
+            nll=best.valid_nll,
+            perplexity=best.valid_perplexity,
+            tokens=splits.valid.predicted_tokens,
+        ),
+        test=run.test,
+        tokens_per_second=run.tokens_per_second,
+        seconds_per_epoch=run.seconds_per_epoch,
+        seconds=Seconds(**clocks.seconds),
+        peak_memory_bytes=peak,
+    )
+
+
+def recipe_yaml(specification: Specification) -> str:
+    """The resolved recipe as YAML. JSON scalars are YAML scalars, so no library is needed."""
+    head = {"variant": specification.variant, "fingerprint": specification.fingerprint}
+    values = head | specification.recipe.model_dump(mode="json")
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())

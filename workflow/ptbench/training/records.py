@@ -1,0 +1,123 @@
+"""What a run leaves behind: `metrics.json`, `history.csv` and their models.
+
+`metrics.json` exists only for a finished run, be it `ok` or `diverged`. Written by the trainer in a
+framework's environment, read by the analysis in the workflow's.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ptbench.configuration.models import Cell, Model
+
+
+class Score(Model):
+    """How well a split was predicted."""
+
+    nll: float = Field(description="Mean negative log-likelihood [nats per token].")
+    perplexity: float = Field(description="exp(nll).")
+    tokens: int = Field(description="Predicted tokens, each counted once.")
+
+
+def score(nll_sum: float, tokens: int) -> Score:
+    """The score of `tokens` predictions whose negative log-likelihoods sum to `nll_sum` nats."""
+    nll = nll_sum / tokens
+    return Score(nll=nll, perplexity=perplexity(nll), tokens=tokens)
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), infinite where that overflows."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+class Epoch(Model):
+    """One row of `history.csv`; the seconds and the rate alone differ between two equal runs."""
+
+    epoch: int = Field(description="Counted from 1.")
+    learning_rate: float = Field(description="Rate of this epoch's steps.")
+    train_nll: float = Field(description="Mean over the epoch's steps as they ran [nats/token].")
+    train_perplexity: float = Field(description="exp(train_nll).")
+    valid_nll: float = Field(description="After the epoch [nats/token].")
+    valid_perplexity: float = Field(description="exp(valid_nll).")
+    gradient_norm: float = Field(description="Mean global norm before clipping.")
+    tokens_per_second: float = Field(description="Training tokens over training time, warm.")
+    training_seconds: float = Field(description="Training alone [s].")
+    evaluation_seconds: float = Field(description="Validation alone [s].")
+
+
+class Seconds(Model):
+    """Where a run's time went; the clocks do not overlap. Each stops on a synchronised device."""
+
+    load: float = Field(0.0, description="Opening and batching the prepared corpus [s].")
+    start_up: float = Field(0.0, description="Importing the framework, building the model [s].")
+    compile: float = Field(0.0, description="First steps of each kind, not counted as speed [s].")
+    training: float = Field(0.0, description="Training steps after the first [s].")
+    evaluation: float = Field(0.0, description="Validation and test [s].")
+    checkpointing: float = Field(0.0, description="Saving parameters [s].")
+    total: float = Field(0.0, description="From the start of the process to its end [s].")
+
+
+class Metrics(Model):
+    """`metrics.json`: the result of one cell."""
+
+    protocol: int = Field(description="Version of what training and measuring mean.")
+    fingerprint: str = Field(description="Of the specification that was run.")
+    cell: Cell = Field(description="Which run this is.")
+    status: Literal["ok", "diverged"] = Field(description="How it ended.")
+    reason: str | None = Field(None, description="Why it counts as diverged.")
+    parameters: int = Field(description="Trainable numbers in the model.")
+    vocabulary_size: int = Field(description="Word types.")
+    epochs: int = Field(description="Epochs trained.")
+    best_epoch: int | None = Field(description="Epoch of the lowest validation nll.")
+    train: Score | None = Field(description="Training split in the best epoch, as it ran.")
+    valid: Score | None = Field(description="Validation split after the best epoch.")
+    test: Score | None = Field(description="Test split with the best epoch's parameters.")
+    tokens_per_second: float | None = Field(description="Median over epochs [tokens/s].")
+    seconds_per_epoch: float | None = Field(description="Median of training + validation [s].")
+    seconds: Seconds = Field(description="Where the time went.")
+    peak_memory_bytes: int = Field(description="Largest resident memory of all processes [bytes].")
+    peak_device_memory_bytes: int | None = Field(
+        None, description="Largest allocation on the GPUs, by the framework's own count [bytes]."
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or none: to a neighbour first, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def history_csv(epochs: Iterable[Epoch]) -> str:
+    """The text of `history.csv`; numbers in their shortest exact form."""
+    lines = [",".join(Epoch.model_fields)]
+    lines += [",".join(repr(value) for _, value in epoch) for epoch in epochs]
+    return "\n".join(lines) + "\n"
+
+
+def read_history(path: Path) -> list[Epoch]:
+    """The rows of a `history.csv`."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Epoch.model_validate(row) for row in csv.DictReader(file)]
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The content of a `metrics.json`."""
+    return Metrics.model_validate_json(path.read_bytes())

@@ -81,10 +81,10 @@ def train(arguments: argparse.Namespace) -> None:
 def analyse(arguments: argparse.Namespace) -> None:
     """Tables, figures and verdicts of one experiment, from its cells' results."""
     from ptbench.analysis.experiment import analyse_experiment
+    from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.loading import WORKFLOW
 
-    study = load(arguments.config)
-    plan = study.plan(arguments.experiment)
+    plan = plan_experiment(load(arguments.config), arguments.experiment)
     analyse_experiment(plan, arguments.results, WORKFLOW / "published", arguments.output)
 
 

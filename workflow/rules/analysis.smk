@@ -1,3 +1,18 @@
+# The configuration as merged from all its sources, kept beside the results.
+rule config:
+    output:
+        "results/config.json",
+    log:
+        "results/logs/config.log",
+    localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    params:
+        json=study.config.model_dump_json(),
+    shell:
+        "python -m ptbench config --json {params.json:q} --output {output:q} > {log:q} 2>&1"
+
+
 # Tables, figures and verdicts of one experiment.
 rule analyse:
     input:
@@ -10,11 +25,14 @@ rule analyse:
         "results/experiments/{experiment}/analysis.json",
     log:
         "results/logs/experiments/{experiment}.log",
-    message:
-        "Analysing {wildcards.experiment}"
-    params:
-        definition=lambda wildcards: study.experiments[wildcards.experiment].definition_json,
     localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    params:
+        folder=subpath(output[0], parent=True),
+        definition=lambda wildcards: study.experiments[
+            wildcards.experiment
+        ].definition_json,
     shell:
-        "{PYTHON:q} -m ptbench analyse {wildcards.experiment:q} --config {input.config:q}"
-        " --results results --output $(dirname {output:q}) > {log:q} 2>&1"
+        "python -m ptbench analyse {wildcards.experiment:q} --config {input.config:q}"
+        " --results results --output {params.folder:q} > {log:q} 2>&1"

@@ -1,5 +1,7 @@
 # The validated study, and what several rules need of it. No logic: that is in workflow/ptbench.
+import shlex
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
@@ -16,8 +18,18 @@ except ConfigurationError as error:
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 ACCELERATOR = study.config.accelerator
 USES_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-# The workflow's own interpreter; the frameworks' are in their environments.
-PYTHON = sys.executable
+
+# Rules say `python`: the one that runs Snakemake, unless conda brings another.
+if USES_CONDA:
+    shell.prefix("export PYTHONPATH=workflow; ")
+else:
+    folder = shlex.quote(str(Path(sys.executable).parent))
+    shell.prefix(f"export PYTHONPATH=workflow PATH={folder}:$PATH; ")
+
+
+def corpus_of(wildcards):
+    folder = study.specification(wildcards.variant).recipe.corpus_folder
+    return f"results/corpora/{folder}/corpus.json"
 
 
 wildcard_constraints:
@@ -28,16 +40,3 @@ wildcard_constraints:
     seed="[0-9]+",
     corpus_folder="[a-z0-9][a-z0-9.-]*",
     experiment="[a-z0-9][a-z0-9.-]*",
-
-
-# The configuration as merged from all its sources, kept beside the results.
-rule config:
-    output:
-        "results/config.json",
-    log:
-        "results/logs/config.log",
-    params:
-        json=study.config.model_dump_json(),
-    localrule: True
-    shell:
-        "{PYTHON:q} -m ptbench config --json {params.json:q} --output {output:q} > {log:q} 2>&1"

@@ -4,11 +4,12 @@ rule corpus:
         "results/corpora/{corpus_folder}/corpus.json",
     log:
         "results/logs/corpora/{corpus_folder}.log",
-    message:
-        "Preparing the corpus {wildcards.corpus_folder}"
-    params:
-        request=lambda wildcards: study.corpus_request(wildcards.corpus_folder),
     localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    params:
+        folder=subpath(output[0], parent=True),
+        request=lambda wildcards: study.corpus_request(wildcards.corpus_folder),
     shell:
-        "{PYTHON:q} -m ptbench corpus --json {params.request:q}"
-        " --downloads results/downloads --output $(dirname {output:q}) --log {log:q}"
+        "python -m ptbench corpus --json {params.request:q}"
+        " --downloads results/downloads --output {params.folder:q} --log {log:q}"

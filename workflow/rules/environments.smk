@@ -6,9 +6,11 @@ rule environment:
         "results/environments/{framework}-{accelerator}/environment.json",
     log:
         "results/logs/environments/{framework}-{accelerator}.log",
-    message:
-        "Building the environment of {wildcards.framework} for {wildcards.accelerator}"
     localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    params:
+        folder=subpath(output[0], parent=True),
     shell:
-        "{PYTHON:q} -m ptbench environment {wildcards.framework:q}"
-        " --accelerator {wildcards.accelerator:q} --output $(dirname {output:q}) > {log:q} 2>&1"
+        "python -m ptbench environment {wildcards.framework:q}"
+        " --accelerator {wildcards.accelerator:q} --output {params.folder:q} > {log:q} 2>&1"

@@ -1,16 +1,22 @@
 # The report on all experiments of the configuration.
 rule report:
     input:
-        expand("results/experiments/{experiment}/analysis.json", experiment=study.experiments),
+        expand(
+            "results/experiments/{experiment}/analysis.json",
+            experiment=study.experiments,
+        ),
     output:
         "results/report/index.html",
     log:
         "results/logs/report.log",
-    message:
-        "Rendering the report"
-    params:
-        experiments=expand("results/experiments/{experiment}", experiment=study.experiments),
     localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    params:
+        folder=subpath(output[0], parent=True),
+        experiments=expand(
+            "results/experiments/{experiment}", experiment=study.experiments
+        ),
     shell:
-        "{PYTHON:q} -m ptbench report {params.experiments:q} --output $(dirname {output:q})"
+        "python -m ptbench report {params.experiments:q} --output {params.folder:q}"
         " > {log:q} 2>&1"

@@ -4,17 +4,14 @@ rule specification:
         "results/specifications/{variant}.json",
     log:
         "results/logs/specifications/{variant}.log",
+    localrule: True
+    conda:
+        "../../envs/workflow.yaml"
     params:
         json=lambda wildcards: study.specification(wildcards.variant).model_dump_json(),
-    localrule: True
     shell:
-        "{PYTHON:q} -m ptbench specification --json {params.json:q} --output {output:q}"
+        "python -m ptbench specification --json {params.json:q} --output {output:q}"
         " > {log:q} 2>&1"
-
-
-def corpus_of(wildcards):
-    folder = study.specification(wildcards.variant).recipe.corpus_folder
-    return f"results/corpora/{folder}/corpus.json"
 
 
 # One cell. What its inputs mean is in the fingerprint, so their ages do not matter: a change of
@@ -22,10 +19,12 @@ def corpus_of(wildcards):
 # outputs before every run.
 rule train:
     input:
-        environment=[]
-        if USES_CONDA
-        else ancient(
-            f"results/environments/{{framework}}-{ACCELERATOR}/environment.json"
+        environment=(
+            []
+            if USES_CONDA
+            else ancient(
+                f"results/environments/{{framework}}-{ACCELERATOR}/environment.json"
+            )
         ),
         corpus=ancient(corpus_of),
         specification=ancient("results/specifications/{variant}.json"),
@@ -37,10 +36,10 @@ rule train:
         f"results/benchmarks/cells/{CELL}.tsv"
     conda:
         "../../envs/{framework}.yaml"
-    message:
-        "Training {wildcards.variant} in {wildcards.framework}, devices {wildcards.devices}, seed {wildcards.seed}"
     threads: study.config.threads
     params:
+        folder=subpath(output[0], parent=True),
+        corpus=subpath(input.corpus, parent=True),
         fingerprint=lambda wildcards: study.specification(wildcards.variant).fingerprint,
         python=(
             "python"
@@ -50,7 +49,7 @@ rule train:
         cell=CELL,
         checkpoints=f"results/checkpoints/{CELL}",
     shell:
-        "PYTHONPATH=workflow {params.python:q} -m ptbench train --cell {params.cell:q}"
-        " --specification {input.specification:q} --corpus $(dirname {input.corpus:q})"
-        " --output $(dirname {output:q}) --checkpoints {params.checkpoints:q}"
+        "{params.python:q} -m ptbench train --cell {params.cell:q}"
+        " --specification {input.specification:q} --corpus {params.corpus:q}"
+        " --output {params.folder:q} --checkpoints {params.checkpoints:q}"
         " --threads {threads} --log {log:q}"

@@ -10,7 +10,7 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +64,7 @@ class CellResult:
     cell: Cell
     metrics: Metrics | None = None
     history: tuple[Epoch, ...] = ()
-    facts: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
 
     @property
     def state(self) -> State:
@@ -156,7 +156,8 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
         path = folder / "history.csv"
         history = tuple(read_history(path))
         path = folder / "provenance.json"
-        facts = Provenance.model_validate_json(path.read_bytes()) if path.exists() else Provenance()
+        known = path.read_bytes() if path.exists() else b"{}"
+        provenance = Provenance.model_validate_json(known)
     except FileNotFoundError as error:
         raise AnalysisError(f"{path} is missing although the run has finished") from error
     except (OSError, ValidationError, UnicodeDecodeError, csv.Error) as error:
@@ -174,7 +175,7 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
             raise AnalysisError(
                 f"{folder / 'metrics.json'} says ok but lacks a finite score of a split"
             )
-    return CellResult(cell, metrics, history, facts)
+    return CellResult(cell, metrics, history, provenance)
 
 
 def _first_line(error: Exception) -> str:

@@ -208,9 +208,9 @@ def _row_result(row: Row) -> RowResult:
         parameters=max((m.parameters for m in metrics), default=None),
         peak_memory_bytes=max((m.peak_memory_bytes for m in metrics), default=None),
         peak_device_memory_bytes=max(device_memory, default=None),
-        framework_versions=_distinct(cell.facts.framework_version for cell in row.cells),
-        machines=_distinct(_machine(cell.facts) for cell in row.cells),
-        commits=_distinct(_commit(cell.facts) for cell in row.cells),
+        framework_versions=_distinct(cell.provenance.framework_version for cell in row.cells),
+        machines=_distinct(_machine(cell.provenance) for cell in row.cells),
+        commits=_distinct(_commit(cell.provenance) for cell in row.cells),
         cells=tuple(_cell_line(row, index) for index in range(len(row.cells))),
     )
 
@@ -219,15 +219,15 @@ def _distinct(values: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted({value for value in values if value}))
 
 
-def _machine(facts: Provenance) -> str | None:
-    names = [facts.cpu, *(gpu.get("name") for gpu in facts.gpus)]
+def _machine(provenance: Provenance) -> str | None:
+    names = [provenance.cpu, *(gpu.get("name") for gpu in provenance.gpus)]
     return " + ".join(name for name in names if name) or None
 
 
-def _commit(facts: Provenance) -> str | None:
-    if facts.git_commit is None:
+def _commit(provenance: Provenance) -> str | None:
+    if provenance.git_commit is None:
         return None
-    return facts.git_commit[:12] + ("+changes" if facts.git_dirty else "")
+    return provenance.git_commit[:12] + ("+changes" if provenance.git_dirty else "")
 
 
 def _mean_seconds(seconds: Sequence[Seconds]) -> Seconds:

@@ -317,7 +317,7 @@ def compare_pairs(
 def _reason(a: Sample, b: Sample, p_holm: float | None, p_equivalence: float | None) -> str:
     fewest = min(len(a), len(b))
     if fewest == 0:
-        return "no result on one side"
+        return "no valid result on one side"
     if fewest == 1:
         return "one seed on one side: no test is possible"
     if p_holm is None or p_equivalence is None:

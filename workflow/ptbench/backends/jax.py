@@ -37,10 +37,6 @@ from ptbench.errors import PtbenchError
 
 Array = Any  # jax.Array, or a tracer of one
 
-# Kind of random numbers. XLA's own generator (Philox on the CPU) draws dropout's masks several
-# times faster than JAX's default, Threefry, and is as reproducible under a pinned jaxlib.
-RANDOM_GENERATOR = "rbg"
-
 # The mesh's one axis: the replicas, among which the batch is shared.
 DATA = "data"
 
@@ -136,6 +132,21 @@ def lstm_backward(
 lstm_layer.defvjp(lstm_forward, lstm_backward)
 
 
+def native_parameters(recipe: Recipe, vocabulary_size: int, seed: int) -> dict[str, Array]:
+    """Uniform by JAX's own draw; recurrent biases zero, and `forget_bias` at the forget gates."""
+    scale, hidden = recipe.initialization_scale, recipe.hidden_size
+    shapes = parameter_shapes(recipe, vocabulary_size)
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    parameters = {}
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True):
+        if name.startswith("rnn.") and name.endswith(".bias"):
+            bias = jnp.zeros(shape)
+            parameters[name] = bias.at[hidden : 2 * hidden].set(recipe.forget_bias)
+        else:
+            parameters[name] = jax.random.uniform(key, shape, minval=-scale, maxval=scale)
+    return parameters
+
+
 def dropout(x: Array, rate: float, key: Array) -> Array:
     """Zero each number with probability `rate` and scale the others to keep the mean."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
@@ -152,7 +163,7 @@ def logits_and_state(
         key: of the dropout masks; None for no dropout.
 
     Returns:
-        Logits [time, batch, vocabulary], and the state after the last step.
+        Logits [time * batch, vocabulary], and the state after the last step.
     """
     keys = None if key is None else jax.random.split(key, recipe.layers + 1)
     x = parameters["embedding"][inputs]
@@ -165,14 +176,22 @@ def logits_and_state(
         states.append(layer_state)
         if keys is not None:
             x = dropout(x, recipe.dropout, keys[layer + 1])
-    logits = x @ parameters["softmax.weight"].T + parameters["softmax.bias"]
+    # One matrix, because XLA's products of three-dimensional arrays are a tenth slower.
+    top = x.reshape(-1, recipe.hidden_size)
+    logits = top @ parameters["softmax.weight"].T + parameters["softmax.bias"]
     return logits, jnp.stack(states)
 
 
 def summed_nll(logits: Array, targets: Array, mask: Array) -> Array:
-    """Negative log-likelihood summed over the real tokens [nats]."""
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * mask).sum()
+    """Negative log-likelihood summed over the real tokens [nats].
+
+    Args:
+        logits: [time * batch, vocabulary].
+        targets: [time, batch].
+        mask: [time, batch].
+    """
+    target_logits = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0]
+    return ((jax.nn.logsumexp(logits, axis=-1) - target_logits) * mask.reshape(-1)).sum()
 
 
 # ------------------------------------------------------------------------ objective and training
@@ -183,7 +202,7 @@ def replica_key(recipe: Recipe, seed: int, step: Array) -> Array | None:
     """Key of a replica's dropout masks, a function of (seed, step, replica) alone."""
     if not recipe.dropout:
         return None
-    key = jax.random.key(seed, impl=RANDOM_GENERATOR)
+    key = jax.random.key(seed)
     return jax.random.fold_in(jax.random.fold_in(key, step), jax.lax.axis_index(DATA))
 
 
@@ -247,7 +266,7 @@ def predict(
 ) -> tuple[Array, Array]:
     """Log-probabilities [time, batch, vocabulary] without dropout, and the final state."""
     logits, final = logits_and_state(recipe, parameters, inputs, state, None)
-    return jax.nn.log_softmax(logits), final
+    return jax.nn.log_softmax(logits).reshape(*inputs.shape, -1), final
 
 
 # -------------------------------------------------------------------------------------- devices
@@ -281,6 +300,14 @@ def claim_devices(accelerator: Accelerator, devices: int, threads: int) -> list[
             "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
         )
     return list(found[:devices])
+
+
+def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
+    """What XLA is told that is not its default."""
+    if accelerator == "cuda":
+        return {"xla_gpu_deterministic_ops": True}  # gradients are scattered in a fixed order
+    # Replicas wait for one another as long as a busy machine takes; by default XLA aborts after 40 s.
+    return {"xla_cpu_collective_call_terminate_timeout_seconds": 24 * 3600}
 
 
 # -------------------------------------------------------------------------------------- backend
@@ -353,21 +380,8 @@ class JaxBackend(Backend):
         )
         self._evaluate = compile_(partial(evaluate, recipe))
         self._predict = compile_(partial(predict, recipe))
-        self._parameters = jax.device_put(self._native_parameters(), self._everywhere)
-
-    def _native_parameters(self) -> dict[str, Array]:
-        """Uniform by JAX's own draw, the recurrent biases as in `draw_parameters`."""
-        scale, hidden = self.recipe.initialization_scale, self.recipe.hidden_size
-        shapes = parameter_shapes(self.recipe, self.vocabulary_size)
-        keys = jax.random.split(jax.random.key(self.seed), len(shapes))
-        parameters = {}
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True):
-            if name.startswith("rnn.") and name.endswith(".bias"):
-                bias = jnp.zeros(shape).at[hidden : 2 * hidden].set(self.recipe.forget_bias)
-                parameters[name] = bias
-            else:
-                parameters[name] = jax.random.uniform(key, shape, minval=-scale, maxval=scale)
-        return parameters
+        draw = jax.jit(native_parameters, static_argnums=(0, 1, 2), out_shardings=self._everywhere)
+        self._parameters = draw(recipe, vocabulary_size, seed)
 
     def parameters(self) -> Parameters:
         return self._to_numpy(self._parameters)
@@ -452,11 +466,6 @@ class JaxBackend(Backend):
         return {
             "threads": os.environ["NPROC"] if self.accelerator == "cpu" else str(self.threads),
             "matmul_precision": "highest (float32; no TF32)",
-            "random_generator": RANDOM_GENERATOR,
+            "random_generator": str(jax.config.jax_default_prng_impl),
             **{k: str(v) for k, v in compiler_options(self.accelerator).items()},
         }
-
-
-def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
-    """What XLA is told: on GPUs, to scatter gradients in a fixed order."""
-    return {"xla_gpu_deterministic_ops": True} if accelerator == "cuda" else {}

@@ -55,11 +55,7 @@ def language_model(recipe: Recipe, vocabulary_size: int, seed: int) -> keras.Mod
         gate = [0.0, recipe.forget_bias, 0.0, 0.0]  # input, forget, candidate, output
         return keras.ops.repeat(keras.ops.convert_to_tensor(gate, dtype), shape[0] // 4)
 
-    tokens = keras.Input(
-        (recipe.sequence_length if os.environ.get("X_UNROLL") == "1" else None,),
-        dtype="int32",
-        name="tokens",
-    )
+    tokens = keras.Input((None,), dtype="int32", name="tokens")
     states = [
         keras.Input((recipe.hidden_size,), name=f"{kind}_{layer}")
         for layer in range(recipe.layers)
@@ -81,7 +77,6 @@ def language_model(recipe: Recipe, vocabulary_size: int, seed: int) -> keras.Mod
             unit_forget_bias=False,  # would be 1, whatever the recipe says
             return_sequences=True,
             return_state=True,
-            unroll=os.environ.get("X_UNROLL") == "1",
             name=f"rnn_{layer}",
         )(x, initial_state=states[2 * layer : 2 * layer + 2])
         x = keras.layers.Dropout(recipe.dropout)(x)
@@ -124,7 +119,7 @@ def configure_tensorflow(devices: int, accelerator: Accelerator, threads: int) -
     physical = tf.config.list_physical_devices(kind)
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(max(threads, devices))
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
         if kind == "GPU":
             tf.config.set_visible_devices(physical[:devices], "GPU")
             for gpu in physical[:devices]:
@@ -137,8 +132,7 @@ def configure_tensorflow(devices: int, accelerator: Accelerator, threads: int) -
     except RuntimeError:  # TensorFlow has started
         pass
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    if os.environ.get("X_DET", "1") == "1":
-        tf.config.experimental.enable_op_determinism()
+    tf.config.experimental.enable_op_determinism()
     names = [device.name for device in tf.config.list_logical_devices(kind)]
     if len(names) < devices:
         raise PtbenchError(
@@ -188,8 +182,6 @@ class KerasBackend(Backend):
             if devices > 1
             else tf.distribute.OneDeviceStrategy(self.tf_devices[0])
         )
-        # XLA cannot compile the cuDNN kernel, which keras.layers.LSTM uses on a GPU.
-        self.jit_compile = os.environ.get("X_JIT", "1") == "1"
         with self.strategy.scope():
             self.model = language_model(recipe, vocabulary_size, seed)
             self.loss = keras.losses.SparseCategoricalCrossentropy(
@@ -200,10 +192,11 @@ class KerasBackend(Backend):
             )
             self.optimizer.build(self.model.trainable_variables)
         self.variables = canonical_variables(self.model)
-        self.replica_gradients = tf.function(self._replica_gradients, jit_compile=self.jit_compile)
+        # Not compiled by XLA: no faster here on a CPU, slower to start, unable to use a second
+        # logical CPU, and without cuDNN's LSTM on a GPU.
         self.global_gradients = tf.function(self._global_gradients)
         self.update = tf.function(self._update)
-        self.evaluate = tf.function(self._evaluate, jit_compile=self.jit_compile)
+        self.evaluate = tf.function(self._evaluate)
 
     # Training step: each replica's gradients, their sum over the replicas, one update.
 
@@ -225,15 +218,16 @@ class KerasBackend(Backend):
         return nll, gradients, state
 
     def _global_gradients(self, *batch: Any) -> tuple[Any, list[Any], Any]:
-        nll, gradients, state = self.strategy.run(self.replica_gradients, batch)
-        if self.devices > 1:
+        """The same of the global batch: nll and gradient on the first device."""
+        nll, gradients, state = self.strategy.run(self._replica_gradients, batch)
+        with tf.device(self.tf_devices[0]):
             nll, gradients = self.strategy.reduce("SUM", (nll, gradients), axis=None)
         return nll, gradients, state
 
     def _update(self, learning_rate: Any, *batch: Any) -> tuple[Any, Any, Any]:
-        nll, gradients, state = self.global_gradients(*batch)
-        # Outside strategy.run, so that Keras clips the sum over replicas. Inside, it would clip
-        # each replica's gradient and sum afterwards.
+        nll, gradients, state = self._global_gradients(*batch)
+        # Outside strategy.run, so that Keras clips the sum over the replicas. Inside, it would
+        # clip each replica's gradient and add up afterwards.
         self.optimizer.learning_rate = learning_rate
         self.optimizer.apply(gradients, self.model.trainable_variables)
         return nll, tf.linalg.global_norm(gradients), state
@@ -352,7 +346,7 @@ class KerasBackend(Backend):
             "keras_backend": f"tensorflow {tf.__version__}",
             "intra_op_threads": str(tf.config.threading.get_intra_op_parallelism_threads()),
             "inter_op_threads": str(tf.config.threading.get_inter_op_parallelism_threads()),
-            "jit_compile": str(self.jit_compile),
+            "jit_compile": "False",
             "op_determinism": "on",
             "tf32": "off",
         }

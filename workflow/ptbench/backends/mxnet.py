@@ -35,9 +35,9 @@ from ptbench.errors import PtbenchError
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 os.environ["MXNET_ENFORCE_DETERMINISM"] = "1"
 
-import mxnet as mx  # noqa: E402
-from mxnet import autograd, gluon  # noqa: E402
-from mxnet.gluon import nn, rnn  # noqa: E402
+import mxnet as mx
+from mxnet import autograd, gluon
+from mxnet.gluon import nn, rnn
 
 
 class LanguageModel(gluon.HybridBlock):
@@ -139,7 +139,7 @@ class MXNetBackend(Backend):
         mx.random.seed(random_seed(seed))
         self.model.initialize(ctx=self.contexts)
         self.nll = NegativeLogLikelihood(self.model)
-        # Buffers and execution plan are made once; what a call returns is overwritten by the next.
+        # Buffers and execution plan are made once; only what a call returns is allocated anew.
         self.nll.hybridize(static_alloc=True, static_shape=True)
         self.trainable = [p for p in self.model.collect_params().values() if p.grad_req != "null"]
         self.trainer = gluon.Trainer(
@@ -216,7 +216,7 @@ class MXNetBackend(Backend):
         autograd.backward(objectives)
         self.trainer.allreduce_grads()
         nll = mx.nd.add_n(*[n.as_in_context(self.contexts[0]) for n in nlls])
-        return nll, [copy_state(s) for s in states]
+        return nll, [carried(s) for s in states]
 
     def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
         self.forward_backward(inputs, targets, mask, state)
@@ -250,13 +250,13 @@ class MXNetBackend(Backend):
     ) -> EvaluateStep:
         arrays = (to_device(a, self.contexts[0]) for a in (inputs, targets, mask))
         nll, final = self.nll(*arrays, state)
-        return EvaluateStep(as_scalar(nll.copy()), copy_state(final))
+        return EvaluateStep(as_scalar(nll), final)
 
     def next_token_log_probabilities(
         self, inputs: Tokens, state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
         logits, final = self.model(to_device(inputs, self.contexts[0]), state)
-        return mx.nd.log_softmax(logits).asnumpy(), copy_state(final)
+        return mx.nd.log_softmax(logits).asnumpy(), final
 
     # ---- snapshots
 
@@ -328,9 +328,9 @@ def as_scalar(array: mx.nd.NDArray) -> Scalar:
     return array.as_np_ndarray()
 
 
-def copy_state(state: list[list[mx.nd.NDArray]]) -> list[list[mx.nd.NDArray]]:
-    """The same state in arrays that no later call of the static graph overwrites."""
-    return [[a.copy() for a in layer] for layer in state]
+def carried(state: list[list[mx.nd.NDArray]]) -> list[list[mx.nd.NDArray]]:
+    """The same state without its past, so that no gradient flows back into the last window."""
+    return [[a.detach() for a in layer] for layer in state]
 
 
 def is_transposed(name: str) -> bool:

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -315,37 +315,57 @@ def follow(
     """A follower's life: do as told until replica 0 closes the connection or dies."""
     join_group(rendezvous, rank, devices, accelerator)
     replicas: dict[int, Replica] = {}
-    states: dict[tuple[int, int], list[LayerState]] = {}
+    states: dict[tuple[int, int], list[LayerState]] = {}  # by backend and handle
+
+    def create(
+        backend: int, recipe: Recipe, vocabulary_size: int, seed: int, accelerator: Accelerator,
+        threads: int,
+    ) -> None:  # fmt: skip
+        replicas[backend] = Replica(
+            recipe, vocabulary_size, seed, accelerator, threads, rank, devices
+        )
+
+    def load_parameters(backend: int, parameters: Parameters, step: int) -> None:
+        replicas[backend].load_parameters(parameters)
+        replicas[backend].step = step
+
+    def initial_state(backend: int, batch_size: int, handle: int) -> None:
+        states[backend, handle] = replicas[backend].initial_state(batch_size)
+
+    def load_state(backend: int, arrays: npt.NDArray[np.float32], handle: int) -> None:
+        mine = device_columns(arrays.shape[2], devices)[rank]
+        states[backend, handle] = replicas[backend].load_state(arrays[:, :, mine])
+
+    def send_state(backend: int, handle: int) -> None:
+        connection.send(state_array(states[backend, handle]))
+
+    def train_step(
+        backend: int, inputs: Tokens, targets: Tokens, mask: Mask, learning_rate: float,
+        before: int, after: int,
+    ) -> None:  # fmt: skip
+        state = states[backend, before]
+        step = replicas[backend].train_step(inputs, targets, mask, state, learning_rate)
+        states[backend, after] = step.state
+
+    def backward(backend: int, inputs: Tokens, targets: Tokens, mask: Mask, before: int) -> None:
+        replicas[backend].backward(inputs, targets, mask, states[backend, before])
+
+    def close(backend: int) -> None:
+        del replicas[backend]
+
+    methods: dict[str, Callable[..., None]] = {
+        function.__name__: function
+        for function in (
+            create, load_parameters, initial_state, load_state, send_state, train_step, backward,
+            close,
+        )
+    }  # fmt: skip
     with contextlib.suppress(EOFError):
         while True:
             backend, method, arguments, released = connection.recv()
             for key in released:
                 states.pop(key, None)
-            if method == "create":
-                replicas[backend] = Replica(*arguments, rank=rank, devices=devices)
-            elif method == "initial_state":
-                batch_size, handle = arguments
-                states[backend, handle] = replicas[backend].initial_state(batch_size)
-            elif method == "load_state":
-                arrays, handle = arguments
-                mine = device_columns(arrays.shape[2], devices)[rank]
-                states[backend, handle] = replicas[backend].load_state(arrays[:, :, mine])
-            elif method == "state":
-                connection.send(state_array(states[backend, arguments[0]]))
-            elif method == "train_step":
-                *batch, learning_rate, before, after = arguments
-                result = replicas[backend].train_step(
-                    *batch, states[backend, before], learning_rate
-                )
-                states[backend, after] = result.state
-            elif method == "backward":
-                *batch, before = arguments
-                replicas[backend].backward(*batch, states[backend, before])
-            elif method == "load_parameters":
-                parameters, replicas[backend].step = arguments
-                replicas[backend].load_parameters(parameters)
-            elif method == "close":
-                del replicas[backend]
+            methods[method](backend, *arguments)
 
 
 class PyTorchBackend(Backend):
@@ -389,7 +409,7 @@ class PyTorchBackend(Backend):
         arguments = (recipe, vocabulary_size, seed, accelerator, threads)
         self.followers = Followers.of(devices, accelerator) if devices > 1 else None
         self.tell("create", *arguments)
-        self.replica = Replica(*arguments, rank=0, devices=devices)
+        self.replica = Replica(*arguments, 0, devices)
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Have the other replicas do what this one is about to do."""
@@ -459,7 +479,7 @@ class PyTorchBackend(Backend):
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
         parts = [state_array(state.local)]
         if self.followers:
-            parts += self.followers.ask(self.identifier, "state", state.handle)
+            parts += self.followers.ask(self.identifier, "send_state", state.handle)
         saved = {f"parameter.{name}": value for name, value in self.parameters().items()}
         return {**saved, "step": np.array(self.step), "state": np.concatenate(parts, axis=2)}
 

@@ -213,9 +213,13 @@ def mirrored_strategy(accelerator: Accelerator, devices: int) -> tf.distribute.S
     """
     found = tf.config.list_logical_devices("CPU" if accelerator == "cpu" else "GPU")
     if len(found) < devices:
+        remedy = (
+            "start a new process for more"
+            if accelerator == "cpu"
+            else "ask for fewer, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
         raise PtbenchError(
-            f"devices={devices} on {accelerator}, but TensorFlow finds {len(found)}; "
-            "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
+            f"devices={devices} on {accelerator}, but TensorFlow has {len(found)}; {remedy}"
         )
     strategy = tf.distribute.MirroredStrategy(
         [device.name for device in found[:devices]],

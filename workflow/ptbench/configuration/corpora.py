@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ptbench.configuration.models import Model, Name
 
@@ -43,7 +44,7 @@ class Mirror(Model):
     """One place that serves the three files."""
 
     url: str = Field(
-        pattern=r"^(https?://[^/\s]+|file:.)\S*$",
+        pattern=r"^(https?://[^/\s]+\S*|file:.+)$",
         description="http:, https: or file: address of the archive, or of the folder of plain "
         "files; a file: address without a leading slash is relative to the working directory.",
     )
@@ -52,6 +53,17 @@ class Mirror(Model):
         "folder."
     )
     paths: SplitPaths = Field(description="Where the three files are within the archive or folder.")
+
+    @field_validator("url")
+    @classmethod
+    def _no_file_host(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme == "file" and parts.netloc:
+            raise ValueError(
+                f"{url} names a host, {parts.netloc}; write file:///absolute/path or "
+                "file:relative/path"
+            )
+        return url
 
 
 class DownloadedCorpus(Model):
@@ -111,14 +123,11 @@ class MarkovCorpus(_GeneratedCorpus):
     function_words: int = Field(
         ge=4, le=64, description="Words that stand before each content word and know no topic."
     )
-    zipf_exponent: float = Field(
-        1.0, ge=0, le=4, description="Probability falls as rank to minus this power."
-    )
     topic_loyalty: float = Field(
         ge=0, le=1, description="Share of content words drawn from the sentence's own topic."
     )
     closing_probability: float = Field(
-        gt=0, le=1, description="Probability that a content word is the sentence's last."
+        ge=0.01, le=1, description="Probability that a content word is followed by the last word."
     )
 
     @model_validator(mode="after")
@@ -135,16 +144,16 @@ class MarkovCorpus(_GeneratedCorpus):
 
 
 class HighRankCorpus(_GeneratedCorpus):
-    """A mixture of softmaxes over the previous word: one softmax of a small size cannot fit it."""
+    """Order one with Gaussian logits: one softmax of a small hidden size cannot fit it."""
 
     process: Literal["high-rank"] = Field(
         description="Log-probabilities whose matrix has a rank above a small hidden size."
     )
-    words: int = Field(ge=2, le=2000, description="Words besides <eos>.")
-    components: int = Field(ge=1, le=64, description="Softmaxes in the mixture.")
-    latent_size: int = Field(ge=1, le=256, description="Size of each softmax's latent vector.")
-    sharpness: float = Field(
-        gt=0, le=100, description="Standard deviation of the logits: the higher, the more peaked."
+    words: int = Field(
+        ge=16, le=2000, description="Words besides <eos>; the matrix has just that rank."
+    )
+    logit_deviation: float = Field(
+        gt=0, le=3, description="Standard deviation of the logits: the higher, the more peaked."
     )
 
 
@@ -152,12 +161,13 @@ SyntheticCorpus = Annotated[MarkovCorpus | HighRankCorpus, Field(discriminator="
 CorpusDefinition = Annotated[
     DownloadedCorpus | FolderCorpus | SyntheticCorpus, Field(discriminator="kind")
 ]
-CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
 class CorpusRequest(Model):
     """What `ptbench corpus` is asked to prepare."""
 
     name: Name = Field(description="Name of the corpus.")
-    subset: int | None = Field(None, ge=1, description="First lines of every split [lines].")
-    definition: CorpusDefinition = Field(description="Where its text comes from.")
+    subset: int | None = Field(
+        None, ge=1, description="Use only the first lines of every split [lines]; null: all."
+    )
+    definition: CorpusDefinition = Field(description="Where the text comes from.")

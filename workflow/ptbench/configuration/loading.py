@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from ptbench.configuration.corpora import CorpusDefinition, CorpusRequest
 from ptbench.configuration.models import (
     FRAMEWORKS,
-    VARIANT_PATTERN,
     Accelerator,
     Cell,
     Framework,
@@ -38,6 +37,19 @@ M = TypeVar("M", bound=Model)
 Value = str | int | float | bool | None
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Devices = Annotated[int, Field(ge=1, le=1024)]
+T = TypeVar("T")
+
+
+def distinct(values: list[T]) -> list[T]:
+    """`values`, if each is there once."""
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"{shown(value)} is there twice; name it once")
+    return values
+
+
+# A list of one or more different things.
+Several = Annotated[list[T], Field(min_length=1), AfterValidator(distinct)]
 
 
 class Variant(Model):
@@ -45,7 +57,7 @@ class Variant(Model):
 
     recipe: Name = Field(description="Name of the recipe.")
     set: dict[str, Value] = Field({}, description="Recipe keys and their values here.")
-    sweep: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(
+    sweep: dict[str, Several[Value]] = Field(
         {}, description="Recipe keys and the values each takes; all combinations are run."
     )
 
@@ -55,17 +67,14 @@ class Experiment(Model):
 
     title: str = Field(min_length=1, description="Heading in the report.")
     description: str = Field("", description="What the experiment shows, in plain sentences.")
-    variants: Annotated[list[str | Variant], Field(min_length=1)] = Field(
+    variants: Several[str | Variant] = Field(
         description="Recipes by name, `recipe+key=value`, or a mapping with recipe, set and sweep."
     )
-    frameworks: Annotated[list[Framework], Field(min_length=1)] = Field(
-        list(FRAMEWORKS), description="Frameworks that run it."
-    )
-    devices: Annotated[list[Devices], Field(min_length=1)] = Field(
-        [1], description="Numbers of data-parallel replicas."
-    )
-    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(
-        [1, 2, 3], description="One run for each."
+    frameworks: Several[Framework] = Field(list(FRAMEWORKS), description="Frameworks that run it.")
+    devices: Several[Devices] = Field([1], description="Numbers of data-parallel replicas.")
+    seeds: Several[Seed] = Field([1, 2, 3], description="One run for each.")
+    metric: Literal["valid_perplexity", "test_perplexity"] = Field(
+        "test_perplexity", description="What the frameworks are compared by."
     )
 
 
@@ -81,22 +90,20 @@ class ExperimentFile(Model):
 class Config(Model):
     """config.yaml, with whatever the command line's --config and --configfile change in it."""
 
-    experiments: Annotated[list[Name], Field(min_length=1)] = Field(
-        ["demo"], description="Which experiments to run."
-    )
+    experiments: Several[Name] = Field(["demo"], description="Which experiments to run.")
     corpus: Name | None = Field(
         None, description="Train every recipe on this corpus; null: on the recipe's own."
     )
     subset: int | None = Field(
         None, ge=1, description="First lines of every split to use [lines]; null: the recipe's own."
     )
-    frameworks: Annotated[list[Framework], Field(min_length=1)] = Field(
+    frameworks: Several[Framework] = Field(
         list(FRAMEWORKS), description="Frameworks to run, of those each experiment names."
     )
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(
+    seeds: Several[Seed] | None = Field(
         None, description="Seeds to run; null: each experiment's own."
     )
-    devices: Annotated[list[Devices], Field(min_length=1)] | None = Field(
+    devices: Several[Devices] | None = Field(
         None, description="Device counts to run; null: each experiment's own."
     )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
@@ -190,7 +197,7 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
     built_in = parse_file(CorpusFile, WORKFLOW / "corpora.yaml").corpora
     corpora = {**built_in, **settings.corpora}
     planned: dict[str, PlannedExperiment] = {}
-    for name in unique(settings.experiments, f"{source}: experiments"):
+    for name in settings.experiments:
         where = f"{source}: experiments"
         experiment = experiments[known(name, experiments, where, "experiment")]
         variants = []
@@ -219,8 +226,8 @@ def grid(
             f"{source}: frameworks: experiment {name} runs in {', '.join(experiment.frameworks)}, "
             f"none of which is among {', '.join(settings.frameworks)}"
         )
-    devices = unique(settings.devices or experiment.devices, f"{source}: devices")
-    seeds = unique(settings.seeds or experiment.seeds, f"{source}: seeds")
+    devices = settings.devices or experiment.devices
+    seeds = settings.seeds or experiment.seeds
     for specification, count in itertools.product(variants, devices):
         try:
             specification.recipe.global_batch_size(count)
@@ -229,7 +236,7 @@ def grid(
                 f"experiment {name}: devices: {specification.variant}: {error}"
             ) from error
     cells = itertools.product(
-        dict.fromkeys(v.variant for v in variants), unique(frameworks, name), devices, seeds
+        dict.fromkeys(v.variant for v in variants), frameworks, devices, seeds
     )
     return [
         Cell.model_construct(variant=variant, framework=framework, devices=count, seed=seed)
@@ -348,15 +355,22 @@ def parse(model: type[M], content: Any, source: str) -> M:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{source}: must be a mapping of keys to values")
     try:
-        return TypeAdapter(model).validate_python(content)
+        # As JSON, because strictly read JSON takes a list for a tuple but not true for 1.
+        return model.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        sentences = dict.fromkeys(sentence(model, e, source) for e in error.errors())
+        sentences = dict.fromkeys(
+            sentence(model, problem, source)
+            for problem in error.errors()
+            # Of a variant's two forms, only that is reported whose kind it has.
+            if not ("str" in problem["loc"] and isinstance(problem["input"], dict))
+            and not ("Variant" in problem["loc"] and problem["type"] == "model_type")
+        )
         raise ConfigurationError("\n".join(sentences)) from error
 
 
 def sentence(model: type[Model], error: Any, source: str) -> str:
     """One of pydantic's errors as a sentence: where, what it is, what is allowed."""
-    path = [p for p in error["loc"] if not _is_union_tag(p)]
+    path = without_tags(error["loc"])
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     place = f"{source}: {where}" if where else source
     if error["type"] == "extra_forbidden":
@@ -366,17 +380,26 @@ def sentence(model: type[Model], error: Any, source: str) -> str:
     if error["type"] == "missing":
         return f"{place}: is required"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    for json_word, yaml_word in (("valid array", "list"), ("an object", "a mapping")):
+        message = message.replace(json_word, yaml_word)
     if error["type"] == "value_error":
         return f"{place}: {message}"
     return f"{place}: {shown(error['input'])} is not allowed: {message}"
 
 
-def _is_union_tag(part: object) -> bool:
-    """Whether pydantic added this part of a location to say which alternative it tried."""
-    return isinstance(part, str) and (
-        part in {"str", "int", "float", "bool", "Variant", "download", "folder", "synthetic"}
-        or "[" in part
-    )
+def without_tags(location: tuple[str | int, ...]) -> list[str | int]:
+    """A place as its author wrote it, without pydantic's names of the alternatives it tried."""
+    path = list(location)
+    if path[:1] == ["corpora"]:  # corpora, name, kind, perhaps process, then the key
+        while path[2:3] and path[2] in ("download", "folder", "synthetic", "markov", "high-rank"):
+            tag = path.pop(2)
+            if tag in ("download", "folder", "markov", "high-rank"):
+                break
+    if "variants" in path:
+        after = path.index("variants") + 2
+        if path[after : after + 1] in (["str"], ["Variant"]):
+            del path[after]
+    return path
 
 
 def _fields_at(model: type[Model], path: list[Any]) -> list[str]:
@@ -405,17 +428,3 @@ def suggestion(name: str, names: Any) -> str:
     if close:
         return f"; did you mean {close[0]}?"
     return f"; there are {', '.join(sorted(names))}"
-
-
-T = TypeVar("T")
-
-
-def unique(values: list[T], where: str) -> list[T]:
-    """`values`, if each is there once."""
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise ConfigurationError(f"{where}: {shown(value)} is there twice; name it once")
-    return values
-
-
-__all__ = ["VARIANT_PATTERN", "Config", "Experiment", "Literal", "Study", "load_study"]

@@ -16,7 +16,7 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class Process:
     successors: Integer
     previous: Integer
 
+    @cached_property
     def stationary(self) -> Float:
         """Long-run share of each state [state]: the solution of pi T = pi, sum(pi) = 1."""
         states = len(self.probabilities)
@@ -56,14 +57,14 @@ class Process:
         system[-1] = 1.0  # one equation follows from the others; the sum takes its place
         right = np.zeros(states)
         right[-1] = 1.0
-        return np.linalg.solve(system, right)
+        return np.asarray(np.linalg.solve(system, right), dtype=np.float64)
 
     def entropy_rate(self) -> float:
         """Exact entropy rate [nats per token]: Shannon (1948), section 7, H = sum_i pi_i H_i.
 
         It is the smallest expected negative log-likelihood that any model can reach.
         """
-        return float(self.stationary() @ _entropy(self.probabilities))
+        return float(self.stationary @ _entropy(self.probabilities))
 
     def bigram_entropy(self) -> float:
         """Entropy of a word given the word before it alone [nats per token].
@@ -72,7 +73,7 @@ class Process:
         history. It equals the entropy rate if the process is of order one.
         """
         joint = np.zeros((len(self.words), len(self.words)))
-        np.add.at(joint, self.previous, self.stationary()[:, None] * self.probabilities)
+        np.add.at(joint, self.previous, self.stationary[:, None] * self.probabilities)
         share = joint.sum(axis=1)
         return float(share @ _entropy(joint / share[:, None]))
 
@@ -88,12 +89,38 @@ class Process:
         return int(np.linalg.matrix_rank(centred))
 
 
-class Sample(NamedTuple):
-    """A text drawn from a process, and what the process itself thinks of it."""
+@dataclass(frozen=True)
+class Sample:
+    """Sentences drawn from a process, and what the process itself thinks of each."""
 
-    text: str  # sentences, one a line, words separated by one space
-    nll: float  # mean negative log-likelihood per token, `<eos>` counted [nats]
-    standard_error: float  # of nll over repeated draws [nats]
+    lines: tuple[str, ...]  # one sentence each, words separated by one space, `<eos>` left out
+    nll: Float  # [sentence], negative log-likelihood, `<eos>` counted [nats]
+    tokens: Integer  # [sentence], tokens, `<eos>` counted
+
+    def first(self, lines: int | None) -> Sample:
+        """The first sentences alone; None: all."""
+        return Sample(self.lines[:lines], self.nll[:lines], self.tokens[:lines])
+
+    def mean_nll(self) -> float:
+        """Negative log-likelihood of the true process on this very sample [nats per token].
+
+        The floor of this sample is here, not at the entropy rate. A model chosen without it can be
+        lower by more than t nats per token only with a probability of at most exp(-t * tokens): the
+        likelihood ratio of the model to the truth has mean one (Markov's inequality).
+        """
+        return float(self.nll.sum() / self.tokens.sum())
+
+    def standard_error(self) -> float:
+        """Standard error of `mean_nll` about the entropy rate [nats per token].
+
+        Sentences are independent, so it is that of a ratio of means (Cochran, Sampling Techniques,
+        3rd edition, section 2.11). Not a number for fewer than two sentences.
+        """
+        sentences = len(self.lines)
+        residuals = self.nll - self.mean_nll() * self.tokens
+        with np.errstate(invalid="ignore", divide="ignore"):
+            variance = np.sum(residuals**2) * sentences / np.float64(sentences - 1)
+        return float(np.sqrt(variance) / self.tokens.sum())
 
 
 def build(corpus: MarkovCorpus | HighRankCorpus) -> Process:
@@ -106,10 +133,8 @@ def build(corpus: MarkovCorpus | HighRankCorpus) -> Process:
 def sample(process: Process, minimum_tokens: int, seed: int, stream: int) -> Sample:
     """Draws whole sentences until there are at least `minimum_tokens` tokens, `<eos>` counted.
 
-    Equal arguments give equal text on every platform and NumPy: each word is one number of
-    `Generator.random` through the inverse of a cumulative distribution. Sentences are independent,
-    which gives the standard error of the ratio sum(nll) / sum(length) (Cochran, Sampling
-    Techniques, section 2.11).
+    Equal arguments give equal text whatever the platform and the NumPy: each word is one number of
+    `Generator.random` through the inverse of a cumulative distribution.
     """
     random = np.random.default_rng([seed, stream])
     cumulative = np.cumsum(process.probabilities, axis=1)
@@ -121,31 +146,22 @@ def sample(process: Process, minimum_tokens: int, seed: int, stream: int) -> Sam
     end = process.words.index(END_OF_SENTENCE)
 
     lines: list[str] = []
-    words: list[str] = []
     sentence_nll: list[float] = []
     sentence_tokens: list[int] = []
-    tokens, state, nll = 0, 0, 0.0
+    tokens = 0
     while tokens < minimum_tokens:
-        for draw in random.random(1024).tolist():
-            word = bisect.bisect_right(tables[state], draw)
+        words: list[str] = []
+        state, nll, word = 0, 0.0, -1
+        while word != end:
+            word = bisect.bisect_right(tables[state], random.random())
             nll += costs[state][word]
             state = successors[state][word]
-            if word != end:
-                words.append(process.words[word])
-                continue
-            lines.append(" ".join(words))
-            sentence_nll.append(nll)
-            sentence_tokens.append(len(words) + 1)
-            tokens += len(words) + 1
-            words, nll = [], 0.0
-            if tokens >= minimum_tokens:
-                break
-
-    totals, lengths = np.array(sentence_nll), np.array(sentence_tokens)
-    mean = totals.sum() / tokens
-    sentences = len(lines)
-    residual = np.sum((totals - mean * lengths) ** 2) * sentences / max(sentences - 1, 1)
-    return Sample("\n".join(lines) + "\n", float(mean), float(np.sqrt(residual) / tokens))
+            words.append(process.words[word])
+        lines.append(" ".join(words[:-1]))
+        sentence_nll.append(nll)
+        sentence_tokens.append(len(words))
+        tokens += len(words)
+    return Sample(tuple(lines), np.array(sentence_nll), np.array(sentence_tokens, dtype=np.int64))
 
 
 def _markov(corpus: MarkovCorpus) -> Process:
@@ -159,7 +175,6 @@ def _markov(corpus: MarkovCorpus) -> Process:
     openers = corpus.topics * corpus.openers_per_topic
     content = corpus.topics * corpus.content_words_per_topic
     function = corpus.function_words
-    exponent = corpus.zipf_exponent
 
     supply = _pronounceable()
     plain = tuple(itertools.islice(supply, function + content))
@@ -171,10 +186,10 @@ def _markov(corpus: MarkovCorpus) -> Process:
     first_opener = first_content + content
     first_closer = first_opener + openers
 
-    opener_law = zipf(openers, exponent)
-    function_law = zipf(function, exponent)
-    any_topic = zipf(content, exponent)
-    own_topic = zipf(corpus.content_words_per_topic, exponent)
+    opener_law = _zipf(openers)
+    function_law = _zipf(function)
+    any_topic = _zipf(content)
+    own_topic = _zipf(corpus.content_words_per_topic)
 
     # State 0 is the start; then, for each opener, one state for each word that can stand before.
     block = function + content + 2
@@ -216,31 +231,27 @@ def _markov(corpus: MarkovCorpus) -> Process:
 
 
 def _high_rank(corpus: HighRankCorpus) -> Process:
-    """A process of order one, itself a mixture of softmaxes: P(w|c) = sum_k softmax(E h_ck)_w / K.
+    """A process of order one whose logits are independent Gaussian numbers.
 
-    The K latent vectors h_ck of a context and the output vectors E_w are Gaussian, and few: the
-    logarithm of the mixture is what has a high rank. A mixture of K softmaxes can therefore fit the
-    process with few parameters, and a single softmax of the same size cannot (Yang et al. 2018,
-    arXiv:1711.03953, section 2.3).
+    The matrix of its log-probabilities has full rank, with no direction that could be left out. A
+    softmax of hidden size d reaches rank d + 1 at most, so that it stays above the entropy rate
+    however well it is trained; a mixture of softmaxes has no such bound (Yang et al. 2018,
+    arXiv:1711.03953).
     """
     size = corpus.words + 1
     random = np.random.default_rng([corpus.seed, PROCESS_STREAM])
-    outputs = _gaussian(random, (size, corpus.latent_size))
-    latents = _gaussian(random, (size, corpus.components, corpus.latent_size))
-    logits = latents @ outputs.T * (corpus.sharpness / np.sqrt(corpus.latent_size))
-    logits -= logits.max(axis=2, keepdims=True)
-    softmax = np.exp(logits)
-    softmax /= softmax.sum(axis=2, keepdims=True)  # [context, component, word]
-    mixture = softmax.mean(axis=1)
+    logits = corpus.logit_deviation * _gaussian(random, (size, size))
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
 
     words = (END_OF_SENTENCE, *itertools.islice(_pronounceable(), corpus.words))
     identifiers = np.arange(size)
-    return Process(words, mixture, np.broadcast_to(identifiers, mixture.shape), identifiers)
+    return Process(words, probabilities, np.broadcast_to(identifiers, (size, size)), identifiers)
 
 
-def zipf(size: int, exponent: float) -> Float:
-    """Zipf's law [rank]: the probability of rank r is proportional to r ** -exponent."""
-    weights = np.array([rank**-exponent for rank in range(1, size + 1)])
+def _zipf(size: int) -> Float:
+    """Zipf's law [rank]: the probability of rank r is proportional to 1 / r."""
+    weights = 1.0 / np.arange(1, size + 1)
     return weights / weights.sum()
 
 

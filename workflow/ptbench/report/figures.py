@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -23,6 +24,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -30,6 +32,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from ptbench.analysis.collect import Row
 from ptbench.analysis.experiment import Analysis, FigureFile, RowResult
 from ptbench.report.formatting import (
+    FIGURE_SPACE,
     METRIC_NAMES,
     devices_name,
     format_count,
@@ -51,7 +54,7 @@ from ptbench.training.records import perplexity
 WIDTH = 5.2  # inches: a column of a paper, and still legible when a phone shrinks it
 ROW_HEIGHT = 0.3  # inches per framework in a list
 PNG_RESOLUTION = 200  # dots per inch
-COMMON_STYLE = {
+COMMON_STYLE: Any = {  # matplotlib types its keys as literals
     "svg.fonttype": "none",
     "svg.hashsalt": "ptbench",
     "font.family": "DejaVu Sans",
@@ -114,7 +117,7 @@ def write_figures(analysis: Analysis, rows: Sequence[Row], folder: Path) -> tupl
 @contextmanager
 def style() -> Iterator[None]:
     """The one look of all figures."""
-    with matplotlib.rc_context({**sns.plotting_context("paper"), **COMMON_STYLE}):
+    with matplotlib.rc_context(COMMON_STYLE):
         yield
 
 
@@ -141,13 +144,21 @@ def _groups(rows: Sequence[RowResult]) -> list[tuple[tuple[str, int], list[RowRe
     ]
 
 
+def _separate(figure: Figure) -> None:
+    """Leave room between one panel's axis and the next one's title."""
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(h_pad=0.07)
+
+
 def _list_axes(
     analysis: Analysis, label: str, share_limits: Callable[[str], tuple[float, float] | None]
 ) -> tuple[Figure, list[tuple[Axes, list[RowResult]]]]:
     """One axes per variant and number of devices, with the frameworks listed downwards."""
     groups = _groups(analysis.rows)
     heights = [len(rows) * ROW_HEIGHT for _, rows in groups]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.62 * len(groups) + 0.55), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.7 * len(groups) + 0.55), layout="constrained")
+    _separate(figure)
     grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
     drawn = []
     for index, ((variant, devices), rows) in enumerate(groups):
@@ -169,32 +180,42 @@ def _list_axes(
     return figure, drawn
 
 
-def _value_label(axes: Axes, y: int, text: str, muted: bool = False) -> None:
-    """A number in the right margin, in line with its row."""
-    axes.annotate(
-        text,
-        (1, y),
-        xycoords=("axes fraction", "data"),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        color=MUTED if muted else INK,
-        fontsize=9,
+def _value_labels(axes: Axes, rows: Sequence[RowResult], texts: Sequence[str | None]) -> None:
+    """The number of each row in the right margin, or that there is none."""
+    width = max(len(text or "") for text in texts)
+    for y, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        axes.annotate(
+            "no result" if text is None else text.rjust(width, FIGURE_SPACE),
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK if row.usable else MUTED,
+            style="italic" if text is None else "normal",
+            fontsize=9,
+        )
+
+
+def _colour(row: RowResult) -> str:
+    return FRAMEWORK_COLOURS[row.framework] if row.usable else MUTED
+
+
+def _marker(axes: Axes, x: float, y: float, row: RowResult) -> None:
+    """The row's value; hollow and grey if too many of its seeds failed."""
+    axes.plot(
+        x,
+        y,
+        FRAMEWORK_MARKERS[row.framework],
+        markersize=6.5,
+        markerfacecolor=_colour(row) if row.usable else LIGHT_BACKGROUND,
+        markeredgecolor=LIGHT_BACKGROUND if row.usable else _colour(row),
+        zorder=4,
     )
 
 
-def _no_result(axes: Axes, y: int) -> None:
-    axes.annotate(
-        "no result",
-        (0, y),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center",
-        color=MUTED,
-        style="italic",
-        fontsize=9,
-    )
+def _seed_ticks(axes: Axes, values: Sequence[float], y: float, row: RowResult) -> None:
+    axes.plot(values, [y + 0.24] * len(values), "|", color=_colour(row), markersize=4.5, zorder=3)
 
 
 def draw_perplexity(analysis: Analysis) -> Figure:
@@ -209,7 +230,7 @@ def draw_perplexity(analysis: Analysis) -> Figure:
         values = [value for v, _, value in published if v == variant]
         for row in (row for row in analysis.rows if row.variant == variant):
             summary = row.perplexity(analysis.metric)
-            values += _seed_perplexities(analysis, row)
+            values += _seed_values(row, analysis.metric)
             values += [v for v in (summary and summary.low, summary and summary.high) if v]
         if values and analysis.floor_perplexity:
             values.append(analysis.floor_perplexity)
@@ -225,24 +246,15 @@ def draw_perplexity(analysis: Analysis) -> Figure:
         for y, row in enumerate(rows):
             summary = row.perplexity(analysis.metric)
             if summary is None:
-                _no_result(axes, y)
                 continue
-            colour = FRAMEWORK_COLOURS[row.framework] if row.usable else MUTED
             if summary.low is not None and summary.high is not None:
-                axes.plot([summary.low, summary.high], [y, y], color=colour, linewidth=2, zorder=2)
-            seeds = _seed_perplexities(analysis, row)
-            axes.plot(seeds, [y + 0.24] * len(seeds), "|", color=colour, markersize=4.5, zorder=3)
-            axes.plot(
-                summary.perplexity,
-                y,
-                FRAMEWORK_MARKERS[row.framework],
-                color=colour,
-                markersize=6.5,
-                markerfacecolor=colour if row.usable else LIGHT_BACKGROUND,
-                markeredgecolor=LIGHT_BACKGROUND if row.usable else colour,
-                zorder=4,
-            )
-            _value_label(axes, y, format_perplexity(summary.perplexity), muted=not row.usable)
+                ends = [summary.low, summary.high]
+                axes.plot(ends, [y, y], color=_colour(row), linewidth=2, zorder=2)
+            _seed_ticks(axes, _seed_values(row, analysis.metric), y, row)
+            _marker(axes, summary.perplexity, y, row)
+        summaries = [row.perplexity(analysis.metric) for row in rows]
+        texts = [format_perplexity(s.perplexity) if s else None for s in summaries]
+        _value_labels(axes, rows, texts)
     handles = []
     if analysis.floor_perplexity:
         floor = f"floor of the corpus, {format_perplexity(analysis.floor_perplexity)}"
@@ -275,8 +287,8 @@ def _published_lines(analysis: Analysis) -> list[tuple[str, str, float]]:
     return list(dict.fromkeys(lines))
 
 
-def _seed_perplexities(analysis: Analysis, row: RowResult) -> list[float]:
-    values = [getattr(cell, analysis.metric) for cell in row.cells if cell.state == "ok"]
+def _seed_values(row: RowResult, field: str) -> list[float]:
+    values = [getattr(cell, field) for cell in row.cells if cell.state == "ok"]
     return [value for value in values if value is not None]
 
 
@@ -293,36 +305,23 @@ def draw_speed(analysis: Analysis) -> Figure:
     """Median, quartiles and seeds of the training speed of each row."""
 
     def limits(variant: str) -> tuple[float, float] | None:
-        speeds = [
-            cell.tokens_per_second or 0.0
-            for row in analysis.rows
-            if row.variant == variant
-            for cell in row.cells
-        ]
-        return (0.0, 1.06 * max(speeds)) if max(speeds, default=0.0) > 0 else None
+        rows = [row for row in analysis.rows if row.variant == variant]
+        speeds = [speed for row in rows for speed in _seed_values(row, "tokens_per_second")]
+        return (0.0, 1.06 * max(speeds)) if speeds else None
 
     figure, drawn = _list_axes(analysis, METRIC_NAMES["tokens_per_second"], limits)
     for axes, rows in drawn:
         for y, row in enumerate(rows):
             speed = row.tokens_per_second
             if speed is None:
-                _no_result(axes, y)
                 continue
-            colour = FRAMEWORK_COLOURS[row.framework] if row.usable else MUTED
+            colour = _colour(row)
             axes.plot([0, speed.median], [y, y], color=colour, linewidth=1, alpha=0.35, zorder=1)
             axes.plot([speed.low, speed.high], [y, y], color=colour, linewidth=5, alpha=0.45)
-            seeds = [c.tokens_per_second for c in row.cells if c.state == "ok"]
-            axes.plot(seeds, [y + 0.24] * len(seeds), "|", color=colour, markersize=4.5)
-            axes.plot(
-                speed.median,
-                y,
-                FRAMEWORK_MARKERS[row.framework],
-                color=colour,
-                markersize=6.5,
-                markerfacecolor=colour if row.usable else LIGHT_BACKGROUND,
-                markeredgecolor=LIGHT_BACKGROUND if row.usable else colour,
-            )
-            _value_label(axes, y, format_count(speed.median), muted=not row.usable)
+            _seed_ticks(axes, _seed_values(row, "tokens_per_second"), y, row)
+            _marker(axes, speed.median, y, row)
+        speeds = [row.tokens_per_second for row in rows]
+        _value_labels(axes, rows, [format_count(s.median) if s else None for s in speeds])
     return figure
 
 
@@ -359,7 +358,6 @@ def draw_seconds(analysis: Analysis) -> Figure:
     for axes, rows in drawn:
         for y, row in enumerate(rows):
             if row.seconds is None:
-                _no_result(axes, y)
                 continue
             left = 0.0
             for clock, seconds in clock_parts(row).items():
@@ -367,7 +365,9 @@ def draw_seconds(analysis: Analysis) -> Figure:
                     y, seconds, left=left, height=0.58, color=CLOCK_COLOURS[clock], linewidth=0
                 )
                 left += seconds
-            _value_label(axes, y, format_seconds(left), muted=not row.usable)
+        totals = [row.seconds.total if row.seconds else None for row in rows]
+        texts = [None if total is None else format_seconds(total) for total in totals]
+        _value_labels(axes, rows, texts)
     handles = [
         Patch(facecolor=CLOCK_COLOURS[clock], label=name) for clock, name in CLOCK_NAMES.items()
     ]
@@ -392,7 +392,8 @@ def draw_learning_curves(rows: Sequence[Row]) -> Figure:
     columns = 1 if len(facets) <= 4 else 2
     count = math.ceil(len(facets) / columns)
     width = WIDTH if columns == 1 else 2 * WIDTH * 0.8
-    figure = Figure(figsize=(width, 2.7 * count + 0.2), layout="constrained")
+    figure = Figure(figsize=(width, 2.8 * count + 0.2), layout="constrained")
+    _separate(figure)
     for index, (variant, devices) in enumerate(facets):
         axes = figure.add_subplot(count, columns, index + 1)
         axes.set_title(group_title(variant, devices))
@@ -473,6 +474,7 @@ def _label_line_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
                 "alpha": 0.6,
                 "shrinkA": 1,
                 "shrinkB": 1,
+                "relpos": (0, 0.5),
             },
         )
 
@@ -480,8 +482,8 @@ def _label_line_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Move ascending heights in [0, 1] as little as need be for neighbours to be `gap` apart.
 
-    Overlapping ones become a block centred on their mean (the pool-adjacent-violators algorithm),
-    which is then pushed inside [0, 1].
+    The least-squares answer: isotonic regression of height - index · gap by the pool-adjacent-
+    violators algorithm (Barlow et al. 1972), clipped so that all stay inside [0, 1].
     """
     blocks: list[tuple[float, int]] = []  # sum of (height - offset), members
     for index, height in enumerate(heights):
@@ -489,12 +491,9 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
         while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
             (a, m), (b, n) = blocks[-2:]
             blocks[-2:] = [(a + b, m + n)]
-    starts = [total / members for total, members in blocks for _ in range(members)]
-    placed = [start + index * gap for index, start in enumerate(starts)]
-    if not placed:
-        return []
-    shift = max(0.0, -placed[0]) - max(0.0, placed[-1] - 1)
-    return [place + shift for place in placed]
+    highest = max(0.0, 1 - (len(heights) - 1) * gap)  # of the lowest label, with all above it
+    starts = [min(max(total / n, 0.0), highest) for total, n in blocks for _ in range(n)]
+    return [start + index * gap for index, start in enumerate(starts)]
 
 
 def _describe(analysis: Analysis, text: Callable[[RowResult], str]) -> str:

@@ -20,6 +20,7 @@ METRIC_NAMES = {
     "parameters": "Parameters",
 }
 MINUS = "\N{MINUS SIGN}"
+FIGURE_SPACE = "\N{FIGURE SPACE}"  # as wide as a digit
 NOTHING = "\N{EN DASH}"
 
 
@@ -80,8 +81,9 @@ def format_percent(fraction: float | None) -> str:
     """A signed percentage with a true minus sign."""
     if fraction is None or math.isnan(fraction):
         return NOTHING
-    text = f"{abs(fraction) * 100:.1f} %" if abs(fraction) < 10 else f"{abs(fraction) * 100:,.0f} %"
-    return (MINUS if fraction < 0 else "+") + text
+    text = f"{abs(fraction) * 100:,.1f}" if abs(fraction) < 10 else f"{abs(fraction) * 100:,.0f}"
+    sign = "" if not float(text.replace(",", "")) else MINUS if fraction < 0 else "+"
+    return f"{sign}{text} %"
 
 
 def format_p(p: float | None) -> str:
@@ -107,7 +109,7 @@ def align_plus_minus(
 
     Args:
         values: mean and standard deviation of each row; None where there is none.
-        padding: as wide as a digit: a space in fixed-width text, U+2007 in proportional.
+        padding: as wide as a digit: a space in fixed-width text, FIGURE_SPACE in proportional.
     """
     means = [format_perplexity(mean) for mean, _ in values]
     stds = ["" if std is None else f" ± {format_perplexity(std)}" for _, std in values]

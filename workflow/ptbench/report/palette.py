@@ -1,8 +1,8 @@
 """Colours and markers, one per framework everywhere, on light paper and on a dark screen.
 
 Within each palette any two frameworks stay at least 20 CIELAB units apart under normal vision and
-under each kind of colour blindness (simulated after Machado et al. 2009), and each has a contrast of
-at least 3:1 on its background (WCAG 2.1, 1.4.11); tests hold both. Markers differ too.
+under protanopia and deuteranopia (after Machado et al. 2009), and each has a contrast of at
+least 3:1 on its background (WCAG 2.1, 1.4.11); tests hold both. Markers differ too.
 """
 
 from __future__ import annotations
@@ -46,5 +46,6 @@ PAGE_VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     GRID: "--grid",
+    LIGHT_BACKGROUND: "--background",
     **{colour: f"--{framework}" for framework, colour in FRAMEWORK_COLOURS.items()},
 }

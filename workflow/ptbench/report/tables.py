@@ -73,10 +73,10 @@ def _result_record(row: RowResult) -> dict[str, Any]:
 
 
 DIFFERENCE_COLUMNS = (
-    "variant,devices,metric,framework_a,framework_b,n_a,n_b,difference_nats,difference_low,"
-    "difference_high,t,degrees_of_freedom,p,p_holm,hedges_g,p_permutation,margin_nats,"
-    "p_equivalence,verdict,reason"
-).split(",")
+    "variant", "devices", "metric", "framework_a", "framework_b", "n_a", "n_b", "difference_nats",
+    "difference_low", "difference_high", "t", "degrees_of_freedom", "p", "p_holm", "hedges_g",
+    "p_permutation", "margin_nats", "p_equivalence", "verdict", "reason",
+)  # fmt: skip
 
 
 def differences_csv(analysis: Analysis) -> str:
@@ -112,9 +112,9 @@ def differences_csv(analysis: Analysis) -> str:
 
 
 COMPARISON_COLUMNS = (
-    "variant,framework,metric,published,published_std,ours,ours_low,ours_high,n_ok,relative_gap,"
-    "inside_interval,source,locator,note"
-).split(",")
+    "variant", "framework", "metric", "published", "published_std", "ours", "ours_low",
+    "ours_high", "n_ok", "relative_gap", "inside_interval", "source", "locator", "note",
+)  # fmt: skip
 
 
 def comparison_csv(analysis: Analysis) -> str:
@@ -171,7 +171,11 @@ def printed_table(analysis: Analysis) -> PrintedTable:
         ("Devices", True, [str(row.devices) for row in rows]),
         *_perplexity_columns("Valid", [row.valid for row in rows]),
         *_perplexity_columns("Test", [row.test for row in rows]),
-        ("Seeds ok", True, [f"{row.n_ok}/{row.n_planned}" + invalid_mark(row) for row in rows]),
+        (
+            "Seeds ok",
+            True,
+            [f"{row.n_ok}/{row.n_planned} {invalid_mark(row)}".rstrip() for row in rows],
+        ),
         ("Best epoch", True, [format_epoch(_median(row.best_epoch)) for row in rows]),
         ("Tokens/s", True, [format_count(_median(row.tokens_per_second)) for row in rows]),
         ("Parameters", True, [format_parameters(row.parameters) for row in rows]),
@@ -188,7 +192,7 @@ def printed_table(analysis: Analysis) -> PrintedTable:
 
 def invalid_mark(row: RowResult) -> str:
     """What follows n_ok/n_planned in a row that too many seeds have failed."""
-    return "" if row.usable or not row.n_ok else " invalid"
+    return "" if row.usable or not row.n_ok else "invalid"
 
 
 def _perplexity_columns(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ptbench.backends.contract import Backend, Parameters
+from ptbench.backends.contract import Backend, Parameters, Scalar
 from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import ParallelStreams
 from ptbench.measurement.clocks import Clocks
@@ -83,7 +83,7 @@ def train(
     recipe: Recipe,
     splits: Splits,
     clocks: Clocks,
-    watch: Callable[[Progress], None] = lambda progress: None,
+    watch: Callable[[Progress], None],
 ) -> Run:
     """Train `backend` as the recipe says and score it.
 
@@ -163,7 +163,7 @@ def train_epoch(
     """One pass over the training split. Stops early at a loss that is not finite."""
     nll_sum = norm_sum = 0.0
     tokens = steps = timed_tokens = 0
-    pending: list[tuple[object, object]] = []
+    pending: list[tuple[Scalar, Scalar]] = []
     clock_before = dict(clocks.seconds)
     reported = time.perf_counter()
     state = backend.initial_state(streams.batch_size, training=True)
@@ -181,8 +181,8 @@ def train_epoch(
                 tokens += count
                 timed_tokens += 0 if warming else count
                 steps += 1
-            nll_sum += sum(float(nll) for nll, _ in pending)  # type: ignore[arg-type]
-            norm_sum += sum(float(norm) for _, norm in pending)  # type: ignore[arg-type]
+            nll_sum += sum(float(nll) for nll, _ in pending)
+            norm_sum += sum(float(norm) for _, norm in pending)
             pending.clear()
         if time.perf_counter() - reported > REPORT_SECONDS:
             reported = time.perf_counter()
@@ -204,7 +204,7 @@ def evaluate(backend: Backend, streams: ParallelStreams, clocks: Clocks) -> tupl
     """Score of a split, every predicted token counted once, and the seconds it took."""
     before = clocks.seconds["evaluation"]
     nll_sum, tokens = 0.0, 0
-    pending: list[object] = []
+    pending: list[Scalar] = []
     with clocks("evaluation"):
         state = backend.initial_state(streams.batch_size, training=False)
         for batch in streams:
@@ -212,9 +212,9 @@ def evaluate(backend: Backend, streams: ParallelStreams, clocks: Clocks) -> tupl
             pending.append(nll)
             tokens += int(batch.mask.sum())
             if len(pending) == FETCH_EVERY:
-                nll_sum += sum(map(float, pending))  # type: ignore[arg-type]
+                nll_sum += sum(map(float, pending))
                 pending.clear()
-        nll_sum += sum(map(float, pending))  # type: ignore[arg-type]
+        nll_sum += sum(map(float, pending))
     if tokens != streams.predicted_tokens:
         raise AssertionError(f"evaluated {tokens} of {streams.predicted_tokens} tokens")
     return score(nll_sum, tokens), clocks.seconds["evaluation"] - before

@@ -1,0 +1,216 @@
+"""Reading cells, and refusing to average what must not be averaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from tests.support.fake_results import (
+    metrics,
+    plan,
+    score_of,
+    write_cell,
+    write_corpus,
+    write_diverged,
+    write_results,
+)
+
+from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows, read_corpus_facts
+from ptbench.analysis.experiment import analyse
+from ptbench.analysis.plan import ExperimentPlan
+
+
+def test_a_plan_survives_json() -> None:
+    original = plan(devices=(1, 2), equivalence_margin=0.05, metric="valid_perplexity")
+    assert ExperimentPlan.model_validate_json(original.model_dump_json()) == original
+
+
+def test_a_plan_refuses_a_cell_planned_twice() -> None:
+    with pytest.raises(ValidationError, match="planned twice"):
+        plan(seeds=(1, 1))
+
+
+def test_rows_follow_the_plans_variants_then_devices_then_frameworks(tmp_path: Path) -> None:
+    experiment = plan(
+        variants=("b", "a"), frameworks=("jax", "pytorch"), devices=(2, 1), seeds=(1,)
+    )
+    rows = collect_rows(experiment, tmp_path)
+    assert [(row.variant, row.devices, row.framework) for row in rows] == [
+        ("b", 1, "pytorch"),
+        ("b", 1, "jax"),
+        ("b", 2, "pytorch"),
+        ("b", 2, "jax"),
+        ("a", 1, "pytorch"),
+        ("a", 1, "jax"),
+        ("a", 2, "pytorch"),
+        ("a", 2, "jax"),
+    ]
+
+
+def test_the_numbers_of_a_row_are_those_of_its_cells(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(3, 1, 2))
+    for cell, nll in zip(experiment.cells, (4.3, 4.1, 4.2), strict=True):
+        write_cell(tmp_path, metrics(cell, nll, tokens_per_second=1000.0 * nll))
+    (row,) = collect_rows(experiment, tmp_path)
+    assert [cell.cell.seed for cell in row.cells] == [1, 2, 3]
+    assert row.nlls("test") == pytest.approx([4.1, 4.2, 4.3])
+    (result,) = analyse(experiment, [row], CorpusFacts(), []).rows
+    assert result.test is not None
+    assert result.test.perplexity == pytest.approx(math.exp(4.2))
+    assert result.tokens_per_second is not None
+    assert result.tokens_per_second.median == pytest.approx(4200)
+    assert result.framework_versions == ("1.2.3",)
+    assert result.commits == ("0123456789ab",)
+
+
+def test_a_missing_cell_stays_in_its_row(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",))
+    write_cell(tmp_path, metrics(experiment.cells[0], 4.2))
+    (row,) = collect_rows(experiment, tmp_path)
+    assert [cell.state for cell in row.cells] == ["ok", "missing", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("diverged", "missing", "usable", "problem"),
+    [
+        (0, 0, True, None),
+        (1, 0, True, "seed 1 diverged"),
+        (0, 1, True, "seed 5 has no result"),
+        (1, 1, False, "invalid: seed 1 diverged, seed 5 has no result"),
+        (2, 0, False, "invalid: seed 1 diverged, seed 2 diverged"),
+        (0, 5, False, "no seed has a result"),
+    ],
+)
+def test_two_failed_seeds_make_a_row_invalid(
+    tmp_path: Path, diverged: int, missing: int, usable: bool, problem: str | None
+) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1, 2, 3, 4, 5))
+    write_results(tmp_path, experiment)
+    for cell in experiment.cells[:diverged]:
+        write_diverged(tmp_path, cell)
+    for cell in experiment.cells[5 - missing :]:
+        (tmp_path / "cells" / cell.path / "metrics.json").unlink()
+    (row,) = collect_rows(experiment, tmp_path)
+    assert row.usable is usable
+    assert row.problem == problem
+    assert len(row.nlls("test")) == 5 - diverged - missing
+
+
+def test_an_invalid_row_is_left_out_of_every_verdict(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("pytorch", "jax"), seeds=(1, 2, 3, 4))
+    write_results(tmp_path, experiment)
+    for cell in experiment.cells[:2]:
+        write_diverged(tmp_path, cell)
+    analysis = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), [])
+    (pair,) = analysis.pairs
+    assert (pair.outcome.n_a, pair.outcome.n_b) == (0, 4)
+    assert pair.outcome.verdict == "inconclusive"
+    assert analysis.rows[0].n_ok == 2
+
+
+@pytest.mark.parametrize("which", [1, 4])  # of the same row, and of the other framework
+def test_different_fingerprints_are_never_averaged_or_compared(tmp_path: Path, which: int) -> None:
+    experiment = plan(frameworks=("pytorch", "jax"))
+    write_results(tmp_path, experiment)
+    odd = experiment.cells[which]
+    write_cell(tmp_path, metrics(odd, 4.7, fingerprint="ffffffffffff"))
+    with pytest.raises(AnalysisError) as error:
+        collect_rows(experiment, tmp_path)
+    message = str(error.value)
+    assert f"ffffffffffff in {odd.path}" in message
+    assert all(cell.path in message for cell in experiment.cells)
+    assert "\n" not in message
+
+
+def test_different_variants_may_have_different_fingerprints(tmp_path: Path) -> None:
+    experiment = plan(variants=("a", "b"), frameworks=("jax",), seeds=(1,))
+    for cell, fingerprint in zip(experiment.cells, ("aaaaaaaaaaaa", "bbbbbbbbbbbb"), strict=True):
+        write_cell(tmp_path, metrics(cell, 4.7, fingerprint=fingerprint))
+    assert len(collect_rows(experiment, tmp_path)) == 2
+
+
+def test_scores_on_different_tokens_are_never_compared(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("pytorch", "jax"), seeds=(1,))
+    write_results(tmp_path, experiment)
+    write_cell(tmp_path, metrics(experiment.cells[1], 4.7, test=score_of(4.7, tokens=9_999)))
+    with pytest.raises(AnalysisError, match="different numbers of tokens"):
+        collect_rows(experiment, tmp_path)
+
+
+def test_a_result_in_another_cells_folder_is_refused(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1, 2))
+    write_cell(tmp_path, metrics(experiment.cells[0], 4.7))
+    folder = tmp_path / "cells" / experiment.cells[0].path
+    folder.rename(tmp_path / "cells" / experiment.cells[1].path)
+    with pytest.raises(AnalysisError, match="result of another cell, tiny/jax/devices-1/seed-1"):
+        collect_rows(experiment, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"protocol": 1}', "\udcff"])
+@pytest.mark.parametrize("name", ["metrics.json", "history.csv"])
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, text: str) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_results(tmp_path, experiment)
+    path = tmp_path / "cells" / experiment.cells[0].path / name
+    content = text if name == "metrics.json" else f"epoch\n{text}x\n"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(AnalysisError) as error:
+        collect_rows(experiment, tmp_path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_finished_run_without_history_is_named(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_results(tmp_path, experiment)
+    (tmp_path / "cells" / experiment.cells[0].path / "history.csv").unlink()
+    with pytest.raises(AnalysisError, match=r"history\.csv is missing"):
+        collect_rows(experiment, tmp_path)
+
+
+def test_an_ok_run_without_a_test_score_is_refused(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_cell(tmp_path, metrics(experiment.cells[0], 4.7, test=None))
+    with pytest.raises(AnalysisError, match="lacks a finite score"):
+        collect_rows(experiment, tmp_path)
+
+
+def test_the_floor_of_a_synthetic_corpus_is_read(tmp_path: Path) -> None:
+    write_corpus(tmp_path, floor_perplexity=18.5, best_bigram_nll_nats=math.log(30), tokens={})
+    facts = read_corpus_facts(tmp_path, "synthetic")
+    assert facts.floor_perplexity == 18.5
+    assert facts.best_bigram_perplexity == pytest.approx(30)
+
+
+def test_a_real_corpus_has_no_floor(tmp_path: Path) -> None:
+    write_corpus(tmp_path, "ptb", types=10_000)
+    assert read_corpus_facts(tmp_path, "ptb") == CorpusFacts()
+    assert read_corpus_facts(tmp_path, "elsewhere") == CorpusFacts()
+
+
+def test_an_unreadable_corpus_is_named(tmp_path: Path) -> None:
+    write_corpus(tmp_path, floor_perplexity="high")
+    with pytest.raises(AnalysisError, match=r"corpus\.json cannot be read \(floor_perplexity"):
+        read_corpus_facts(tmp_path, "synthetic")
+
+
+def test_a_run_without_provenance_is_still_a_result(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_results(tmp_path, experiment)
+    (tmp_path / "cells" / experiment.cells[0].path / "provenance.json").unlink()
+    (row,) = collect_rows(experiment, tmp_path)
+    assert row.usable
+
+
+def test_changes_that_were_not_committed_are_marked(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_results(tmp_path, experiment)
+    path = tmp_path / "cells" / experiment.cells[0].path / "provenance.json"
+    known = {"git_commit": "a" * 40, "git_dirty": True, "cpu": "X", "gpus": [{"name": "Y"}]}
+    path.write_text(json.dumps(known))
+    (row,) = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []).rows
+    assert row.commits == ("a" * 12 + "+changes",)
+    assert row.machines == ("X + Y",)

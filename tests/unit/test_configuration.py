@@ -1,0 +1,258 @@
+"""Bad configuration is one clear sentence: file, key, value, what is allowed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptbench.configuration import loading
+from ptbench.configuration.loading import load_study
+from ptbench.configuration.models import Recipe, Specification, parse_cell_path, variant_name
+from ptbench.configuration.schemas import schemas
+from ptbench.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+
+BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
+    ({"experiment": ["demo"]}, r"config.yaml: experiment: .*did you mean experiments\?"),
+    ({"experiments": ["dmo"]}, r"config.yaml: experiments: .*\"dmo\"; did you mean demo\?"),
+    ({"experiments": []}, r"config.yaml: experiments: \[\] is not allowed: .*at least 1"),
+    ({"experiments": "demo"}, r"config.yaml: experiments: \"demo\" .*list"),
+    ({"experiments": ["demo", "demo"]}, r"config.yaml: experiments: \"demo\" is there twice"),
+    ({"experiments": ["Demo"]}, r"config.yaml: experiments\[0\]: \"Demo\" is not allowed"),
+    ({"experiments": ["../x"]}, r"config.yaml: experiments\[0\]: \"../x\" is not allowed"),
+    ({"frameworks": ["torch"]}, r"config.yaml: frameworks\[0\]: \"torch\" .*'pytorch'"),
+    ({"frameworks": []}, r"config.yaml: frameworks: \[\] is not allowed: .*at least 1"),
+    ({"frameworks": ["jax", "jax"]}, r"\"jax\" is there twice"),
+    ({"seeds": []}, r"config.yaml: seeds: \[\] is not allowed: .*at least 1"),
+    ({"seeds": [-1]}, r"config.yaml: seeds\[0\]: -1 .*greater than or equal to 0"),
+    ({"seeds": [2**31]}, r"config.yaml: seeds\[0\]: 2147483648 .*less than"),
+    ({"seeds": [1, 1]}, r"config.yaml: seeds: 1 is there twice"),
+    ({"seeds": [1.5]}, r"config.yaml: seeds\[0\]: 1.5 is not allowed"),
+    ({"seeds": ["one"]}, r"config.yaml: seeds\[0\]: \"one\" is not allowed"),
+    ({"devices": [0]}, r"config.yaml: devices\[0\]: 0 .*greater than or equal to 1"),
+    ({"devices": [3]}, r"experiment demo: devices: demo-lstm: batch_size=20 does not divide"),
+    ({"devices": [2, 2]}, r"config.yaml: devices: 2 is there twice"),
+    ({"accelerator": "tpu"}, r"config.yaml: accelerator: \"tpu\" .*'cpu' or 'cuda'"),
+    ({"threads": 0}, r"config.yaml: threads: 0 .*greater than or equal to 1"),
+    ({"threads": "many"}, r"config.yaml: threads: \"many\" .*integer"),
+    ({"corpus": "ptbb"}, r"corpus: there is no corpus \"ptbb\"; did you mean ptb\?"),
+    ({"corpus": "/etc"}, r"config.yaml: corpus: \"/etc\" is not allowed"),
+    ({"subset": 0}, r"config.yaml: subset: 0 .*greater than or equal to 1"),
+    ({"equivalence_margin": -0.1}, r"config.yaml: equivalence_margin: -0.1 .*greater than 0"),
+    ({"corpora": {"mine": {"folder": "x"}}}, r"config.yaml: corpora.mine: .*kind"),
+    ({"corpora": {"mine": {"kind": "zip"}}}, r"config.yaml: corpora.mine: .*'folder'"),
+    ({"corpora": {"mine": {"kind": "folder"}}}, r"config.yaml: corpora.mine.folder: is required"),
+    (
+        {"corpora": {"mine": {"kind": "folder", "folder": "x", "fils": 1}}},
+        r"config.yaml: corpora.mine.fils: there is no such key",
+    ),
+]
+
+BAD_RECIPES: list[tuple[str, str]] = [
+    ("hiden_size: 3", r"own.yaml: r: hiden_size: .*did you mean hidden_size\?"),
+    ("hidden_size: -3", r"own.yaml: r: hidden_size: -3 .*greater than or equal to 1"),
+    ("hidden_size: wide", r"own.yaml: r: hidden_size: \"wide\" .*integer"),
+    ("hidden_size: 2.5", r"own.yaml: r: hidden_size: 2.5 is not allowed"),
+    ("dropout: 1.0", r"own.yaml: r: dropout: 1.0 .*less than 1"),
+    ("clip_norm: 0", r"own.yaml: r: clip_norm: 0 .*greater than 0"),
+    ("learning_rate: .nan", r"own.yaml: r: learning_rate: NaN"),
+    ("cell: lsmt", r"own.yaml: r: cell: \"lsmt\" .*'lstm'"),
+    ("objective: mean", r"own.yaml: r: objective: \"mean\" .*'sum_over_time'"),
+    ("{constant_epochs: 9, epochs: 3}", r"own.yaml: r: constant_epochs=9 must not exceed epochs=3"),
+    ("extends: nothing", r"own.yaml: r: extends: there is no recipe \"nothing\""),
+    ("extends: r", r"own.yaml: r: extends: r → r goes in a circle"),
+    ("corpus: no-such", r"experiment e: variants: r: corpus: there is no corpus \"no-such\""),
+    ("[1, 2]", r"own.yaml: recipes.r: \[1, 2\] is not allowed"),
+    ("batch_size: true", r"own.yaml: r: batch_size: true is not allowed"),
+]
+
+BAD_EXPERIMENTS: list[tuple[str, str]] = [
+    ("{title: T, variants: [s]}", r"experiment e: variants: there is no recipe \"s\""),
+    ("{title: T, variants: []}", r"own.yaml: experiments.e.variants: \[\] is not allowed"),
+    ("{variants: [r]}", r"own.yaml: experiments.e.title: is required"),
+    ("{title: T}", r"own.yaml: experiments.e.variants: is required"),
+    ("{title: T, variants: [r+x=1]}", r"experiment e: variants: r: there is no recipe key \"x\""),
+    ("{title: T, variants: [r+layers]}", r"variants\[0\]: r\+layers: layers must be key=value"),
+    ("{title: T, variants: [r+layers=0]}", r"layers: 0 .*greater than or equal to 1"),
+    ("{title: T, variants: [r], sedes: [1]}", r"own.yaml: experiments.e.sedes: there is no such"),
+    (
+        "{title: T, variants: [{recipe: r, set: {layers: 1}, sweep: {layers: [2]}}]}",
+        r"layers is both in set and in sweep",
+    ),
+    ("{title: T, variants: [{recipe: r, sweep: {layers: []}}]}", r"at least 1 item"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CONFIGURATIONS)
+def test_a_bad_configuration_is_refused_with_file_key_value_and_what_is_allowed(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_study({"experiments": ["demo"], **change})
+
+
+def folder_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Make `text` the only file of recipes and experiments."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "own.yaml").write_text(text)
+    (tmp_path / "corpora.yaml").write_bytes((ROOT / "workflow/corpora.yaml").read_bytes())
+    monkeypatch.setattr(loading, "WORKFLOW", tmp_path)
+
+
+@pytest.mark.parametrize(("recipe", "message"), BAD_RECIPES)
+def test_a_bad_recipe_is_refused_with_file_key_value_and_what_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, message: str
+) -> None:
+    indented = recipe if recipe[0] in "{[" else f"{{{recipe}}}"
+    text = f"recipes: {{r: {indented}}}\nexperiments: {{e: {{title: T, variants: [r]}}}}\n"
+    folder_with(tmp_path, monkeypatch, text)
+    with pytest.raises(ConfigurationError, match=message):
+        load_study({"experiments": ["e"]})
+
+
+@pytest.mark.parametrize(("experiment", "message"), BAD_EXPERIMENTS)
+def test_a_bad_experiment_is_refused_with_file_key_value_and_what_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: str, message: str
+) -> None:
+    folder_with(tmp_path, monkeypatch, f"recipes: {{r: {{}}}}\nexperiments: {{e: {experiment}}}\n")
+    with pytest.raises(ConfigurationError, match=message):
+        load_study({"experiments": ["e"]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"recipes: [", r"own.yaml, line \d+: not valid YAML"),
+        (b"\xff\xfe", r"own.yaml: not UTF-8 at byte 0"),
+        (b"- 1\n", r"own.yaml: must be a mapping"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_refused_by_name_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    folder_with(tmp_path, monkeypatch, "")
+    (tmp_path / "experiments" / "own.yaml").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message):
+        load_study({"experiments": ["e"]})
+
+
+def test_a_recipe_in_two_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_with(tmp_path, monkeypatch, "recipes: {r: {}}\n")
+    (tmp_path / "experiments" / "more.yaml").write_text("recipes: {r: {}}\n")
+    with pytest.raises(ConfigurationError, match=r"own.yaml: recipe r is already in more.yaml"):
+        load_study({"experiments": ["e"]})
+
+
+def test_the_command_line_prints_the_sentence_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("sedes: [1]\n")
+    answer = subprocess.run(
+        [sys.executable, "-m", "ptbench", "validate", str(path)], capture_output=True, text=True
+    )
+    assert answer.returncode == 2
+    assert "config.yaml: sedes: there is no such key; did you mean seeds?" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_variant_has_one_name_however_it_is_written() -> None:
+    base = Recipe()
+    one = Recipe(learning_rate=0.5, dropout=0.25, clip_norm=None)
+    assert variant_name("r", base, one) == "r+clip_norm=null+dropout=0.25+learning_rate=0.5"
+    assert variant_name("r", base, Recipe(learning_rate=1)) == "r"  # the recipe's own value
+    assert variant_name("r", base, Recipe(learning_rate=2)) == "r+learning_rate=2"
+    assert variant_name("r", base, Recipe(learning_rate=2.0)) == "r+learning_rate=2"
+
+
+@given(st.floats(min_value=1e-12, max_value=1e6, exclude_min=True))
+def test_a_number_in_a_variants_name_is_exactly_the_number(rate: float) -> None:
+    name = variant_name("demo-lstm", Recipe(), Recipe(learning_rate=rate))
+    [(_, overrides)] = loading.expand(name, "test")
+    assert float(overrides.get("learning_rate", 1.0)) == rate  # type: ignore[arg-type]
+
+
+def test_a_sweep_makes_every_combination_and_shares_what_is_the_recipe_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = "{recipe: r, sweep: {layers: [1, 2], learning_rate: [0.1, 1]}}"
+    text = f"recipes: {{r: {{}}}}\nexperiments: {{e: {{title: T, variants: [{sweep}, r]}}}}\n"
+    folder_with(tmp_path, monkeypatch, text)
+    study = load_study({"experiments": ["e"]})
+    assert list(dict.fromkeys(cell.variant for cell in study.cells)) == [
+        "r+layers=1+learning_rate=0.1",
+        "r+layers=1",
+        "r+learning_rate=0.1",
+        "r",
+    ]
+
+
+def test_corpus_and_subset_of_the_configuration_become_part_of_the_variants_name() -> None:
+    study = load_study({"experiments": ["zaremba-small"], "corpus": "synthetic", "subset": 50})
+    assert study.cells[0].variant == "zaremba-small+corpus=synthetic+subset=50"
+    same = load_study({"experiments": ["zaremba-small"], "corpus": "ptb"})
+    assert same.cells[0].variant == "zaremba-small"
+
+
+def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:
+    study = load_study({"experiments": ["demo"]})
+    assert study.specification("zaremba-small+dropout=0.5").recipe.dropout == 0.5
+    with pytest.raises(ConfigurationError, match=r"is written zaremba-small\+dropout=0.5"):
+        study.specification("zaremba-small+dropout=0.50")
+
+
+def test_the_fingerprint_follows_the_meaning_and_nothing_else() -> None:
+    def fingerprint(recipe: Recipe, **definition: object) -> str:
+        return Specification(
+            variant="any", recipe=recipe, corpus_definition=dict(definition)
+        ).fingerprint
+
+    base = fingerprint(Recipe(), kind="download", files="abc", mirrors=[1])
+    assert fingerprint(Recipe(), kind="download", files="abc", mirrors=[2]) == base
+    assert fingerprint(Recipe(dropout=0.5), kind="download", files="abc") != base
+    assert fingerprint(Recipe(), kind="download", files="abd") != base
+
+
+def test_a_cells_path_reads_back_as_the_cell() -> None:
+    study = load_study({"experiments": ["demo"]})
+    assert [parse_cell_path(cell.path) for cell in study.cells] == list(study.cells)
+
+
+def test_the_recipes_of_zaremba_are_those_of_the_thesis() -> None:
+    """Zhang 2018, Table A.1."""
+    columns = {
+        "initialization_scale": (0.1, 0.05, 0.04),
+        "learning_rate": (1.0, 1.0, 1.0),
+        "clip_norm": (5.0, 5.0, 10.0),
+        "layers": (2, 2, 2),
+        "hidden_size": (200, 650, 1500),
+        "embedding_size": (200, 650, 1500),
+        "batch_size": (20, 20, 20),
+        "sequence_length": (20, 35, 35),
+        "constant_epochs": (4, 6, 14),
+        "epochs": (13, 39, 55),
+        "dropout": (0.0, 0.5, 0.65),  # one minus the keeping probability
+        "learning_rate_decay": (0.5, 0.8, 1 / 1.15),
+    }
+    study = load_study({"experiments": ["demo"]})
+    for column, size in enumerate(("small", "medium", "large")):
+        recipe = study.specification(f"zaremba-{size}").recipe
+        for key, values in columns.items():
+            assert getattr(recipe, key) == pytest.approx(values[column], rel=1e-15), (size, key)
+
+
+def test_config_yaml_names_every_key_with_its_default() -> None:
+    written = yaml.safe_load((ROOT / "config.yaml").read_text())
+    assert written == loading.Config().model_dump(mode="json")
+
+
+def test_the_schemas_are_those_of_the_models() -> None:
+    for name, text in schemas().items():
+        assert (ROOT / "workflow/schemas" / name).read_text() == text, (
+            f"workflow/schemas/{name} is out of date; run: "
+            "uv run ptbench schema --output workflow/schemas"
+        )

@@ -1,0 +1,57 @@
+"""The shared initial draw is what the TensorFlow PTB tutorial draws, and the seed's alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ptbench.backends.contract import parameter_shapes
+from ptbench.configuration.models import Recipe
+from ptbench.training.initialization import draw_parameters
+
+RECIPE = Recipe(layers=2, embedding_size=12, hidden_size=16, forget_bias=1.5)
+VOCABULARY = 50
+
+
+def test_every_parameter_is_drawn_in_float32() -> None:
+    parameters = draw_parameters(RECIPE, VOCABULARY, seed=1)
+    shapes = {name: array.shape for name, array in parameters.items()}
+    assert list(shapes.items()) == list(parameter_shapes(RECIPE, VOCABULARY).items())
+    assert {array.dtype for array in parameters.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("scale", [0.04, 0.1, 2.0])
+def test_weights_and_softmax_bias_are_uniform_within_the_scale(scale: float) -> None:
+    recipe = RECIPE.model_copy(update={"initialization_scale": scale})
+    for name, array in draw_parameters(recipe, VOCABULARY, seed=1).items():
+        if name.startswith("rnn.") and name.endswith(".bias"):
+            continue
+        assert np.abs(array).max() <= np.float32(scale), name
+        uniform = stats.uniform(-scale, 2 * scale)
+        assert stats.kstest(array.ravel().astype(np.float64), uniform.cdf).pvalue > 1e-4, name
+
+
+def test_no_two_weights_are_drawn_from_the_same_numbers() -> None:
+    parameters = draw_parameters(RECIPE, VOCABULARY, seed=1)
+    drawn = np.concatenate([p.ravel() for p in parameters.values() if np.unique(p).size > 2])
+    assert len(np.unique(drawn)) > 0.99 * drawn.size
+
+
+def test_recurrent_biases_are_zero_save_the_forget_gates() -> None:
+    parameters = draw_parameters(RECIPE, VOCABULARY, seed=1)
+    for layer in range(2):
+        gates = parameters[f"rnn.{layer}.bias"].reshape(4, 16)
+        assert [set(gate) for gate in gates] == [{0.0}, {1.5}, {0.0}, {0.0}]
+
+
+def test_the_seed_and_the_model_alone_decide_the_draw() -> None:
+    parameters = draw_parameters(RECIPE, VOCABULARY, seed=1)
+    np.random.default_rng().random()
+    trained_otherwise = RECIPE.model_copy(update={"learning_rate": 0.5, "dropout": 0.5})
+    again = draw_parameters(trained_otherwise, VOCABULARY, seed=1)
+    other = draw_parameters(RECIPE, VOCABULARY, seed=2)
+    for name, array in parameters.items():
+        np.testing.assert_array_equal(again[name], array)
+        if not (name.startswith("rnn.") and name.endswith(".bias")):
+            assert not np.array_equal(other[name], array)

@@ -1,0 +1,149 @@
+"""The float64 oracle against calculus, arithmetic and theory; all else is tested against it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptbench.backends.contract import objective_divisor
+from ptbench.backends.numpy_oracle import NumpyOracle, log_softmax, lstm_forward, sigmoid
+from ptbench.configuration.models import Recipe
+from ptbench.corpus.batching import Batch
+
+VOCABULARY, TIME, BATCH = 5, 3, 2
+
+
+def oracle_with(**changes: Any) -> NumpyOracle:
+    small = {"layers": 2, "embedding_size": 3, "hidden_size": 4, "initialization_scale": 0.5}
+    oracle = NumpyOracle(Recipe.model_validate(small | changes), VOCABULARY, seed=1)
+    rng = np.random.default_rng(2)
+    oracle.p = {name: rng.uniform(-1, 1, p.shape) for name, p in oracle.p.items()}
+    return oracle
+
+
+def batch_of(steps: int, seed: int = 3) -> Batch:
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.integers(0, VOCABULARY, (2, steps, BATCH), np.int32)
+    mask = np.ones((steps, BATCH), np.float32)
+    mask[-1, 1] = 0
+    return Batch(inputs, targets, mask)
+
+
+@pytest.mark.parametrize("objective", ["sum_over_time", "mean_per_token"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_the_objective_s_central_differences(
+    objective: str, layers: int, dropout: float
+) -> None:
+    oracle = oracle_with(objective=objective, layers=layers, dropout=dropout)
+    batch = batch_of(TIME)
+    state = np.random.default_rng(4).uniform(-1, 1, oracle.initial_state(BATCH, True).shape)
+    divisor = objective_divisor(oracle.recipe, batch.mask)
+    _, gradients, _ = oracle.loss_and_gradients(*batch, state)
+    # Rounding costs about epsilon / h, truncation h^2 / 6 times the third derivative, so the cube
+    # root of epsilon is nearly the best h; ten is for the operations that round.
+    epsilon = np.finfo(np.float64).eps
+    h = epsilon ** (1 / 3)
+
+    def objective_at(array: Any, index: tuple[int, ...], value: float) -> float:
+        before = array[index]
+        array[index] = value
+        nll, _, _ = oracle.loss_and_gradients(*batch, state)
+        array[index] = before
+        return nll / divisor
+
+    for name, array in oracle.p.items():
+        for index in np.ndindex(array.shape):
+            above = objective_at(array, index, array[index] + h)
+            below = objective_at(array, index, array[index] - h)
+            tolerance = 10 * epsilon / h * abs(above) + h**2
+            assert gradients[name][index] == pytest.approx(
+                (above - below) / (2 * h), rel=0, abs=tolerance
+            ), (name, index)
+
+
+def test_one_unit_of_an_lstm_does_as_computed_by_hand() -> None:
+    # Gates i, f, g, o of 3/4, 1/4, 3/5, 1/2, as sigmoid(log 3) = 3/4 and tanh(log 2) = 3/5.
+    z = np.array([math.log(3), -math.log(3), math.log(2), 0.0])
+    x, h0 = 2.0, 4.0
+    w, u, b = z[None] / 4, z[None] / 16, z / 4  # x w + h u + b = z
+    # c = c0 / 4 + 3/4 * 3/5 = log 2, so h = 1/2 * tanh(log 2) = 3/10.
+    c0 = 4 * (math.log(2) - 9 / 20)
+    trace = lstm_forward(np.array([[[x]]]), w, u, b, np.array([[h0]]), np.array([[c0]]))
+    np.testing.assert_allclose(trace.gates[0, 0], [3 / 4, 1 / 4, 3 / 5, 1 / 2], rtol=1e-14)
+    assert trace.c[1, 0, 0] == pytest.approx(math.log(2), rel=1e-14)
+    assert trace.h[1, 0, 0] == pytest.approx(3 / 10, rel=1e-14)
+
+
+def test_sigmoid_neither_overflows_nor_loses_its_symmetry() -> None:
+    x = np.array([-1000.0, -1.0, 0.0, 1.0, 1000.0])
+    with np.errstate(all="raise"):
+        y = sigmoid(x)
+    np.testing.assert_allclose(y, [0, 1 / (1 + math.e), 0.5, math.e / (1 + math.e), 1], rtol=1e-14)
+
+
+def test_log_softmax_is_exact_where_probabilities_underflow() -> None:
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        result = log_softmax(np.array([[1000.0, 0.0, -1000.0]]))
+    np.testing.assert_array_equal(result, [[0, -1000, -2000]])
+
+
+def test_log_softmax_is_the_logarithm_of_a_distribution() -> None:
+    logits = np.random.default_rng(1).normal(0, 3, (2, 3, 7))
+    np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(axis=-1), 1, rtol=1e-14)
+    np.testing.assert_allclose(log_softmax(logits + 50), log_softmax(logits), atol=1e-13)
+
+
+def test_a_uniform_model_loses_log_vocabulary_nats_for_each_token() -> None:
+    oracle, batch = oracle_with(), batch_of(TIME)
+    oracle.p = {name: np.zeros_like(p) for name, p in oracle.p.items()}
+    nll = oracle.evaluate_step(*batch, oracle.initial_state(BATCH, False)).nll
+    assert nll == pytest.approx(batch.mask.sum() * math.log(VOCABULARY), rel=1e-14)
+
+
+def test_two_windows_with_carried_state_are_one_window_of_both() -> None:
+    oracle, (inputs, targets, mask) = oracle_with(), batch_of(2 * TIME)
+    start = oracle.initial_state(BATCH, False)
+    whole = oracle.evaluate_step(inputs, targets, mask, start)
+    first = oracle.evaluate_step(inputs[:TIME], targets[:TIME], mask[:TIME], start)
+    second = oracle.evaluate_step(inputs[TIME:], targets[TIME:], mask[TIME:], first.state)
+    assert first.nll + second.nll == pytest.approx(whole.nll, rel=1e-14)
+    np.testing.assert_allclose(second.state, whole.state, rtol=1e-14)
+
+
+def test_evaluation_adds_up_the_log_probabilities_of_the_targets() -> None:
+    oracle, (inputs, targets, mask) = oracle_with(), batch_of(TIME)
+    state = oracle.initial_state(BATCH, False)
+    log_p, _ = oracle.next_token_log_probabilities(inputs, state)
+    expected = -sum(
+        mask[t, b] * float(log_p[t, b, targets[t, b]]) for t, b in np.ndindex(TIME, BATCH)
+    )
+    assert oracle.evaluate_step(inputs, targets, mask, state).nll == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01, 1000.0])
+def test_a_step_goes_against_the_gradient_and_no_further_than_the_clip_norm_allows(
+    clip_norm: float | None,
+) -> None:
+    oracle, batch, rate = oracle_with(clip_norm=clip_norm), batch_of(TIME), 0.1
+    before = {name: p.copy() for name, p in oracle.p.items()}
+    state = oracle.initial_state(BATCH, True)
+    _, gradients, _ = oracle.loss_and_gradients(*batch, state)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    step = oracle.train_step(*batch, state, rate)
+    assert step.gradient_norm == pytest.approx(norm)
+    assert norm > 0.01
+    scale = 0.01 / norm if clip_norm == 0.01 else 1
+    for name, p in oracle.p.items():
+        np.testing.assert_allclose(before[name] - p, rate * scale * gradients[name], atol=1e-14)
+
+
+def test_dropout_keeps_the_mean_of_what_it_drops() -> None:
+    masks = oracle_with(dropout=0.4).dropout_masks(50, 40)
+    for mask in masks:
+        assert set(np.unique(mask)) == {0, 1 / 0.6}
+        deviation = math.sqrt(0.6 * 0.4 / mask.size) / 0.6
+        assert mask.mean() == pytest.approx(1, abs=5 * deviation)

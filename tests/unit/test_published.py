@@ -1,0 +1,122 @@
+"""The published numbers: their form, and what is said of malformed ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.support.fake_results import metrics, plan, score_of, write_cell
+
+from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows
+from ptbench.analysis.experiment import PublishedResult, analyse
+from ptbench.analysis.published import PublishedValue, read_published
+
+PUBLISHED = Path(__file__).parents[2] / "workflow" / "published"
+HEADER = "experiment,variant,framework,metric,value,std,source,locator,note"
+ROW = "zaremba-small,zaremba-small,tensorflow,test_perplexity,113.304,,zhang,Table 5.1,block"
+
+
+def write(folder: Path, *lines: str) -> Path:
+    path = folder / "numbers.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_every_file_of_published_numbers_can_be_read_and_none_is_empty() -> None:
+    values = read_published(PUBLISHED)
+    assert {value.source for value in values} == {path.stem for path in PUBLISHED.glob("*.csv")}
+
+
+@pytest.mark.parametrize(
+    "value", read_published(PUBLISHED), ids=lambda v: f"{v.source}-{v.variant}"
+)
+def test_every_published_number_is_within_what_its_metric_can_be(value: PublishedValue) -> None:
+    # A perplexity left in nats, a speed in hours or a count in millions would fall outside.
+    low, high = {
+        "train_perplexity": (2, 10_000),
+        "valid_perplexity": (2, 10_000),
+        "test_perplexity": (2, 10_000),
+        "tokens_per_second": (100, 10**7),
+        "parameters": (10**5, 10**9),
+    }[value.metric]
+    assert low < value.value < high
+    assert value.metric != "parameters" or value.value.is_integer()
+    assert all(text == text.strip() for text in (value.source, value.locator, value.note))
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (ROW.replace("test_perplexity", "test_ppl"), "metric='test_ppl'"),
+        (ROW.replace("113.304", "many"), "value='many'"),
+        (ROW.replace("113.304", "-1"), "value='-1'"),
+        (ROW.replace("113.304", "nan"), "value='nan'"),
+        (ROW.replace("113.304", ""), "value=''"),
+        (ROW.replace("tensorflow", "theano"), "framework='theano'"),
+        (ROW.replace("113.304,,", "113.304,-2,"), "std='-2'"),
+        (ROW.replace(",zhang,", ",,"), "source=''"),
+        (ROW.replace("Table 5.1", ""), "locator=''"),
+        (ROW.replace("zaremba-small", "Zaremba Small"), "experiment='Zaremba Small'"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_line_and_column(
+    tmp_path: Path, bad: str, named: str
+) -> None:
+    path = write(tmp_path, HEADER, ROW, bad)
+    with pytest.raises(AnalysisError) as error:
+        read_published(tmp_path)
+    assert str(error.value).startswith(f"{path}, line 3: {named}")
+
+
+def test_a_repeated_row_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, HEADER, ROW, ROW.replace("113.304", "113.3"))
+    with pytest.raises(AnalysisError, match=rf"{path}, line 3 repeats {path}, line 2"):
+        read_published(tmp_path)
+
+
+@pytest.mark.parametrize("header", ["", "value,std", HEADER + ",more"])
+def test_a_wrong_header_is_refused(tmp_path: Path, header: str) -> None:
+    write(tmp_path, header, ROW)
+    with pytest.raises(AnalysisError, match="the first line must be experiment,variant"):
+        read_published(tmp_path)
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> list[PublishedResult]:
+    """Three seeds of test perplexity exp(4.7 ± 0.01), on one and two devices, beside three rows."""
+    experiment = plan("zaremba-small", ("zaremba-small",), ("pytorch", "tensorflow"), (1, 2))
+    for cell in experiment.cells:
+        nll = 4.7 + 0.01 * (cell.seed - 2)
+        write_cell(tmp_path, metrics(cell, nll, train=score_of(4.0), parameters=4_651_600))
+    write(
+        tmp_path,
+        HEADER,
+        ROW.replace("113.304", "109.947"),  # exp(4.7) = 109.947
+        ROW.replace("tensorflow", "").replace("113.304", "220"),
+        ROW.replace("tensorflow", "").replace("test_perplexity,113.304", "parameters,4652000"),
+        ROW.replace("zaremba-small,zaremba-small", "zaremba-small,zaremba-small+epochs=2"),
+        ROW.replace("zaremba-small,zaremba-small", "zaremba-medium,zaremba-small"),
+    )
+    rows = collect_rows(experiment, tmp_path)
+    return list(analyse(experiment, rows, CorpusFacts(), read_published(tmp_path)).published)
+
+
+def test_a_number_is_set_beside_its_framework_or_all_on_one_device(
+    beside: list[PublishedResult],
+) -> None:
+    assert [(line.published.metric, line.published.value, line.framework) for line in beside] == [
+        ("test_perplexity", 109.947, "tensorflow"),
+        ("test_perplexity", 220, "pytorch"),
+        ("test_perplexity", 220, "tensorflow"),
+        ("parameters", 4_652_000, "pytorch"),
+        ("parameters", 4_652_000, "tensorflow"),
+    ]
+
+
+def test_the_gap_is_ours_over_the_published_less_one(beside: list[PublishedResult]) -> None:
+    assert beside[0].relative_gap == pytest.approx(0, abs=1e-5)
+    assert beside[0].inside is True
+    assert beside[1].relative_gap == pytest.approx(109.947 / 220 - 1, abs=1e-5)
+    assert beside[1].inside is False
+    assert beside[3].relative_gap == pytest.approx(4_651_600 / 4_652_000 - 1)
+    assert beside[3].inside is None  # a count has no interval

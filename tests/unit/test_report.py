@@ -1,0 +1,247 @@
+"""The page: whole, self-contained, accessible, and silent about nothing that was planned."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import shutil
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from tests.support.fake_results import (
+    metrics,
+    plan,
+    write_cell,
+    write_corpus,
+    write_diverged,
+    write_results,
+)
+
+from ptbench.analysis.collect import AnalysisError
+from ptbench.analysis.experiment import Analysis
+from ptbench.report.experiment import analyse_experiment
+from ptbench.report.page import RunFacts, render_report
+
+PUBLISHED = Path(__file__).parents[2] / "workflow" / "published"
+FACTS = RunFacts(
+    created="1 January 2030, 12:00 UTC",
+    version="0.0.0",
+    commit="0123456789abcdef",
+    machine="a machine",
+    cells_at_once=1,
+)
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """The elements of a page, each with its attributes; raises on unbalanced tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in {"style", "script"}:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, tag: str, name: str) -> list[str]:
+        return [a[name] or "" for t, a in self.elements if t == tag and name in a]
+
+
+def build(results: Path) -> Path:
+    """Two experiments, with a diverged run, missing runs and an invalid row; the page's path."""
+    demo = plan("demo", variants=("tiny", "tiny+dropout=0.5"))
+    write_results(results, demo)
+    write_corpus(results, floor_perplexity=96.0, best_bigram_nll_nats=5.0)
+    real = plan(
+        "zaremba-small", ("zaremba-small",), corpus_folder="ptb", description="Small & real."
+    )
+    write_results(results, real)
+    write_diverged(results, real.cells[0])
+    for cell in real.cells[-2:]:
+        (results / "cells" / cell.path / "metrics.json").unlink()
+    folders = [results / "experiments" / experiment.name for experiment in (demo, real)]
+    for experiment, folder in zip((demo, real), folders, strict=True):
+        analyse_experiment(experiment, results, PUBLISHED, folder)
+    return render_report(folders, results / "report", FACTS)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def page(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_experiment_folder_is_whole(path: Path) -> None:
+    folder = path.parents[1] / "experiments" / "demo"
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    figures = {"perplexity", "learning-curves", "tokens-per-second", "seconds"}
+    assert written == {
+        *(f"figures/{name}.{suffix}" for name in figures for suffix in ("svg", "png")),
+        *("table.csv", "table.md", "table.tex", "comparison.csv", "differences.csv"),
+        "analysis.json",
+    }
+
+
+def test_analysis_json_survives_reading(path: Path) -> None:
+    text = (path.parents[1] / "experiments" / "zaremba-small" / "analysis.json").read_text()
+    analysis = Analysis.model_validate_json(text)
+    assert analysis.model_dump_json(indent=1) + "\n" == text
+    assert (analysis.count("ok"), analysis.count("diverged"), analysis.count("missing")) == (
+        12,
+        1,
+        2,
+    )
+
+
+def test_the_page_needs_neither_network_nor_script(page: Page) -> None:
+    assert not [tag for tag, _ in page.elements if tag in {"script", "iframe", "img", "object"}]
+    for _, attributes in page.elements:
+        assert "src" not in attributes
+        for name, value in attributes.items():
+            assert name.startswith("xmlns") or "//" not in (value or "")
+            assert not name.startswith("on")
+
+
+def test_every_link_leads_to_a_file_or_a_place_on_the_page(path: Path, page: Page) -> None:
+    links = page.attributes("a", "href")
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in ids
+        else:
+            assert (path.parent / unquote(link)).is_file(), link
+    assert sum(link.endswith("/metrics.json") for link in links) == 30 + 13
+
+
+def test_no_two_elements_share_an_id_and_every_reference_is_kept(page: Page) -> None:
+    ids = Counter(a["id"] for _, a in page.elements if "id" in a)
+    assert max(ids.values()) == 1
+    for value in page.attributes("use", "xlink:href"):
+        assert value[1:] in ids
+    for _, attributes in page.elements:
+        for value in attributes.values():
+            if value and "url(#" in value:
+                assert value.split("url(#")[1].split(")")[0] in ids
+
+
+def test_every_planned_run_is_on_the_page(page: Page) -> None:
+    assert "45 runs planned" in page.text
+    assert "42 ended well" in page.text
+    assert "1 diverged" in page.text
+    assert "2 missing" in page.text
+    assert "zaremba-small/jax/devices-1/seed-3" in page.text
+    assert "invalid: seed 2 has no result, seed 3 has no result" in page.text
+    assert "above the recipe's limit" in page.text
+
+
+def test_the_page_says_how_its_numbers_are_made(page: Page) -> None:
+    for words in ("95 % t interval", "Holm's correction", "ended well of those planned", "2.0 %"):
+        assert words in page.text
+    assert "no model can stay below a perplexity of 96.00" in page.text
+    assert "zhang2018tensorflow, Table 5.1" in page.text
+    assert "Small & real." in page.text
+
+
+def test_headings_skip_no_level_and_tables_name_their_axes(page: Page) -> None:
+    levels = [int(tag[1]) for tag, _ in page.elements if tag in {"h1", "h2", "h3", "h4"}]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    assert all(a.get("scope") for tag, a in page.elements if tag == "th")
+    assert page.attributes("html", "lang") == ["en"]
+
+
+def test_figures_follow_the_page_colours_and_have_words(page: Page) -> None:
+    assert len(page.attributes("svg", "aria-hidden")) == 8
+    styles = " ".join(a.get("style") or "" for _, a in page.elements)
+    assert "var(--pytorch)" in styles
+    assert "#c0392b" not in styles
+    assert page.text.count("Median tokens per second. tiny, 1 device: PyTorch") == 1
+
+
+def test_hostile_words_stay_words(tmp_path: Path) -> None:
+    experiment = plan(
+        frameworks=("jax",), seeds=(1,), title="<script>x</script>", description='"><img src=x>'
+    )
+    write_results(tmp_path, experiment)
+    folder = tmp_path / "experiments" / "demo"
+    analyse_experiment(experiment, tmp_path, PUBLISHED, folder)
+    page = Page(render_report([folder], tmp_path / "report", FACTS).read_text())
+    assert not [tag for tag, _ in page.elements if tag in {"script", "img"}]
+    assert "<script>x</script>" in page.text
+
+
+@pytest.mark.parametrize(
+    ("at_once", "words", "absent"),
+    [
+        (1, "Every run had the machine to itself", "Speeds are not comparable"),
+        (4, "Up to 4 runs shared the machine", "had the machine to itself"),
+        (None, "while other runs shared the machine is not", "had the machine to itself"),
+    ],
+)
+def test_the_page_says_whether_speeds_compare(
+    path: Path, tmp_path: Path, at_once: int | None, words: str, absent: str
+) -> None:
+    facts = FACTS.model_copy(update={"cells_at_once": at_once})
+    folder = path.parents[1] / "experiments" / "demo"
+    page = Page(render_report([folder], tmp_path / "report", facts).read_text())
+    assert words in page.text
+    assert absent not in page.text
+
+
+def test_an_experiment_without_any_result_is_rendered(tmp_path: Path) -> None:
+    experiment = plan()
+    folder = tmp_path / "experiments" / "demo"
+    analyse_experiment(experiment, tmp_path, PUBLISHED, folder)
+    page = Page(render_report([folder], tmp_path / "report", FACTS).read_text())
+    assert "This report is partial." in page.text
+    assert page.text.count("no seed has a result") == 5
+    with (folder / "table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5
+
+
+def test_a_refused_analysis_writes_nothing(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",))
+    write_results(tmp_path, experiment)
+    write_cell(tmp_path, metrics(experiment.cells[0], 4.7, fingerprint="ffffffffffff"))
+    with pytest.raises(AnalysisError, match="must not be averaged"):
+        analyse_experiment(experiment, tmp_path, PUBLISHED, tmp_path / "experiments" / "demo")
+    assert not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.parametrize("name", ["analysis.json", "figures/perplexity.svg"])
+def test_a_folder_that_is_not_whole_is_named(path: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(path.parents[1] / "experiments" / "demo", folder)
+    (folder / name).unlink()
+    with pytest.raises(AnalysisError, match="is not a whole analysis of an experiment"):
+        render_report([folder], tmp_path / "report", FACTS)
+    assert not (tmp_path / "report").exists()

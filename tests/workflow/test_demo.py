@@ -1,0 +1,69 @@
+"""The study of a fresh clone, in all five frameworks on one and two devices, to its report."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from ptbench.training.records import read_history, read_metrics
+from tests.workflow.conftest import Project
+
+FRAMEWORKS = ("pytorch", "tensorflow", "keras", "mxnet", "jax")
+
+
+@pytest.fixture(scope="module")
+def demo(project: Project) -> Project:
+    """The demo with one seed."""
+    project.snakemake("--cores", "2", "--config", "seeds=[1]")
+    return project
+
+
+def test_every_framework_finishes_on_one_and_on_two_devices(demo: Project) -> None:
+    for framework in FRAMEWORKS:
+        for devices in (1, 2):
+            cell = demo.folder / f"results/cells/demo-lstm/{framework}/devices-{devices}/seed-1"
+            metrics = read_metrics(cell / "metrics.json")
+            assert metrics.status == "ok"
+            assert len(read_history(cell / "history.csv")) == metrics.epochs
+            provenance = json.loads((cell / "provenance.json").read_text())
+            assert len(provenance["devices"]) == devices
+            assert provenance["framework_version"]
+
+
+def test_every_framework_learns_beyond_the_best_bigram_and_stays_above_the_floor(
+    demo: Project,
+) -> None:
+    facts = json.loads((demo.folder / "results/corpora/synthetic/corpus.json").read_text())
+    truth = facts["splits"]["test"]  # what the true process scores on that very sample
+    for framework in FRAMEWORKS:
+        cell = demo.folder / f"results/cells/demo-lstm/{framework}/devices-1/seed-1"
+        test = read_metrics(cell / "metrics.json").test
+        assert test is not None
+        assert test.nll < facts["best_bigram_nll_nats"]
+        assert test.nll > facts["entropy_rate_nats"] - 4 * truth["true_nll_standard_error_nats"]
+        assert test.tokens == truth["tokens"] - 1
+
+
+def test_frameworks_that_start_alike_end_alike(demo: Project) -> None:
+    """Shared initial parameters and data order: only dropout and rounding differ."""
+    nlls = []
+    for framework in FRAMEWORKS:
+        cell = demo.folder / f"results/cells/demo-lstm/{framework}/devices-1/seed-1"
+        test = read_metrics(cell / "metrics.json").test
+        assert test is not None
+        nlls.append(test.nll)
+    assert max(nlls) - min(nlls) < 0.05  # nats; the equivalence margin is 0.02
+
+
+def test_the_report_has_a_row_for_every_framework_and_device_count(demo: Project) -> None:
+    page = (demo.folder / "results/report/index.html").read_text()
+    assert "<script src" not in page and "http://" not in page.replace("http://www.w3.org", "")
+    with (demo.folder / "results/experiments/demo/table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["framework"], row["devices"]) for row in rows} == {
+        (framework, devices) for framework in FRAMEWORKS for devices in ("1", "2")
+    }
+    for framework in FRAMEWORKS:
+        assert f"../cells/demo-lstm/{framework}/devices-2/seed-1/metrics.json" in page

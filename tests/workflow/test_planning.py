@@ -1,0 +1,128 @@
+"""What the workflow would run, and what a change re-runs, by dry runs of the real snakemake."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.workflow.conftest import Project
+
+# Two small variants in one framework, so that one can change without the other.
+EXPERIMENT = """
+recipes:
+  tiny:
+    extends: demo-lstm
+    subset: 40
+    hidden_size: 8
+    embedding_size: 8
+    epochs: 1
+    constant_epochs: 1
+  tiny-too:
+    extends: tiny
+    layers: 2
+experiments:
+  tiny:
+    title: Two tiny models
+    variants: [tiny, tiny-too]
+    frameworks: [pytorch]
+    seeds: [1]
+"""
+CELLS = [
+    "results/cells/tiny-too/pytorch/devices-1/seed-1/metrics.json",
+    "results/cells/tiny/pytorch/devices-1/seed-1/metrics.json",
+]
+RUN = ("--config", "experiments=tiny", "--cores", "2")
+
+
+@pytest.fixture(scope="module")
+def finished(project: Project) -> Project:
+    """A project whose tiny study has been run to its report."""
+    (project.folder / "workflow/experiments/tiny.yaml").write_text(EXPERIMENT)
+    project.snakemake(*RUN)
+    return project
+
+
+def test_a_study_runs_from_nothing_to_its_report(finished: Project) -> None:
+    page = (finished.folder / "results/report/index.html").read_text()
+    assert "Two tiny models" in page
+    for cell in CELLS:
+        assert (finished.folder / cell).exists()
+        for name in ("history.csv", "recipe.yaml", "provenance.json"):
+            assert (finished.folder / cell).with_name(name).exists()
+
+
+def test_nothing_is_run_again_when_nothing_changed(finished: Project) -> None:
+    assert finished.planned(*RUN) == []
+
+
+def test_a_comment_in_code_or_configuration_re_runs_nothing(finished: Project) -> None:
+    for file, old in [
+        ("workflow/experiments/tiny.yaml", "recipes:"),
+        ("config.yaml", "experiments:"),
+        ("workflow/ptbench/training/loop.py", "import math"),
+        ("workflow/ptbench/backends/pytorch.py", "import torch "),
+        ("workflow/rules/training.smk", "rule train:"),
+        ("Snakefile", "rule all:"),
+    ]:
+        finished.replace(file, old, f"# a comment\n{old}")
+    assert finished.planned(*RUN) == []
+
+
+def test_a_changed_recipe_key_re_runs_exactly_its_cells(finished: Project) -> None:
+    finished.replace("workflow/experiments/tiny.yaml", "    layers: 2", "    layers: 3")
+    planned = finished.planned(*RUN)
+    assert [path for path in planned if "/cells/" in path] == CELLS[:1]
+    assert "results/report/index.html" in planned
+    finished.replace("workflow/experiments/tiny.yaml", "    layers: 3", "    layers: 2")
+    assert finished.planned(*RUN) == []
+
+
+def test_another_seed_runs_that_seed_alone(finished: Project) -> None:
+    planned = finished.planned("--config", "experiments=tiny", "seeds=[1,2]", "--cores", "2")
+    assert [path for path in planned if "/cells/" in path] == [
+        cell.replace("seed-1", "seed-2") for cell in CELLS
+    ]
+
+
+def test_a_missing_cell_is_run_again_alone_by_the_same_command_or_by_its_path(
+    finished: Project,
+) -> None:
+    kept = finished.folder / "kept"
+    cell = finished.folder / CELLS[0]
+    shutil.move(cell, kept)
+    planned = finished.planned(*RUN)
+    assert [path for path in planned if "/cells/" in path] == CELLS[:1]
+    assert finished.planned(CELLS[0], *RUN) == CELLS[:1]
+    shutil.copy2(kept, cell)
+
+
+def test_any_variant_of_any_recipe_can_be_asked_for_by_its_path(project: Project) -> None:
+    path = "results/cells/zaremba-small+dropout=0.5/jax/devices-2/seed-9/metrics.json"
+    assert path in project.planned(path, "--cores", "1")
+
+
+def test_the_default_study_is_the_demo_in_all_frameworks(project: Project) -> None:
+    cells = [path for path in project.planned("--cores", "1") if "/cells/" in path]
+    assert len(cells) == 5 * 2 * 3
+    for framework in ("pytorch", "tensorflow", "keras", "mxnet", "jax"):
+        assert sum(f"/{framework}/" in cell for cell in cells) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["sedes=[1]"], "sedes: there is no such key; did you mean seeds?"),
+        (["seeds=[]"], "seeds: [] is not allowed"),
+        (["frameworks=[torch]"], 'frameworks[0]: "torch" is not allowed'),
+        (["experiments=dmo"], 'there is no experiment "dmo"; did you mean demo?'),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence_and_no_traceback(
+    project: Project, change: list[str], message: str
+) -> None:
+    answer = project.snakemake("-n", "--config", *change, expect=None)
+    text = answer.stdout + answer.stderr
+    assert answer.returncode != 0
+    assert message in text
+    assert "Traceback" not in text

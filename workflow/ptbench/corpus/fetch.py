@@ -1,0 +1,279 @@
+"""The raw text of a corpus: downloaded, verified, extracted; or found in a folder.
+
+Only whole and verified files appear under their own names. Reading text is `prepare.py`'s.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TextIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import pooch
+import requests
+import urllib3
+from tqdm import tqdm
+
+import ptbench
+from ptbench.configuration.corpora import (
+    SPLITS,
+    DownloadedCorpus,
+    FolderCorpus,
+    Mirror,
+    Split,
+    SplitChecksums,
+)
+from ptbench.corpus import CorpusError
+
+pooch.get_logger().setLevel("WARNING")  # errors here say it in one sentence
+
+# Some hosts refuse the default name of Python's libraries.
+HEADERS = {"User-Agent": f"ptbench/{ptbench.__version__}"}
+CHUNK_BYTES = 1 << 16
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    RuntimeError,  # an encrypted zip archive, or one compressed in a way unknown to zipfile
+)
+
+
+class MirrorError(Exception):
+    """Why a mirror cannot be used; the next one is tried."""
+
+
+def fetch(
+    name: str,
+    definition: DownloadedCorpus | FolderCorpus,
+    downloads_folder: Path,
+    terminal: TextIO = sys.stderr,
+) -> dict[Split, Path]:
+    """Paths of the three raw files, verified.
+
+    Args:
+        name: the corpus', for messages and as the folder's name within `downloads_folder`.
+        definition: where the files are.
+        downloads_folder: keeps what is downloaded; files that are there already are used if their
+            checksums are right.
+        terminal: shows a progress bar, if it is one.
+
+    Raises:
+        CorpusError: if they cannot be had; nothing but whole and verified files is left behind.
+    """
+    if isinstance(definition, FolderCorpus):
+        return _find(name, definition)
+    folder = downloads_folder / name
+    paths: dict[Split, Path] = {split: folder / f"{split}.txt" for split in SPLITS}
+    if all(paths[s].is_file() and sha256(paths[s]) == getattr(definition.files, s) for s in SPLITS):
+        return paths
+
+    reasons = []
+    for mirror in definition.mirrors:
+        try:
+            downloads_folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=downloads_folder) as partial:
+                staged = _from_mirror(mirror, definition, Path(partial), terminal)
+                _verify(staged, definition.files, mirror.url)
+                folder.mkdir(exist_ok=True)
+                for split, path in staged.items():
+                    path.replace(paths[split])
+            return paths
+        except MirrorError as error:
+            reasons.append(str(error))
+            print(f"[{name}] {error}", file=sys.stderr, flush=True)
+        except OSError as error:
+            raise CorpusError(
+                f"corpus {name} cannot be stored in {downloads_folder}: {error.strerror or error}"
+            ) from error
+    raise CorpusError(
+        f"corpus {name} cannot be had from any of its mirrors ({'; '.join(reasons)}); mend the "
+        f"network, or name a mirror that works under corpora.{name}.mirrors in config.yaml, for "
+        "files on disk one whose url starts with file:"
+    )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find(name: str, definition: FolderCorpus) -> dict[Split, Path]:
+    """The files of a folder corpus, where they are."""
+    folder = definition.folder
+    if not folder.is_dir():
+        raise CorpusError(f"corpus {name}: there is no folder {folder}")
+    paths: dict[Split, Path] = {split: folder / f"{split}.txt" for split in SPLITS}
+    if missing := [path.name for path in paths.values() if not path.is_file()]:
+        raise CorpusError(
+            f"corpus {name}: {folder} has no {' and no '.join(missing)}; it must hold train.txt, "
+            "valid.txt and test.txt"
+        )
+    if definition.files is not None:
+        try:
+            _verify(paths, definition.files, str(folder))
+        except (MirrorError, OSError) as error:
+            raise CorpusError(f"corpus {name}: {error}") from error
+    return paths
+
+
+def _verify(paths: Mapping[Split, Path], checksums: SplitChecksums, source: str) -> None:
+    """Raises MirrorError if a file is not the one that is pinned."""
+    for split, path in paths.items():
+        found, expected = sha256(path), getattr(checksums, split)
+        if found != expected:
+            raise MirrorError(
+                f"the {split} file of {source} has the wrong checksum: SHA-256 {found}, not "
+                f"{expected}"
+            )
+
+
+def _from_mirror(
+    mirror: Mirror, definition: DownloadedCorpus, folder: Path, terminal: TextIO
+) -> dict[Split, Path]:
+    """Downloads into `folder` what a mirror has, and extracts it; not verified yet."""
+    within: dict[Split, str] = {split: getattr(mirror.paths, split) for split in SPLITS}
+    paths: dict[Split, Path] = {split: folder / f"{split}.txt" for split in SPLITS}
+    if mirror.format == "plain":
+        for split, path in paths.items():
+            url = f"{mirror.url.rstrip('/')}/{within[split]}"
+            _download(url, path, definition, terminal)
+        return paths
+    archive = folder / "archive"
+    _download(mirror.url, archive, definition, terminal)
+    try:
+        _extract(archive, {within[split]: path for split, path in paths.items()}, mirror.url)
+    except DAMAGED as error:
+        raise MirrorError(f"{mirror.url} is a damaged archive ({error})") from error
+    return paths
+
+
+def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: TextIO) -> None:
+    """One file to `path`, tried again after failures that may pass."""
+    pauses = [definition.backoff_seconds * 2**attempt for attempt in range(definition.retries)]
+    for pause in [*pauses, None]:
+        try:
+            with tqdm(
+                total=1,  # pooch sets it when it knows
+                desc=url.rsplit("/", 1)[-1],
+                unit="B",
+                unit_scale=True,
+                file=terminal,
+                disable=not terminal.isatty(),
+            ) as bar:
+                downloader: Callable[..., Any] = pooch.HTTPDownloader(
+                    progressbar=False if bar.disable else bar,
+                    chunk_size=CHUNK_BYTES,
+                    timeout=definition.timeout_seconds,
+                    headers=HEADERS,
+                )
+                if urlsplit(url).scheme == "file":
+                    downloader = _copy
+                pooch.retrieve(url, None, path.name, path.parent, downloader=downloader)
+            return
+        except requests.RequestException as error:
+            reason = _explain(error, url, definition.timeout_seconds)
+            if pause is None or not _may_pass(error):
+                raise MirrorError(reason) from error
+            print(f"{reason}; next try in {pause:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+
+
+def _copy(url: str, output_file: str, _: object) -> None:
+    """pooch's downloader for file: addresses."""
+    source = Path(url2pathname(urlsplit(url).path))
+    try:
+        opened = source.open("rb")
+    except OSError as error:
+        raise MirrorError(f"{url} cannot be read: {error.strerror}") from error
+    with opened, Path(output_file).open("wb") as file:
+        shutil.copyfileobj(opened, file)
+
+
+def _may_pass(error: requests.RequestException) -> bool:
+    """Whether a further try makes sense."""
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        status = error.response.status_code
+        return status in (requests.codes.request_timeout, requests.codes.too_many) or status >= 500
+    passing = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError
+    return isinstance(error, passing)
+
+
+def _explain(error: requests.RequestException, url: str, timeout_seconds: float) -> str:
+    """What went wrong with a download, as a clause."""
+    silent = isinstance(error, requests.Timeout) or any(
+        isinstance(cause, urllib3.exceptions.ReadTimeoutError) for cause in error.args
+    )
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"{url} is not served: HTTP {error.response.status_code} {error.response.reason}"
+    if silent:
+        return f"{url} timed out after {timeout_seconds:g} s of silence"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return f"{url} broke off before its end"
+    if isinstance(error, requests.ConnectionError):
+        return f"{url} cannot be reached: no network, or no such host or server"
+    return f"{url} cannot be downloaded: {error}"
+
+
+def _extract(archive: Path, wanted: Mapping[str, Path], source: str) -> None:
+    """Copies the wanted members, by name, to the paths given: no other path is ever written.
+
+    Raises:
+        MirrorError: if it is no archive, lacks one of them, or holds a path that leaves it.
+    """
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as opened:
+            _copy_members(
+                {info.filename: info for info in opened.infolist() if not info.is_dir()},
+                opened.open,
+                wanted,
+                source,
+            )
+    elif tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as opened_tar:
+            members = {member.name: member for member in opened_tar if not member.isdir()}
+            regular = {name: member for name, member in members.items() if member.isreg()}
+            _refuse_escapes(members, source)  # links and the like, too
+            _copy_members(regular, opened_tar.extractfile, wanted, source)
+    else:
+        raise MirrorError(f"{source} is neither a tar nor a zip archive")
+
+
+def _copy_members(
+    members: Mapping[str, Any],
+    open_member: Callable[[Any], IO[bytes] | None],
+    wanted: Mapping[str, Path],
+    source: str,
+) -> None:
+    _refuse_escapes(members, source)
+    # ./a/b and a/b are one: PurePosixPath drops the dot.
+    by_path = {PurePosixPath(name): member for name, member in members.items()}
+    if missing := [name for name in wanted if PurePosixPath(name) not in by_path]:
+        raise MirrorError(f"{source} is an archive without {' and without '.join(missing)}")
+    for name, path in wanted.items():
+        opened = open_member(by_path[PurePosixPath(name)])
+        assert opened is not None  # a regular file
+        with opened, path.open("wb") as file:
+            shutil.copyfileobj(opened, file)
+
+
+def _refuse_escapes(names: Mapping[str, Any], source: str) -> None:
+    for name in names:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts:
+            raise MirrorError(f"{source} is an archive with a path that leaves it, {name!r}")

@@ -28,7 +28,3 @@ rule all:
     default_target: True
     input:
         "results/report/index.html",
-
-
-onsuccess:
-    shell("echo 'The report is at results/report/index.html'")

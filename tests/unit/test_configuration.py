@@ -40,6 +40,8 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"devices": [2, 2]}, r"config.yaml: devices: 2 is there twice"),
     ({"accelerator": "tpu"}, r"config.yaml: accelerator: \"tpu\" .*'cpu' or 'cuda'"),
     ({"threads": 0}, r"config.yaml: threads: 0 .*greater than or equal to 1"),
+    ({"threads": True}, r"config.yaml: threads: true is not a number"),
+    ({"seeds": [True]}, r"config.yaml: seeds\[0\]: true is not a number"),
     ({"threads": "many"}, r"config.yaml: threads: \"many\" .*integer"),
     ({"corpus": "ptbb"}, r"corpus: there is no corpus \"ptbb\"; did you mean ptb\?"),
     ({"corpus": "/etc"}, r"config.yaml: corpus: \"/etc\" is not allowed"),
@@ -196,6 +198,12 @@ def test_corpus_and_subset_of_the_configuration_become_part_of_the_variants_name
     assert study.cells[0].variant == "zaremba-small+corpus=synthetic+subset=50"
     same = load_study({"experiments": ["zaremba-small"], "corpus": "ptb"})
     assert same.cells[0].variant == "zaremba-small"
+
+
+def test_numbers_that_snakemake_gives_as_strings_are_numbers() -> None:
+    """`--config seeds=[1,2]` arrives as ["1", "2"]."""
+    study = load_study({"experiments": ["demo"], "seeds": ["1", "2"], "devices": ["2"]})
+    assert {(cell.seed, cell.devices) for cell in study.cells} == {(1, 2), (2, 2)}
 
 
 def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:

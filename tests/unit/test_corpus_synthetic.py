@@ -110,13 +110,13 @@ def test_the_entropy_rate_agrees_with_the_text_drawn(name: str) -> None:
 
 def test_the_standard_error_is_the_spread_over_seeds() -> None:
     process = built_in("synthetic")
-    samples = [draw(process, 2000, seed) for seed in range(200)]
+    samples = [draw(process, 2000, seed) for seed in range(100)]
     scores = [
         (sample.mean_nll() - process.entropy_rate()) / sample.standard_error() for sample in samples
     ]
-    # 200 standardised numbers: mean 0 +- 0.07, standard deviation 1 +- 0.05, each four times over.
-    assert abs(np.mean(scores)) < 0.28
-    assert abs(np.std(scores) - 1) < 0.2
+    # 100 standardised numbers: mean 0 +- 0.1, standard deviation 1 +- 0.07, each four times over.
+    assert abs(np.mean(scores)) < 0.4
+    assert abs(np.std(scores) - 1) < 0.28
 
 
 @pytest.mark.parametrize("name", PROCESSES)

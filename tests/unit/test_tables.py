@@ -109,8 +109,10 @@ def test_latex_has_booktabs_rules_and_escapes_names(analysis: Analysis) -> None:
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
         assert rule in text
     header, *body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    group, *body = body
+    assert group == r"\multicolumn{7}{l}{\textit{tiny+dropout=0.5, 1 device}} \\"
     assert len(body) == 3
-    assert {line.count(" & ") for line in body} == {header.count(" & ")}
+    assert {line.count(" & ") for line in [header, *body]} == {6}
     assert r"95 \% interval" in header
     # 99.484, 109.947 and 121.510: geometric mean exp(4.7), standard deviation sqrt(242.8 / 2)
     assert r"109.95 $\pm$ 11.02" in body[0]

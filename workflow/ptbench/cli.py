@@ -41,9 +41,14 @@ def corpus(arguments: argparse.Namespace) -> None:
     from ptbench.corpus.prepare import prepare
 
     request = CorpusRequest.model_validate_json(arguments.json)
-    with Log(arguments.log):
+    with Log(arguments.log) as log:
         prepare(
-            request.name, request.definition, request.subset, arguments.downloads, arguments.output
+            request.name,
+            request.definition,
+            request.subset,
+            arguments.downloads,
+            arguments.output,
+            log.terminal,
         )
 
 
@@ -80,9 +85,9 @@ def train(arguments: argparse.Namespace) -> None:
 
 def analyse(arguments: argparse.Namespace) -> None:
     """Tables, figures and verdicts of one experiment, from its cells' results."""
-    from ptbench.analysis.experiment import analyse_experiment
     from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.loading import WORKFLOW
+    from ptbench.report.experiment import analyse_experiment
 
     plan = plan_experiment(load(arguments.config), arguments.experiment)
     analyse_experiment(plan, arguments.results, WORKFLOW / "published", arguments.output)
@@ -90,11 +95,12 @@ def analyse(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """The report on all experiments."""
-    from ptbench.measurement.provenance import cpu_model, git
-    from ptbench.report.page import render_report
+    from ptbench.measurement.provenance import run_facts
+    from ptbench.report.page import RunFacts, render_report
 
-    facts = {"commit": git("rev-parse", "HEAD"), "cpu": cpu_model()}
-    render_report(arguments.experiments, arguments.output, facts)
+    with Log(arguments.log) as log:
+        render_report(arguments.experiments, arguments.output, RunFacts(**run_facts()))
+        log.say(f"The report is at {arguments.output / 'index.html'}")
 
 
 def schema(arguments: argparse.Namespace) -> None:
@@ -228,6 +234,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(report)
     sub.add_argument("experiments", type=Path, nargs="+", help="folders that analyse wrote")
     sub.add_argument("--output", type=Path, required=True, help="folder of the report")
+    sub.add_argument("--log", type=Path, help="file for all output")
 
     sub = command(schema)
     sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")

@@ -19,4 +19,4 @@ rule report:
         ),
     shell:
         "python -m ptbench report {params.experiments:q} --output {params.folder:q}"
-        " > {log:q} 2>&1"
+        " --log {log:q}"

@@ -5,12 +5,15 @@ The configuration makes it; the cells that exist are read by `collect.py`.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ptbench.analysis.statistics import DEFAULT_MARGIN
 from ptbench.configuration.models import Cell, Model, Name
+
+if TYPE_CHECKING:
+    from ptbench.configuration.loading import Study
 
 Metric = Literal["valid_perplexity", "test_perplexity"]
 
@@ -33,3 +36,17 @@ class ExperimentPlan(Model):
         if len(set(self.cells)) != len(self.cells):
             raise ValueError("a cell is planned twice")
         return self
+
+
+def plan_experiment(study: Study, name: str) -> ExperimentPlan:
+    """The plan of one of a study's experiments."""
+    planned = study.experiments[name]
+    return ExperimentPlan(
+        name=name,
+        title=planned.definition.title,
+        description=planned.definition.description,
+        corpus_folder=planned.specifications[0].recipe.corpus_folder,
+        cells=planned.cells,
+        metric=planned.definition.metric,
+        equivalence_margin=study.config.equivalence_margin,
+    )

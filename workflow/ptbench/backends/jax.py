@@ -306,7 +306,7 @@ def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
     """What XLA is told that is not its default."""
     if accelerator == "cuda":
         return {"xla_gpu_deterministic_ops": True}  # gradients are scattered in a fixed order
-    # Replicas wait for one another as long as a busy machine takes; by default XLA aborts after 40 s.
+    # Replicas wait for one another however busy the machine is; by default XLA aborts after 40 s.
     return {"xla_cpu_collective_call_terminate_timeout_seconds": 24 * 3600}
 
 

@@ -249,9 +249,13 @@ class KerasBackend(Backend):
 
     def _spread(self, value: Callable[[int], npt.NDArray[Any]]) -> Any:
         """`value(replica)` of each replica on its device."""
-        return self.strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(value(context.replica_id_in_sync_group))
-        )
+
+        def on_device(context: Any) -> Any:
+            replica = context.replica_id_in_sync_group
+            with tf.device(self.tf_devices[replica]):
+                return tf.constant(value(replica))
+
+        return self.strategy.experimental_distribute_values_from_function(on_device)
 
     def train_step(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
@@ -308,7 +312,11 @@ class KerasBackend(Backend):
             with tf.device(self.tf_devices[0]):
                 return [tf.constant(value) for value in values]
         columns = device_columns(values.shape[1], self.devices)
-        return [self._spread(lambda r, value=value: value[columns[r]]) for value in values]
+
+        def share(value: npt.NDArray[np.float32]) -> Any:
+            return self._spread(lambda replica: value[columns[replica]])
+
+        return [share(value) for value in values]
 
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
         slots: dict[str, npt.NDArray[Any]] = {}

@@ -21,6 +21,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 # The stationary law of a markov process is a dense linear system of this size at most: 130 MB.
 MAXIMUM_STATES = 4000
 
+MirrorAddress = Annotated[str, Field(pattern=r"^(https?://[^/\s]+\S*|file:.+)$")]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -43,8 +44,7 @@ class SplitPaths(Model):
 class Mirror(Model):
     """One place that serves the three files."""
 
-    url: str = Field(
-        pattern=r"^(https?://[^/\s]+\S*|file:.+)$",
+    url: MirrorAddress = Field(
         description="http:, https: or file: address of the archive, or of the folder of plain "
         "files; a file: address without a leading slash is relative to the working directory.",
     )
@@ -81,6 +81,16 @@ class DownloadedCorpus(Model):
     backoff_seconds: float = Field(
         1.0, ge=0, description="Pause before the first retry [seconds]; it doubles with each."
     )
+
+    def with_first(self, address: MirrorAddress) -> Self:
+        """This corpus with a folder of plain files to try before the other mirrors.
+
+        The files there have the names that they have in the first of the others.
+        """
+        first = self.mirrors[0].paths
+        paths = SplitPaths(**{split: getattr(first, split).rpartition("/")[2] for split in SPLITS})
+        mirror = Mirror(url=address, format="plain", paths=paths)
+        return self.model_copy(update={"mirrors": (mirror, *self.mirrors)})
 
 
 class FolderCorpus(Model):

@@ -16,9 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from ptbench.configuration.corpora import CorpusDefinition, CorpusRequest
+from ptbench.configuration.corpora import (
+    CorpusDefinition,
+    CorpusRequest,
+    DownloadedCorpus,
+    MirrorAddress,
+)
 from ptbench.configuration.models import (
     FRAMEWORKS,
     Accelerator,
@@ -35,8 +40,18 @@ from ptbench.errors import ConfigurationError
 WORKFLOW = Path(__file__).resolve().parents[2]
 M = TypeVar("M", bound=Model)
 Value = str | int | float | bool | None
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Devices = Annotated[int, Field(ge=1, le=1024)]
+
+
+def not_boolean(value: Any) -> Any:
+    """`value`, if it is not true or false, which would pass for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"{shown(value)} is not a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(not_boolean)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**31)]
+Devices = Annotated[Whole, Field(ge=1, le=1024)]
 T = TypeVar("T")
 
 
@@ -94,8 +109,8 @@ class Config(Model):
     corpus: Name | None = Field(
         None, description="Train every recipe on this corpus; null: on the recipe's own."
     )
-    subset: int | None = Field(
-        None, ge=1, description="First lines of every split to use [lines]; null: the recipe's own."
+    subset: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="First lines of every split to use [lines]; null: the recipe's own."
     )
     frameworks: Several[Framework] = Field(
         list(FRAMEWORKS), description="Frameworks to run, of those each experiment names."
@@ -107,7 +122,7 @@ class Config(Model):
         None, description="Device counts to run; null: each experiment's own."
     )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
-    threads: int = Field(
+    threads: Whole = Field(
         1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
     )
     equivalence_margin: float = Field(
@@ -115,6 +130,11 @@ class Config(Model):
     )
     corpora: dict[Name, CorpusDefinition] = Field(
         {}, description="Corpora of your own by name, or other definitions of the built-in ones."
+    )
+    mirrors: dict[Name, MirrorAddress] = Field(
+        {},
+        description="Where else to look first for a downloaded corpus, by name: an http:, https: "
+        "or file: address of a folder that holds its three files. They are verified all the same.",
     )
 
 
@@ -192,10 +212,16 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
     Raises:
         ConfigurationError: for anything that cannot be run.
     """
-    settings = parse(Config, dict(config), source)
+    # Not strictly, because Snakemake's --config gives the numbers within a list as strings.
+    settings = parse(Config, dict(config), source, strict=False)
     recipes, experiments = load_experiments(WORKFLOW / "experiments")
     built_in = parse_file(CorpusFile, WORKFLOW / "corpora.yaml").corpora
     corpora = {**built_in, **settings.corpora}
+    for name, address in settings.mirrors.items():
+        definition = corpora[known(name, corpora, f"{source}: mirrors", "corpus")]
+        if not isinstance(definition, DownloadedCorpus):
+            raise ConfigurationError(f"{source}: mirrors.{name}: {name} is not downloaded")
+        corpora[name] = definition.with_first(address)
     planned: dict[str, PlannedExperiment] = {}
     for name in settings.experiments:
         where = f"{source}: experiments"
@@ -207,6 +233,11 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
         ):
             where = f"experiment {name}: variants"
             variants.append(resolve(base, overrides, recipes, corpora, settings, where))
+        if len(corpora_used := {v.recipe.corpus_folder for v in variants}) > 1:
+            raise ConfigurationError(
+                f"experiment {name}: variants: perplexities on {' and '.join(sorted(corpora_used))} "
+                "cannot be compared; make an experiment of each corpus"
+            )
         cells = grid(name, experiment, variants, settings, source)
         planned[name] = PlannedExperiment(name, experiment, tuple(cells), tuple(variants))
     return Study(settings, corpora, recipes, planned)
@@ -350,13 +381,13 @@ def read_yaml(path: Path) -> Any:
         raise ConfigurationError(f"{path.name}{line}: not valid YAML: {problem}") from error
 
 
-def parse(model: type[M], content: Any, source: str) -> M:
+def parse(model: type[M], content: Any, source: str, strict: bool = True) -> M:
     """A model from plain values; every problem in one ConfigurationError."""
     if not isinstance(content, dict):
         raise ConfigurationError(f"{source}: must be a mapping of keys to values")
     try:
         # As JSON, because strictly read JSON takes a list for a tuple but not true for 1.
-        return model.model_validate_json(json.dumps(content, default=str), strict=True)
+        return model.model_validate_json(json.dumps(content, default=str), strict=strict)
     except ValidationError as error:
         sentences = dict.fromkeys(
             sentence(model, problem, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+import ptbench
 
 PROJECT = Path(__file__).resolve().parents[3]
 LIBRARIES = ("numpy", "safetensors", "pydantic", "psutil")
@@ -85,6 +88,20 @@ def provenance(package: str) -> dict[str, Any]:
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "command": sys.argv[1:],
+    }
+
+
+def run_facts() -> dict[str, Any]:
+    """What the report's head says of where and when it was made."""
+    status = git("status", "--porcelain", "--untracked-files=no")
+    cores = os.cpu_count()
+    memory = psutil.virtual_memory().total / 2**30
+    return {
+        "created": datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC"),
+        "version": ptbench.__version__,
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(status),
+        "machine": f"{cpu_model()}, {cores} cores, {memory:.0f} GiB, {platform.system()}",
     }
 
 

@@ -34,11 +34,11 @@ from ptbench.analysis.experiment import Analysis, FigureFile, RowResult
 from ptbench.report.formatting import (
     FIGURE_SPACE,
     METRIC_NAMES,
-    devices_name,
     format_count,
     format_perplexity,
     format_seconds,
     framework_name,
+    group_title,
 )
 from ptbench.report.palette import (
     CLOCK_COLOURS,
@@ -126,15 +126,11 @@ def save(figure: Figure, stem: Path) -> None:
     FigureCanvasAgg(figure)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # both files show the layout that was just made
     # A reader without matplotlib's font gets the nearest in width.
     drawing = text.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     stem.with_suffix(".svg").write_text(drawing, encoding="utf-8")
     figure.savefig(stem.with_suffix(".png"), dpi=PNG_RESOLUTION, metadata={"Software": None})
-
-
-def group_title(variant: str, devices: int) -> str:
-    """Heading of the rows that differ by framework alone."""
-    return f"{variant}, {devices_name(devices)}"
 
 
 def _groups(rows: Sequence[RowResult]) -> list[tuple[tuple[str, int], list[RowResult]]]:

@@ -29,9 +29,9 @@ def framework_name(framework: str) -> str:
     return FRAMEWORK_NAMES.get(framework, framework)
 
 
-def devices_name(devices: int) -> str:
-    """`1 device`, `2 devices`."""
-    return f"{devices} device" + ("" if devices == 1 else "s")
+def group_title(variant: str, devices: int) -> str:
+    """Heading of the rows that differ by framework alone."""
+    return f"{variant}, {devices} device" + ("" if devices == 1 else "s")
 
 
 def format_perplexity(value: float | None) -> str:

@@ -33,8 +33,13 @@ from ptbench.analysis.experiment import (
 from ptbench.analysis.statistics import PerplexitySummary, Quartiles
 from ptbench.configuration.models import Model
 from ptbench.report import formatting
-from ptbench.report.figures import group_title
-from ptbench.report.formatting import FIGURE_SPACE, NOTHING, align_plus_minus, framework_name
+from ptbench.report.formatting import (
+    FIGURE_SPACE,
+    NOTHING,
+    align_plus_minus,
+    framework_name,
+    group_title,
+)
 from ptbench.report.palette import (
     DARK_BACKGROUND,
     DARK_FRAMEWORK_COLOURS,

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ptbench.analysis.experiment import Analysis, RowResult
@@ -23,6 +24,7 @@ from ptbench.report.formatting import (
     format_parameters,
     format_perplexity,
     framework_name,
+    group_title,
 )
 
 
@@ -153,41 +155,30 @@ def _csv(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class PrintedTable:
-    """Columns of text, ready for Markdown or LaTeX."""
+class Column:
+    """One column of text, ready for Markdown or LaTeX."""
 
-    header: tuple[str, ...]
-    right_aligned: tuple[bool, ...]
-    rows: tuple[tuple[str, ...], ...]
-    rules: frozenset[int]  # indices of the rows before which a new variant or device count begins
+    header: str
+    texts: list[str]
+    right_aligned: bool = True
 
 
-def printed_table(analysis: Analysis) -> PrintedTable:
+def printed_columns(analysis: Analysis) -> list[Column]:
     """The results as people print them; perplexities as mean ± std and 95 % interval."""
     rows = analysis.rows
-    columns = [
-        ("Variant", False, [row.variant for row in rows]),
-        ("Framework", False, [framework_name(row.framework) for row in rows]),
-        ("Devices", True, [str(row.devices) for row in rows]),
+    seeds = [f"{row.n_ok}/{row.n_planned} {invalid_mark(row)}".rstrip() for row in rows]
+    return [
+        Column("Variant", [row.variant for row in rows], right_aligned=False),
+        Column("Devices", [str(row.devices) for row in rows]),
+        Column("Framework", [framework_name(row.framework) for row in rows], right_aligned=False),
+        Column("Seeds ok", seeds),
         *_perplexity_columns("Valid", [row.valid for row in rows]),
         *_perplexity_columns("Test", [row.test for row in rows]),
-        (
-            "Seeds ok",
-            True,
-            [f"{row.n_ok}/{row.n_planned} {invalid_mark(row)}".rstrip() for row in rows],
-        ),
-        ("Best epoch", True, [format_epoch(_median(row.best_epoch)) for row in rows]),
-        ("Tokens/s", True, [format_count(_median(row.tokens_per_second)) for row in rows]),
-        ("Parameters", True, [format_parameters(row.parameters) for row in rows]),
-        ("Peak memory", True, [format_bytes(row.peak_memory_bytes) for row in rows]),
+        Column("Tokens/s", [format_count(_median(row.tokens_per_second)) for row in rows]),
+        Column("Best epoch", [format_epoch(_median(row.best_epoch)) for row in rows]),
+        Column("Parameters", [format_parameters(row.parameters) for row in rows]),
+        Column("Peak memory", [format_bytes(row.peak_memory_bytes) for row in rows]),
     ]
-    groups = [(row.variant, row.devices) for row in rows]
-    return PrintedTable(
-        header=tuple(name for name, _, _ in columns),
-        right_aligned=tuple(right for _, right, _ in columns),
-        rows=tuple(zip(*(texts for _, _, texts in columns), strict=True)),
-        rules=frozenset(i for i in range(1, len(rows)) if groups[i] != groups[i - 1]),
-    )
 
 
 def invalid_mark(row: RowResult) -> str:
@@ -195,13 +186,11 @@ def invalid_mark(row: RowResult) -> str:
     return "" if row.usable or not row.n_ok else "invalid"
 
 
-def _perplexity_columns(
-    split: str, summaries: Sequence[PerplexitySummary | None]
-) -> list[tuple[str, bool, list[str]]]:
+def _perplexity_columns(split: str, summaries: Sequence[PerplexitySummary | None]) -> list[Column]:
     values = [(s.perplexity, s.perplexity_std) if s else (None, None) for s in summaries]
     return [
-        (f"{split} perplexity", True, align_plus_minus(values)),
-        (f"{split} 95 % interval", True, [format_interval(s) for s in summaries]),
+        Column(f"{split} perplexity", align_plus_minus(values)),
+        Column("95 % interval", [format_interval(s) for s in summaries]),
     ]
 
 
@@ -222,23 +211,24 @@ def _median(middle: Quartiles | None) -> float | None:
 
 def markdown(analysis: Analysis) -> str:
     """`table.md`: the printed table, padded so that it reads well as plain text too."""
-    table = printed_table(analysis)
-    cells = [tuple(text.replace("|", "\\|") for text in row) for row in (table.header, *table.rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    columns = printed_columns(analysis)
+    cells = [[text.replace("|", "\\|") for text in (c.header, *c.texts)] for c in columns]
+    widths = [max(3, *map(len, texts)) for texts in cells]
 
     def line(texts: Sequence[str]) -> str:
         padded = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(texts, widths, table.right_aligned, strict=True)
+            text.rjust(width) if column.right_aligned else text.ljust(width)
+            for text, width, column in zip(texts, widths, columns, strict=True)
         ]
         return f"| {' | '.join(padded)} |"
 
     rule = [
-        "-" * (width - 1) + (":" if right else "-")
-        for width, right in zip(widths, table.right_aligned, strict=True)
+        "-" * (width - 1) + (":" if column.right_aligned else "-")
+        for width, column in zip(widths, columns, strict=True)
     ]
+    header, *body = zip(*cells, strict=True)
     notes = "\n".join(f"- {note}" for note in _notes(analysis))
-    lines = [line(cells[0]), line(rule), *map(line, cells[1:])]
+    lines = [line(header), line(rule), *map(line, body)]
     return f"**{analysis.title}**\n\n" + "\n".join(lines) + f"\n\n{notes}\n"
 
 
@@ -277,30 +267,44 @@ def escape_latex(text: str) -> str:
     return re.sub("|".join(map(re.escape, LATEX_ESCAPES)), lambda m: LATEX_ESCAPES[m[0]], text)
 
 
+# What fits the width of a page; the rest is in the CSV.
+LATEX_COLUMNS = (
+    "Framework",
+    "Seeds ok",
+    "Valid perplexity",
+    "Test perplexity",
+    "95 % interval",
+    "Tokens/s",
+)
+
+
 def latex(analysis: Analysis) -> str:
     r"""`table.tex`: a `table*` with booktabs rules; needs `\usepackage{booktabs}`.
 
-    Notes follow as comments and as the caption.
+    Variant and devices head their rows; notes are in the caption.
     """
-    table = printed_table(analysis)
-    columns = "".join("r" if right else "l" for right in table.right_aligned)
+    columns = [c for c in printed_columns(analysis) if c.header in LATEX_COLUMNS]
     body: list[str] = []
-    for index, row in enumerate(table.rows):
-        if index in table.rules:
-            body.append(r"\midrule")
-        body.append(" & ".join(escape_latex(" ".join(text.split())) for text in row) + r" \\")
+    titles = [group_title(row.variant, row.devices) for row in analysis.rows]
+    for title, indices in groupby(range(len(titles)), key=titles.__getitem__):
+        body.append(r"\addlinespace" if body else r"\midrule")
+        body.append(rf"\multicolumn{{{len(columns)}}}{{l}}{{\textit{{{escape_latex(title)}}}}} \\")
+        for index in indices:
+            texts = (" ".join(column.texts[index].split()) for column in columns)
+            body.append(" & ".join(map(escape_latex, texts)) + r" \\")
+    alignment = "".join("r" if column.right_aligned else "l" for column in columns)
     caption = " ".join([f"{analysis.title}.", *_notes(analysis)])
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
             r"\begin{table*}",
             r"\centering",
+            r"\small",
             rf"\caption{{{escape_latex(caption)}}}",
             rf"\label{{tab:{analysis.name}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
+            rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            " & ".join(escape_latex(name) for name in table.header) + r" \\",
-            r"\midrule",
+            " & ".join(escape_latex(column.header) for column in columns) + r" \\",
             *body,
             r"\bottomrule",
             r"\end{tabular}",

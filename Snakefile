@@ -28,3 +28,9 @@ rule all:
     default_target: True
     input:
         "results/report/index.html",
+        # by name, because Snakemake does not miss a file between two that are there
+        [f"results/cells/{cell.path}/metrics.json" for cell in study.cells],
+
+
+onstart:
+    study.write_plan(Path("results/plan.json"))

@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "framework" in metafunc.fixturenames:
         frameworks = metafunc.config.getoption("framework") or FRAMEWORKS
         if metafunc.definition.path.parent.name == "contract":
-            frameworks = ["numpy", *frameworks]
+            frameworks = dict.fromkeys(["numpy", *frameworks])
         # Scope `session` brings together the tests of a framework.
         metafunc.parametrize("framework", frameworks, scope="session")
 

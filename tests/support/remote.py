@@ -181,11 +181,8 @@ class Backends:
         log = self.logs / f"{framework}-{next(self.number)}.log"
         if framework == "numpy":
             return Worker(sys.executable, log)
-        folder = ROOT / "results" / "environments" / framework
-        marker = folder / environments.MARKER
-        # One that is there is used as it is, be it for GPUs: it can compute on the CPU as well.
-        accelerator = json.loads(marker.read_text())["accelerator"] if marker.exists() else "cpu"
-        environments.build(framework, accelerator, folder)
+        folder = ROOT / "results" / "environments" / f"{framework}-cpu"  # as the workflow has it
+        environments.build(framework, "cpu", folder)
         return Worker(folder / environments.PYTHON, log)
 
     def new(self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0) -> Backend:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-
 from tests.workflow.conftest import Project
 
 # Two small variants in one framework, so that one can change without the other.

@@ -80,7 +80,21 @@ def train(arguments: argparse.Namespace) -> None:
     with Log(arguments.log) as log:
         metrics = run_cell(cell, paths, arguments.threads, log.say)
         shown = f"test perplexity {metrics.test.perplexity:.2f}" if metrics.test else metrics.reason
-        log.say(f"[{cell.path}] {metrics.status}: {shown}, {metrics.seconds.total:.0f} s")
+        seconds = f"{metrics.seconds.total:.0f} s"
+        log.say(f"[{cell.path}] {metrics.status}: {shown}, {seconds}{cells_done(paths.output)}")
+
+
+def cells_done(cell_folder: Path) -> str:
+    """How far the study is, where the workflow wrote down what it plans."""
+    import json
+
+    cells = cell_folder.parents[3]  # above variant, framework, devices and seed
+    try:
+        planned = json.loads((cells.parent / "plan.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    done = sum((cells / path / "metrics.json").exists() for path in planned)
+    return f"; {done} of {len(planned)} cells done"
 
 
 def analyse(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from ptbench.analysis.collect import CorpusFacts, Provenance, Row, State
 from ptbench.analysis.plan import ExperimentPlan, Metric
@@ -28,13 +28,7 @@ from ptbench.training.records import Seconds
 Split = Literal["train", "valid", "test"]
 
 
-class Result(Model):
-    """Base of what analysis.json holds; infinity is written as a word, which JSON can carry."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class CellLine(Result):
+class CellLine(Model):
     """One planned run in the list of runs."""
 
     cell: Cell = Field(description="Which run.")
@@ -49,7 +43,7 @@ class CellLine(Result):
     total_seconds: float | None = Field(None, description="Wall-clock of the process [s].")
 
 
-class RowResult(Result):
+class RowResult(Model):
     """One row of the results table. Averages are over the seeds that ended well."""
 
     variant: str = Field(description="Name of the variant.")
@@ -81,7 +75,7 @@ class RowResult(Result):
         return self.valid if metric == "valid_perplexity" else self.test
 
 
-class PairResult(Result):
+class PairResult(Model):
     """Two frameworks at one variant and number of devices, compared by the plan's metric."""
 
     variant: str = Field(description="Name of the variant.")
@@ -91,7 +85,7 @@ class PairResult(Result):
     outcome: Difference = Field(description="Tests and verdict.")
 
 
-class PublishedResult(Result):
+class PublishedResult(Model):
     """A published number beside ours."""
 
     published: PublishedValue = Field(description="The published number and its source.")
@@ -106,7 +100,7 @@ class PublishedResult(Result):
     )
 
 
-class FigureFile(Result):
+class FigureFile(Model):
     """A figure of the experiment, as figures/{name}.svg and .png."""
 
     name: str = Field(description="File name without its ending.")
@@ -115,7 +109,7 @@ class FigureFile(Result):
     alternative: str = Field(description="The same in words, for those who cannot see it.")
 
 
-class Analysis(Result):
+class Analysis(Model):
     """`analysis.json`: everything the report says of one experiment."""
 
     name: str = Field(description="Name of the experiment.")

@@ -65,7 +65,7 @@ class Backend(abc.ABC):
     """
 
     name: ClassVar[str]  # as in the registry
-    package: ClassVar[str]  # distribution whose version is reported, such as "torch"
+    package: ClassVar[str]  # what the framework is imported as, such as "torch"
     features: ClassVar[tuple[Feature, ...]]
 
     step: int  # training steps taken

@@ -464,7 +464,7 @@ class JaxBackend(Backend):
 
     def settings(self) -> dict[str, str]:
         return {
-            "threads": os.environ["NPROC"] if self.accelerator == "cpu" else str(self.threads),
+            "threads": str(max(self.threads, self.devices)),  # of XLA's pool, see claim_devices
             "matmul_precision": "highest (float32; no TF32)",
             "random_generator": str(jax.config.jax_default_prng_impl),
             **{k: str(v) for k, v in compiler_options(self.accelerator).items()},

@@ -125,7 +125,7 @@ class NumpyOracle(Backend):
         check_parameters(parameters, self.recipe, self.vocabulary_size)
         self.p: dict[str, Array] = {n: p.astype(np.float64) for n, p in parameters.items()}
 
-    def initial_state(self, batch_size: int, training: bool) -> State:
+    def initial_state(self, batch_size: int, training: bool) -> State:  # noqa: ARG002
         # [layer, (h, c), batch, hidden]
         return np.zeros((self.recipe.layers, 2, batch_size, self.recipe.hidden_size))
 

@@ -374,19 +374,18 @@ class PyTorchBackend(Backend):
     name = "pytorch"
     package = "torch"
     features = (
-        Feature("word embedding", True, "torch.nn.Embedding"),
+        Feature("embedding", True, "torch.nn.Embedding"),
         Feature("LSTM layer", True, "torch.nn.LSTM"),
-        Feature("non-recurrent dropout", True, "torch.nn.Dropout"),
+        Feature("dropout", True, "torch.nn.Dropout"),
         Feature("softmax cross-entropy", True, "torch.nn.functional.cross_entropy"),
-        Feature("masked tokens", True, "cross_entropy(ignore_index=...)"),
         Feature("SGD", True, "torch.optim.SGD"),
         Feature("gradient clipping by global norm", True, "torch.nn.utils.clip_grad_norm_"),
         Feature("uniform initialisation", True, "torch.nn.init.uniform_"),
-        Feature("learning rate that changes", True, "optimizer.param_groups"),
-        Feature("truncated back-propagation with carried state", True, "Tensor.detach"),
-        Feature("data parallel", True, "torch.nn.parallel.DistributedDataParallel"),
-        Feature("a process per device", False, "ptbench.backends.pytorch.Followers"),
-        Feature("randomness as a function of the step", True, "torch.manual_seed"),
+        Feature("learning-rate change", True, "optimizer.param_groups"),
+        Feature("data parallel", False, "Followers, around DistributedDataParallel"),
+        Feature("truncated back-propagation with carried state", True, "torch.Tensor.detach"),
+        Feature("deterministic per-step randomness", True, "torch.manual_seed"),
+        Feature("saving parameters", False, "a dictionary of arrays, written by safetensors"),
     )
 
     instances = itertools.count()

@@ -1,1 +1,1 @@
-"""What to run: pydantic models of recipes, experiments, corpora and the configuration, and loading."""
+"""What to run: the models of recipes, experiments, corpora and configuration; loading them."""

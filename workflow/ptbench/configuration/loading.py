@@ -36,6 +36,7 @@ from ptbench.configuration.models import (
     variant_name,
 )
 from ptbench.errors import ConfigurationError
+from ptbench.training.records import write_atomically
 
 WORKFLOW = Path(__file__).resolve().parents[2]
 M = TypeVar("M", bound=Model)
@@ -190,6 +191,10 @@ class Study:
                 raise ConfigurationError(f"variant: {variant} is written {found.variant}")
             self._specifications[variant] = found
         return self._specifications[variant]
+
+    def write_plan(self, path: Path) -> None:
+        """Write down the cells of the study, for those who follow how far it is."""
+        write_atomically(path, json.dumps([cell.path for cell in self.cells]) + "\n")
 
     def corpus_request(self, corpus_folder: str) -> str:
         """What `ptbench corpus` is to prepare in results/corpora/{corpus_folder}, as JSON."""

@@ -27,9 +27,12 @@ VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z_]+=[A-Za-z0-9.-]+)*"
 
 
 class Model(BaseModel):
-    """Base of every model here: unknown keys are errors and values never change."""
+    """Base of every model: unknown keys are errors, values never change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
+    In JSON, which has no such numbers, infinity and NaN are the words that pydantic reads back.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Recipe(Model):

@@ -62,7 +62,7 @@ def provenance(package: str) -> dict[str, Any]:
     """Everything about where and with what a run is made that its recipe does not say.
 
     Args:
-        package: distribution name of the framework.
+        package: name of the framework's module, which has been imported.
     """
     status = git("status", "--porcelain", "--untracked-files=no")
     environment = Path(sys.prefix) / "environment.json"
@@ -70,7 +70,8 @@ def provenance(package: str) -> dict[str, Any]:
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         "framework_package": package,
-        "framework_version": importlib.metadata.version(package),
+        # not the distribution's, whose name depends on the accelerator (tensorflow-cpu)
+        "framework_version": sys.modules[package].__version__,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "environment_sha256": hashlib.sha256(environment.read_bytes()).hexdigest()
         if environment.exists()

@@ -184,7 +184,7 @@ def train_epoch(
             nll_sum += sum(float(nll) for nll, _ in pending)
             norm_sum += sum(float(norm) for _, norm in pending)
             pending.clear()
-        if time.perf_counter() - reported > REPORT_SECONDS:
+        if timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
             reported = time.perf_counter()
             seconds = clocks.seconds["training"] - clock_before.get("training", 0.0)
             watch(Progress(number, recipe.epochs, steps / len(streams),

@@ -221,6 +221,7 @@ def test_the_fingerprint_follows_the_meaning_and_nothing_else() -> None:
 
     base = fingerprint(Recipe(), kind="download", files="abc", mirrors=[1])
     assert fingerprint(Recipe(), kind="download", files="abc", mirrors=[2]) == base
+    assert fingerprint(Recipe(dropout=0.0), kind="download", files="abc") == base  # a default
     assert fingerprint(Recipe(dropout=0.5), kind="download", files="abc") != base
     assert fingerprint(Recipe(), kind="download", files="abd") != base
 

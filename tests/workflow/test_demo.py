@@ -62,7 +62,7 @@ def test_frameworks_that_start_alike_end_alike(demo: Project) -> None:
 def test_the_report_has_a_row_for_every_framework_and_device_count(demo: Project) -> None:
     page = (demo.folder / "results/report/index.html").read_text()
     assert "<script src" not in page
-    assert "<link rel=\"stylesheet\"" not in page
+    assert '<link rel="stylesheet"' not in page
     with (demo.folder / "results/experiments/demo/table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["framework"], row["devices"]) for row in rows} == {

@@ -238,9 +238,9 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
         ):
             where = f"experiment {name}: variants"
             variants.append(resolve(base, overrides, recipes, corpora, settings, where))
-        if len(corpora_used := {v.recipe.corpus_folder for v in variants}) > 1:
+        if len(trained_on := {v.recipe.corpus_folder for v in variants}) > 1:
             raise ConfigurationError(
-                f"experiment {name}: variants: perplexities on {' and '.join(sorted(corpora_used))} "
+                f"experiment {name}: variants: perplexities on {' and '.join(sorted(trained_on))} "
                 "cannot be compared; make an experiment of each corpus"
             )
         cells = grid(name, experiment, variants, settings, source)
@@ -319,7 +319,7 @@ def resolve(
     return Specification(
         variant=variant_name(base, recipe, changed),
         recipe=changed,
-        corpus_definition=corpora[changed.corpus].model_dump(mode="json"),
+        corpus_definition=corpora[changed.corpus].model_dump(mode="json", exclude_defaults=True),
         accelerator=settings.accelerator,
     )
 

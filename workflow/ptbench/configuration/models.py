@@ -179,9 +179,12 @@ class Specification(Model):
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that change exactly when the meaning of the run changes.
 
-        Where a corpus is fetched from does not matter; what is in it does.
+        Where a corpus is fetched from does not matter; what is in it does. Keys at their defaults
+        are left out, so that a new key, whose default is what was done before, re-runs nothing.
+        Changing a default changes what runs mean: raise `PROTOCOL` with it.
         """
-        payload = self.model_dump(mode="json", exclude={"variant"})
+        payload = self.model_dump(mode="json", exclude={"variant", "recipe"})
+        payload["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for key in ("mirrors", "timeout_seconds", "retries", "backoff_seconds"):
             payload["corpus_definition"].pop(key, None)
         canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import socket
@@ -58,6 +58,15 @@ def gpus() -> list[dict[str, str]]:
     return [{"name": str(pynvml.nvmlDeviceGetName(h)), "driver": driver} for h in handles]
 
 
+def lock_sha256() -> str | None:
+    """SHA-256 of the lock that this environment was built from; None if ptbench did not."""
+    try:
+        facts = json.loads((Path(sys.prefix) / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(facts["lock_sha256"])
+
+
 def provenance(package: str) -> dict[str, Any]:
     """Everything about where and with what a run is made that its recipe does not say.
 
@@ -65,7 +74,6 @@ def provenance(package: str) -> dict[str, Any]:
         package: name of the framework's module, which has been imported.
     """
     status = git("status", "--porcelain", "--untracked-files=no")
-    environment = Path(sys.prefix) / "environment.json"
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
@@ -73,9 +81,7 @@ def provenance(package: str) -> dict[str, Any]:
         # not the distribution's, whose name depends on the accelerator (tensorflow-cpu)
         "framework_version": sys.modules[package].__version__,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "environment_sha256": hashlib.sha256(environment.read_bytes()).hexdigest()
-        if environment.exists()
-        else None,
+        "lock_sha256": lock_sha256(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "host": socket.gethostname(),

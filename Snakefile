@@ -1,8 +1,6 @@
 # ptbench: from the corpora to the report.
 #
-#   results/environments/{framework}-{accelerator}/environment.json    a framework's virtual environment
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
-#   results/specifications/{variant}.json                              a variant, resolved
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
 #   results/report/index.html                                          the report
@@ -17,7 +15,6 @@ configfile: "config.yaml"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/analysis.smk"
@@ -32,5 +29,11 @@ rule all:
         [f"results/cells/{cell.path}/metrics.json" for cell in study.cells],
 
 
+# Not rules: what these make, the rules merely use, so its age must not decide what is run again.
 onstart:
-    study.write_plan(Path("results/plan.json"))
+    study.write(Path("results/study.json"))
+    if not USES_CONDA:
+        shell(
+            "python -m ptbench environments {study.config.frameworks} --accelerator {ACCELERATOR}"
+            " --output results/environments"
+        )

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from ptbench.backends.contract import Backend, Parameters
 from ptbench.corpus.batching import ParallelStreams
+from ptbench.measurement.clocks import Clocks
 from ptbench.training.initialization import draw_parameters
+from ptbench.training.loop import evaluate
 
 
 def shared_parameters(backend: Backend, seed: int) -> Parameters:
@@ -24,12 +26,9 @@ def shared_parameters(backend: Backend, seed: int) -> Parameters:
 def evaluate_split(
     backend: Backend, tokens: Any, batch_size: int, sequence_length: int
 ) -> dict[str, float]:
-    """Summed nll [nats] of a split and the number of its predicted tokens."""
-    state, nll, count = backend.initial_state(batch_size, training=False), 0.0, 0.0
-    for batch in ParallelStreams(tokens, batch_size, sequence_length):
-        step = backend.evaluate_step(*batch, state)
-        state, nll, count = step.state, nll + float(step.nll), count + float(batch.mask.sum())
-    return {"nll": nll, "tokens": count}
+    """Mean nll [nats/token], perplexity and number of tokens of a split, by the training loop."""
+    streams = ParallelStreams(tokens, batch_size, sequence_length)
+    return evaluate(backend, streams, Clocks(backend.synchronize))[0].model_dump()
 
 
 def save_parameters(backend: Backend, path: str) -> None:

@@ -43,7 +43,8 @@ class Worker:
             self.process = subprocess.Popen(
                 [python, "-m", "tests.support.worker"],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": "workflow"},
+                # Waiting threads sleep: nothing is timed here, and spinning hinders other workers.
+                env=os.environ | {"PYTHONPATH": "workflow", "OMP_WAIT_POLICY": "passive"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -1,4 +1,4 @@
-"""Parallel streams: every token is predicted once, in order, for any corpus and any window."""
+"""Every way of feeding predicts each token once, in order, for any corpus and any window."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbench.corpus.batching import Batch, ParallelStreams
+from ptbench.corpus.batching import Batch, Feed, ParallelStreams, Sentences, Windows
 
 sizes = {
     "length": st.integers(2, 200),
@@ -32,7 +32,7 @@ def joined(batches: list[Batch]) -> tuple[Any, Any, Any]:
 def test_every_token_but_the_first_is_predicted_once_from_the_one_before_and_in_order(
     length: int, batch_size: int, sequence_length: int
 ) -> None:
-    inputs, targets, mask = joined(list(streams(length, batch_size, sequence_length)))
+    inputs, targets, mask = joined(list(streams(length, batch_size, sequence_length).epoch()))
     real = mask == 1
     # Stream after stream, time runs along the text.
     np.testing.assert_array_equal(inputs[real], np.arange(1, length))
@@ -43,7 +43,7 @@ def test_every_token_but_the_first_is_predicted_once_from_the_one_before_and_in_
 def test_masked_positions_are_padding_at_the_end_of_streams(
     length: int, batch_size: int, sequence_length: int
 ) -> None:
-    inputs, targets, mask = joined(list(streams(length, batch_size, sequence_length)))
+    inputs, targets, mask = joined(list(streams(length, batch_size, sequence_length).epoch()))
     assert set(np.unique(mask)) <= {0, 1}
     assert (np.diff(mask, axis=1) <= 0).all()
     assert (inputs[mask == 0] == 0).all()
@@ -55,7 +55,7 @@ def test_all_batches_have_one_shape_and_no_window_is_empty(
     length: int, batch_size: int, sequence_length: int
 ) -> None:
     split = streams(length, batch_size, sequence_length)
-    batches = list(split)
+    batches = list(split.epoch())
     assert len(batches) == len(split)
     assert split.predicted_tokens == length - 1
     for batch in batches:
@@ -70,18 +70,18 @@ def test_a_batch_is_the_reader_s_to_overwrite(
     length: int, batch_size: int, sequence_length: int
 ) -> None:
     split = streams(length, batch_size, sequence_length)
-    expected = [tuple(array.copy() for array in batch) for batch in split]
-    for batch in split:
+    expected = [tuple(array.copy() for array in batch) for batch in split.epoch()]
+    for batch in split.epoch():
         for array in batch:
             array[:] = 77
-    for batch, copies in zip(split, expected, strict=True):
+    for batch, copies in zip(split.epoch(), expected, strict=True):
         for array, copy in zip(batch, copies, strict=True):
             np.testing.assert_array_equal(array, copy)
 
 
 @given(**sizes)
 def test_batches_do_not_share_memory(length: int, batch_size: int, sequence_length: int) -> None:
-    batches = list(streams(length, batch_size, sequence_length))
+    batches = list(streams(length, batch_size, sequence_length).epoch())
     expected = [tuple(array.copy() for array in batch) for batch in batches]
     for array in batches[0]:
         array[:] = 77
@@ -96,8 +96,8 @@ def test_starting_at_a_window_skips_those_before_it(
 ) -> None:
     split = streams(length, batch_size, sequence_length)
     window = data.draw(st.integers(0, len(split)))
-    expected = list(split)[window:]
-    actual = list(split.starting_at(window))
+    expected = list(split.epoch())[window:]
+    actual = list(split.epoch(1, window))
     assert len(actual) == len(expected)
     for batch, other in zip(actual, expected, strict=True):
         for array, copy in zip(batch, other, strict=True):
@@ -108,3 +108,84 @@ def test_starting_at_a_window_skips_those_before_it(
 def test_a_split_in_which_nothing_can_be_predicted_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=f"a split of {length} tokens"):
         ParallelStreams(np.zeros(length, np.int32), 1, 1)
+
+
+def predictions(feed: Feed, epoch: int = 1) -> list[tuple[int, int]]:
+    """(input, target) of every real token of an epoch, row after row of each batch."""
+    pairs = []
+    for batch in feed.epoch(epoch):
+        for row in range(batch.mask.shape[1]):
+            real = batch.mask[:, row] == 1
+            assert (np.diff(real.astype(int)) <= 0).all()  # padding at the end alone
+            pairs += list(zip(batch.inputs[real, row], batch.targets[real, row], strict=True))
+    return [(int(x), int(y)) for x, y in pairs]
+
+
+@given(**sizes)
+def test_windows_predict_every_token_but_the_first_once_and_in_order(
+    length: int, batch_size: int, sequence_length: int
+) -> None:
+    feed = Windows(np.arange(1, length + 1), batch_size, sequence_length)
+    assert predictions(feed) == [(n, n + 1) for n in range(1, length)]
+    assert feed.predicted_tokens == length - 1
+
+
+@given(**sizes, epochs=st.integers(1, 4))
+def test_wrapping_windows_read_the_text_as_singh_s_generator_does(
+    length: int, batch_size: int, sequence_length: int, epochs: int
+) -> None:
+    """Its pointer goes back to 0 when fewer than a window and its last target are left."""
+    if length // (batch_size * sequence_length) == 0 or length <= sequence_length:
+        with pytest.raises(ValueError, match="not one batch"):
+            Windows(np.arange(1, length + 1), batch_size, sequence_length, wraps=True)
+        return
+    feed = Windows(np.arange(1, length + 1), batch_size, sequence_length, wraps=True)
+    pointer = 0
+    for epoch in range(1, epochs + 1):
+        expected = []
+        for _ in range(length // (batch_size * sequence_length) * batch_size):
+            if length - pointer < sequence_length + 1:
+                pointer = 0
+            expected += [(pointer + k + 1, pointer + k + 2) for k in range(sequence_length)]
+            pointer += sequence_length
+        assert predictions(feed, epoch) == expected
+        assert feed.predicted_tokens == len(expected)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 50), max_size=30), min_size=1, max_size=40),
+    st.integers(1, 24),
+    st.booleans(),
+)
+def test_sentences_are_rows_and_every_token_is_predicted_once(
+    sentences: list[list[int]], batch_size: int, ends: bool
+) -> None:
+    tokens = [token for sentence in sentences for token in [*sentence, 0]]  # 0 is <eos>
+    if not ends:
+        tokens = [*tokens, 7]  # text that stops in the middle of a sentence
+    if len(tokens) < 2:
+        return
+    feed = Sentences(np.array(tokens), batch_size, end_of_sentence=0)
+    rows = []
+    for batch in feed.epoch():
+        assert batch.mask.shape[1] == batch_size
+        assert len(batch.mask) % Sentences.BUCKET == 0
+        for row in range(batch_size):
+            steps = int(batch.mask[:, row].sum())
+            if steps:
+                assert batch.inputs[0, row] == 0
+                np.testing.assert_array_equal(
+                    batch.inputs[1:steps, row], batch.targets[: steps - 1, row]
+                )
+                assert len(batch.mask) - steps < Sentences.BUCKET
+                rows.append(batch.targets[:steps, row].tolist())
+    expected = [[*sentence, 0] for sentence in sentences] + ([] if ends else [[7]])
+    assert sorted(rows) == sorted(expected)
+    assert feed.predicted_tokens == len(tokens) == sum(map(len, rows))
+
+
+def test_every_shape_of_a_feed_is_there_to_compile_with() -> None:
+    tokens = np.array([1, 2, 3, 0, *[4] * 20, 0])
+    feed = Sentences(tokens, 2, end_of_sentence=0)
+    assert {b.mask.shape for b in feed.shapes()} == {b.mask.shape for b in feed.epoch()}
+    assert {b.mask.shape for b in feed.shapes()} == {(8, 2), (24, 2)}

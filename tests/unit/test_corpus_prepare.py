@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbench.configuration.corpora import CorpusDefinition, CorpusRequest, FolderCorpus
+from ptbench.configuration.corpora import CORPUS_DEFINITION, CorpusDefinition, FolderCorpus
 from ptbench.corpus import CorpusError
 from ptbench.corpus.prepare import first_lines, prepare
 from ptbench.corpus.store import open_corpus, read_vocabulary
@@ -34,7 +34,7 @@ TEXTS = {
 
 
 def definition(name: str, **changes: Any) -> CorpusDefinition:
-    return CorpusRequest(name=name, definition={**BUILT_IN[name], **changes}).definition  # type: ignore[arg-type]
+    return CORPUS_DEFINITION.validate_python({**BUILT_IN[name], **changes})
 
 
 def folder_corpus(folder: Path, **texts: bytes | None) -> FolderCorpus:

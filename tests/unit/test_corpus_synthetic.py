@@ -15,7 +15,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ptbench.configuration.corpora import CorpusRequest, HighRankCorpus, MarkovCorpus
+from ptbench.configuration.corpora import CORPUS_DEFINITION, HighRankCorpus, MarkovCorpus
 from ptbench.corpus import synthetic
 from ptbench.corpus.synthetic import Process, Sample
 from ptbench.corpus.vocabulary import tokenize
@@ -27,9 +27,9 @@ PROCESSES = ["synthetic", "synthetic-high-rank"]
 
 
 def definition(name: str, **changes: Any) -> MarkovCorpus | HighRankCorpus:
-    request = CorpusRequest(name=name, definition={**BUILT_IN[name], **changes})  # type: ignore[arg-type]
-    assert isinstance(request.definition, MarkovCorpus | HighRankCorpus)
-    return request.definition
+    made = CORPUS_DEFINITION.validate_python({**BUILT_IN[name], **changes})
+    assert isinstance(made, MarkovCorpus | HighRankCorpus)
+    return made
 
 
 @functools.cache

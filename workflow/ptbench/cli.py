@@ -19,46 +19,25 @@ if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
 
 
-def environment(arguments: argparse.Namespace) -> None:
-    """Build a framework's virtual environment from its lock."""
-    from ptbench.environments import build
+def environments(arguments: argparse.Namespace) -> None:
+    """Build the frameworks' virtual environments from their locks, those that are not current."""
+    from ptbench.environments import build, is_current
 
-    build(arguments.framework, arguments.accelerator, arguments.output)
-
-
-def config(arguments: argparse.Namespace) -> None:
-    """Keep the merged configuration beside the results."""
-    from ptbench.configuration.loading import Config
-    from ptbench.training.records import write_atomically
-
-    settings = Config.model_validate_json(arguments.json)
-    write_atomically(arguments.output, settings.model_dump_json(indent=2) + "\n")
+    for framework in arguments.frameworks:
+        folder = arguments.output / f"{framework}-{arguments.accelerator}"
+        if not is_current(framework, arguments.accelerator, folder):
+            print(f"Building the environment of {framework} in {folder}", flush=True)
+            build(framework, arguments.accelerator, folder)
 
 
 def corpus(arguments: argparse.Namespace) -> None:
     """Fetch or generate a corpus, verify it, and store it as integers."""
-    from ptbench.configuration.corpora import CorpusRequest
+    from ptbench.configuration.loading import read_study
     from ptbench.corpus.prepare import prepare
 
-    request = CorpusRequest.model_validate_json(arguments.json)
+    name, definition, subset = read_study(arguments.study).corpus(arguments.output.name)
     with Log(arguments.log) as log:
-        prepare(
-            request.name,
-            request.definition,
-            request.subset,
-            arguments.downloads,
-            arguments.output,
-            log.terminal,
-        )
-
-
-def specification(arguments: argparse.Namespace) -> None:
-    """Write a variant's resolved specification for the trainers."""
-    from ptbench.configuration.models import Specification
-    from ptbench.training.records import write_atomically
-
-    resolved = Specification.model_validate_json(arguments.json)
-    write_atomically(arguments.output, resolved.model_dump_json(indent=2) + "\n")
+        prepare(name, definition, subset, arguments.downloads, arguments.output, log.terminal)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -66,7 +45,7 @@ def train(arguments: argparse.Namespace) -> None:
     from pydantic import ValidationError
 
     from ptbench.configuration.models import parse_cell_path
-    from ptbench.training.cell import Paths, run_cell
+    from ptbench.training.cell import Paths, read_specification, run_cell
 
     try:
         cell = parse_cell_path(arguments.cell)
@@ -74,11 +53,10 @@ def train(arguments: argparse.Namespace) -> None:
         raise PtbenchError(
             f"--cell {arguments.cell} is not variant/framework/devices-N/seed-N"
         ) from error
-    paths = Paths(
-        arguments.specification, arguments.corpus, arguments.output, arguments.checkpoints
-    )
+    specification = read_specification(arguments.specification)
+    paths = Paths(arguments.corpus, arguments.output, arguments.checkpoints)
     with Log(arguments.log) as log:
-        metrics = run_cell(cell, paths, arguments.threads, log.say)
+        metrics = run_cell(cell, specification, paths, arguments.threads, log.say)
         shown = f"test perplexity {metrics.test.perplexity:.2f}" if metrics.test else metrics.reason
         seconds = f"{metrics.seconds.total:.0f} s"
         log.say(f"[{cell.path}] {metrics.status}: {shown}, {seconds}{cells_done(paths.output)}")
@@ -90,8 +68,8 @@ def cells_done(cell_folder: Path) -> str:
 
     cells = cell_folder.parents[3]  # above variant, framework, devices and seed
     try:
-        planned = json.loads((cells.parent / "plan.json").read_text())
-    except (OSError, ValueError):
+        planned = json.loads((cells.parent / "study.json").read_text())["cells"]
+    except (OSError, ValueError, KeyError):
         return ""
     done = sum((cells / path / "metrics.json").exists() for path in planned)
     return f"; {done} of {len(planned)} cells done"
@@ -100,10 +78,10 @@ def cells_done(cell_folder: Path) -> str:
 def analyse(arguments: argparse.Namespace) -> None:
     """Tables, figures and verdicts of one experiment, from its cells' results."""
     from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW
+    from ptbench.configuration.loading import WORKFLOW, read_study
     from ptbench.report.experiment import analyse_experiment
 
-    plan = plan_experiment(load(arguments.config), arguments.experiment)
+    plan = plan_experiment(read_study(arguments.study), arguments.experiment)
     analyse_experiment(plan, arguments.results, WORKFLOW / "published", arguments.output)
 
 
@@ -211,28 +189,20 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command(environment)
-    sub.add_argument("framework", help="pytorch, tensorflow, keras, mxnet or jax")
+    sub = command(environments)
+    sub.add_argument("frameworks", nargs="+", help="pytorch, tensorflow, keras, mxnet, jax")
     sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
-    sub.add_argument("--output", type=Path, required=True, help="folder of the environment")
-
-    sub = command(config)
-    sub.add_argument("--json", required=True, help="the configuration")
-    sub.add_argument("--output", type=Path, required=True, help="file to write")
+    sub.add_argument("--output", type=Path, required=True, help="folder of all environments")
 
     sub = command(corpus)
-    sub.add_argument("--json", required=True, help="name, subset and definition of the corpus")
+    sub.add_argument("--study", type=Path, required=True, help="results/study.json")
     sub.add_argument("--downloads", type=Path, required=True, help="folder for what is fetched")
-    sub.add_argument("--output", type=Path, required=True, help="folder of the prepared corpus")
+    sub.add_argument("--output", type=Path, required=True, help="folder named as the corpus")
     sub.add_argument("--log", type=Path, help="file for all output")
-
-    sub = command(specification)
-    sub.add_argument("--json", required=True, help="the specification")
-    sub.add_argument("--output", type=Path, required=True, help="file to write")
 
     sub = command(train)
     sub.add_argument("--cell", required=True, help="variant/framework/devices-N/seed-N")
-    sub.add_argument("--specification", type=Path, required=True, help="JSON file")
+    sub.add_argument("--specification", required=True, help="what to train, as JSON")
     sub.add_argument("--corpus", type=Path, required=True, help="folder of the prepared corpus")
     sub.add_argument("--output", type=Path, required=True, help="folder of the cell's results")
     sub.add_argument("--checkpoints", type=Path, required=True, help="folder of its parameters")
@@ -241,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(analyse)
     sub.add_argument("experiment", help="name of the experiment")
-    sub.add_argument("--config", type=Path, required=True, help="the merged configuration")
+    sub.add_argument("--study", type=Path, required=True, help="results/study.json")
     sub.add_argument("--results", type=Path, required=True, help="the results folder")
     sub.add_argument("--output", type=Path, required=True, help="folder of tables and figures")
 

@@ -53,16 +53,11 @@ def build(framework: str, accelerator: str, folder: Path) -> Path:
         BuildError: no such lock, a folder that holds something else, uv missing, an unsupported
             Python, or whatever uv says it failed on.
     """
+    lock_sha256 = _lock_sha256(framework, accelerator)
     lock = LOCKS / f"{framework}.{accelerator}.txt"
-    if not lock.is_file():
-        known = ", ".join(path.stem for path in sorted(LOCKS.glob("*.*.txt")))
-        raise BuildError(
-            f"There is no lock for {framework}.{accelerator} in envs/; there is: {known}."
-        )
-    lock_sha256 = hashlib.sha256(lock.read_bytes()).hexdigest()
     marker = folder / MARKER
     python = folder / PYTHON
-    if _is_current(marker, python, lock_sha256):
+    if is_current(framework, accelerator, folder):
         return marker
 
     if not platform.python_version().startswith("3.11."):
@@ -106,12 +101,24 @@ def build(framework: str, accelerator: str, folder: Path) -> Path:
     return unfinished.replace(marker)
 
 
-def _is_current(marker: Path, python: Path, lock_sha256: str) -> bool:
+def is_current(framework: str, accelerator: str, folder: Path) -> bool:
+    """Whether `folder` holds the environment that the framework's lock asks for."""
     try:
-        record = json.loads(marker.read_text(encoding="utf-8"))
+        record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return python.exists() and record.get("lock_sha256") == lock_sha256
+    current = record.get("lock_sha256") == _lock_sha256(framework, accelerator)
+    return current and (folder / PYTHON).exists()
+
+
+def _lock_sha256(framework: str, accelerator: str) -> str:
+    lock = LOCKS / f"{framework}.{accelerator}.txt"
+    if not lock.is_file():
+        known = ", ".join(path.stem for path in sorted(LOCKS.glob("*.*.txt")))
+        raise BuildError(
+            f"There is no lock for {framework}.{accelerator} in envs/; there is: {known}."
+        )
+    return hashlib.sha256(lock.read_bytes()).hexdigest()
 
 
 def _is_replaceable(folder: Path) -> bool:

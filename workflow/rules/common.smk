@@ -19,23 +19,20 @@ CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 ACCELERATOR = study.config.accelerator
 USES_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 
-# Rules say `python`: the one that runs Snakemake, unless conda brings another.
+# Rules say `python`: the one that runs Snakemake, unless conda brings another. Training runs in its
+# framework's environment.
 if USES_CONDA:
+    FRAMEWORK_PYTHON = "python"
     shell.prefix("export PYTHONPATH=workflow; ")
 else:
+    FRAMEWORK_PYTHON = f"results/environments/{{framework}}-{ACCELERATOR}/bin/python"
     folder = shlex.quote(str(Path(sys.executable).parent))
     shell.prefix(f"export PYTHONPATH=workflow PATH={folder}:$PATH; ")
-
-
-def corpus_of(wildcards):
-    folder = study.specification(wildcards.variant).recipe.corpus_folder
-    return f"results/corpora/{folder}/corpus.json"
 
 
 wildcard_constraints:
     variant=VARIANT_PATTERN,
     framework="[a-z]+",
-    accelerator="cpu|cuda",
     devices="[1-9][0-9]*",
     seed="[0-9]+",
     corpus_folder="[a-z0-9][a-z0-9.-]*",

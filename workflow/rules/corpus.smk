@@ -1,4 +1,5 @@
-# A corpus fetched or generated, verified, and stored as integers.
+# A corpus fetched or generated, verified, and stored as integers. Where it is fetched from is read
+# from results/study.json and no parameter here: another mirror is no reason to prepare it anew.
 rule corpus:
     output:
         "results/corpora/{corpus_folder}/corpus.json",
@@ -9,7 +10,7 @@ rule corpus:
         "../../envs/workflow.yaml"
     params:
         folder=subpath(output[0], parent=True),
-        request=lambda wildcards: study.corpus_request(wildcards.corpus_folder),
+        content=lambda wildcards: study.corpus_content(wildcards.corpus_folder),
     shell:
-        "python -m ptbench corpus --json {params.request:q}"
-        " --downloads results/downloads --output {params.folder:q} --log {log:q}"
+        "python -m ptbench corpus --study results/study.json --downloads results/downloads"
+        " --output {params.folder:q} --log {log:q}"

@@ -26,6 +26,7 @@ from ptbench.backends.contract import (
     TrainStep,
     check_parameters,
     objective_divisor,
+    parameter_shapes,
 )
 from ptbench.training.initialization import draw_parameters
 
@@ -123,7 +124,8 @@ class NumpyOracle(Backend):
 
     def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
         check_parameters(parameters, self.recipe, self.vocabulary_size)
-        self.p: dict[str, Array] = {n: p.astype(np.float64) for n, p in parameters.items()}
+        names = parameter_shapes(self.recipe, self.vocabulary_size)
+        self.p: dict[str, Array] = {name: parameters[name].astype(np.float64) for name in names}
 
     def initial_state(self, batch_size: int, training: bool) -> State:  # noqa: ARG002
         # [layer, (h, c), batch, hidden]

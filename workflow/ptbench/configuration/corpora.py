@@ -8,12 +8,12 @@ by `process`. Reading `corpora.yaml` and merging the user's own definitions over
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
-from ptbench.configuration.models import Model, Name
+from ptbench.configuration.models import Model
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -171,13 +171,10 @@ SyntheticCorpus = Annotated[MarkovCorpus | HighRankCorpus, Field(discriminator="
 CorpusDefinition = Annotated[
     DownloadedCorpus | FolderCorpus | SyntheticCorpus, Field(discriminator="kind")
 ]
+CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
-class CorpusRequest(Model):
-    """What `ptbench corpus` is asked to prepare."""
-
-    name: Name = Field(description="Name of the corpus.")
-    subset: int | None = Field(
-        None, ge=1, description="Use only the first lines of every split [lines]; null: all."
-    )
-    definition: CorpusDefinition = Field(description="Where the text comes from.")
+def content_of(definition: CorpusDefinition) -> dict[str, Any]:
+    """What decides what is in a corpus: its definition without where and how it is fetched."""
+    transport = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
+    return definition.model_dump(mode="json", exclude_defaults=True, exclude=transport)

@@ -20,9 +20,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from ptbench.configuration.corpora import (
     CorpusDefinition,
-    CorpusRequest,
     DownloadedCorpus,
     MirrorAddress,
+    content_of,
 )
 from ptbench.configuration.models import (
     FRAMEWORKS,
@@ -192,19 +192,32 @@ class Study:
             self._specifications[variant] = found
         return self._specifications[variant]
 
-    def write_plan(self, path: Path) -> None:
-        """Write down the cells of the study, for those who follow how far it is."""
-        write_atomically(path, json.dumps([cell.path for cell in self.cells]) + "\n")
-
-    def corpus_request(self, corpus_folder: str) -> str:
-        """What `ptbench corpus` is to prepare in results/corpora/{corpus_folder}, as JSON."""
+    def corpus(self, corpus_folder: str) -> tuple[str, CorpusDefinition, int | None]:
+        """Name, definition and subset of what is prepared in results/corpora/{corpus_folder}."""
         name, _, subset = corpus_folder.partition("-first-")
-        request = CorpusRequest(
-            name=known(name, self.corpora, "corpus", "corpus"),
-            subset=int(subset.removesuffix("-lines")) if subset else None,
-            definition=self.corpora[name],
-        )
-        return request.model_dump_json()
+        known(name, self.corpora, "corpus", "corpus")
+        return name, self.corpora[name], int(subset.removesuffix("-lines")) if subset else None
+
+    def corpus_content(self, corpus_folder: str) -> str:
+        """What decides what is in a prepared corpus, in a form that two runs can compare."""
+        name, definition, subset = self.corpus(corpus_folder)
+        return json.dumps([name, content_of(definition), subset], sort_keys=True)
+
+    def write(self, path: Path) -> None:
+        """Write down the merged configuration and the cells, for those who follow the study."""
+        content = {
+            "config": self.config.model_dump(mode="json"),
+            "cells": [cell.path for cell in self.cells],
+        }
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_study(path: Path) -> Study:
+    """The study that `Study.write` wrote down."""
+    content = read_yaml(path)  # JSON is YAML
+    if not isinstance(content, dict) or "config" not in content:
+        raise ConfigurationError(f"{path}: is not a study; run the workflow to write it anew")
+    return load_study(content["config"], path.name)
 
 
 def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
@@ -319,7 +332,7 @@ def resolve(
     return Specification(
         variant=variant_name(base, recipe, changed),
         recipe=changed,
-        corpus_definition=corpora[changed.corpus].model_dump(mode="json", exclude_defaults=True),
+        corpus_definition=content_of(corpora[changed.corpus]),
         accelerator=settings.accelerator,
     )
 

@@ -50,6 +50,12 @@ class Recipe(Model):
     sequence_length: int = Field(
         20, ge=1, description="Time steps of back-propagation through time [tokens]."
     )
+    feeding: Literal["parallel_streams", "windows", "sentences"] = Field(
+        "parallel_streams",
+        description="parallel_streams: contiguous streams, state carried from window to window; "
+        "windows: successive windows of the text are the rows of a batch, each from a zero state; "
+        "sentences: one sentence a row, padded, each from a zero state.",
+    )
     evaluation_batch_size: int = Field(
         20, ge=1, description="Parallel streams in which the validation split is read [sequences]."
     )
@@ -88,16 +94,34 @@ class Recipe(Model):
     clip_norm: float | None = Field(
         5.0, gt=0, description="Largest norm of all gradients taken together; null: no clipping."
     )
-    schedule: Literal["constant", "constant_then_decay"] = Field(
-        "constant_then_decay", description="How the learning rate moves from epoch to epoch."
-    )
+    schedule: Literal[
+        "constant", "constant_then_decay", "plateau", "warm_up_then_decay", "roll_back_then_decay"
+    ] = Field("constant_then_decay", description="How the learning rate moves.")
     constant_epochs: int = Field(
-        4, ge=0, description="Epochs at the initial rate, before constant_then_decay decays."
+        4, ge=0, description="Epochs before constant_then_decay or roll_back_then_decay decays."
     )
     learning_rate_decay: float = Field(
-        0.5, gt=0, le=1, description="Factor on the rate at every epoch after constant_epochs."
+        0.5, gt=0, le=1, description="Factor on the rate at each decay, whatever the schedule."
+    )
+    plateau_patience: int = Field(
+        1, ge=0, description="Epochs without improvement that plateau forgives before it decays."
+    )
+    plateau_threshold: float = Field(
+        1e-4, ge=0, description="Least fall of the validation nll that plateau takes as one [nats]."
+    )
+    warm_up_epochs: float = Field(
+        1.0, ge=0, description="Epochs over which warm_up_then_decay raises the rate from 0."
     )
     epochs: int = Field(13, ge=1, le=100_000, description="Passes over the training split.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many epochs without a lower validation nll."
+    )
+    target_perplexity: float | None = Field(
+        None, gt=1, description="Stop once the validation perplexity is this low."
+    )
+    maximum_seconds: float | None = Field(
+        None, gt=0, description="Stop after the epoch in which training passes this [seconds]."
+    )
     divergence_perplexity: float = Field(
         1e6,
         gt=1,
@@ -106,7 +130,8 @@ class Recipe(Model):
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> Self:
-        if self.schedule == "constant_then_decay" and self.constant_epochs > self.epochs:
+        staged = self.schedule in ("constant_then_decay", "roll_back_then_decay")
+        if staged and self.constant_epochs > self.epochs:
             raise ValueError(
                 f"constant_epochs={self.constant_epochs} must not exceed epochs={self.epochs}"
             )
@@ -172,23 +197,26 @@ class Specification(Model):
     protocol: int = Field(PROTOCOL, description="Version of what training and measuring mean.")
     variant: str = Field(description="Name of the variant.")
     recipe: Recipe = Field(description="The recipe with its overrides applied.")
-    corpus_definition: dict[str, Any] = Field(description="The corpus as configured.")
+    corpus_definition: dict[str, Any] = Field(
+        description="What is in the corpus, as configured; not where it is fetched from."
+    )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
+
+    def text(self) -> str:
+        """The specification as JSON, without the recipe's keys that have their default values.
+
+        Two runs mean the same exactly if their texts are equal. A new key, whose default is what
+        was done before, changes no text. Changing a default changes what runs mean: raise
+        `PROTOCOL` with it.
+        """
+        content = self.model_dump(mode="json", exclude={"recipe"})
+        content["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that change exactly when the meaning of the run changes.
-
-        Where a corpus is fetched from does not matter; what is in it does. Keys at their defaults
-        are left out, so that a new key, whose default is what was done before, re-runs nothing.
-        Changing a default changes what runs mean: raise `PROTOCOL` with it.
-        """
-        payload = self.model_dump(mode="json", exclude={"variant", "recipe"})
-        payload["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
-        for key in ("mirrors", "timeout_seconds", "retries", "backoff_seconds"):
-            payload["corpus_definition"].pop(key, None)
-        canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that change exactly when the meaning of the run does."""
+        return hashlib.sha256(self.text().encode()).hexdigest()[:12]
 
 
 class Cell(Model):

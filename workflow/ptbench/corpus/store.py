@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptbench.corpus import CorpusError
+from ptbench.corpus.vocabulary import END_OF_SENTENCE
 
 SPLITS = ("train", "valid", "test")
 
@@ -27,6 +28,7 @@ class Corpus:
     valid: npt.NDArray[np.int32]
     test: npt.NDArray[np.int32]
     vocabulary_size: int
+    end_of_sentence: int  # identifier of `<eos>`
     description: dict[str, Any]  # the content of corpus.json
 
 
@@ -40,6 +42,7 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         size, tokens = description["vocabulary_size"], description["tokens"]
+        end_of_sentence = read_vocabulary(folder).index(END_OF_SENTENCE)
         splits = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
     except FileNotFoundError as error:
         raise CorpusError(f"there is no prepared corpus in {folder}: no {error.filename}") from None
@@ -52,7 +55,7 @@ def open_corpus(folder: Path) -> Corpus:
                 f"corpus.json has int32 [{tokens[split]}]; {again}"
             )
     train, valid, test = splits
-    return Corpus(train, valid, test, size, description)
+    return Corpus(train, valid, test, size, end_of_sentence, description)
 
 
 def read_vocabulary(folder: Path) -> list[str]:

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 from safetensors.numpy import save_file
 
 from ptbench.backends.contract import Backend, parameter_count
 from ptbench.backends.registry import backend_class
 from ptbench.configuration.models import PROTOCOL, Cell, Recipe, Specification
-from ptbench.corpus.batching import ParallelStreams
+from ptbench.corpus.batching import Feed, ParallelStreams, Sentences, Windows
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.measurement.clocks import Clocks
@@ -32,17 +34,23 @@ from ptbench.training.records import Metrics, Score, Seconds, history_csv, write
 class Paths:
     """Where a cell's files are."""
 
-    specification: Path  # JSON, read
     corpus: Path  # folder, read
     output: Path  # folder: metrics.json, history.csv, recipe.yaml, provenance.json
     checkpoints: Path  # folder: best.safetensors
 
 
-def run_cell(cell: Cell, paths: Paths, threads: int, say: Callable[[str], None] = print) -> Metrics:
+def run_cell(
+    cell: Cell,
+    specification: Specification,
+    paths: Paths,
+    threads: int,
+    say: Callable[[str], None] = print,
+) -> Metrics:
     """Train and score one cell and write its files.
 
     Args:
         cell: which run.
+        specification: what it is to do.
         paths: where to read and write.
         threads: CPU threads, shared by all replicas.
         say: receives a line of progress now and then.
@@ -52,15 +60,12 @@ def run_cell(cell: Cell, paths: Paths, threads: int, say: Callable[[str], None] 
     """
     began = datetime.datetime.now(datetime.UTC)
     clocks = Clocks()
-    specification = read_specification(paths.specification)
     recipe = specification.recipe
     if specification.variant != cell.variant:
-        raise PtbenchError(
-            f"{paths.specification} specifies {specification.variant}, not {cell.variant}"
-        )
+        raise PtbenchError(f"the specification is of {specification.variant}, not {cell.variant}")
     with clocks("load"):
         corpus = open_corpus(paths.corpus)
-        splits = batch(corpus, recipe, cell.devices)
+        splits = feed(corpus, recipe, cell.devices)
     with clocks("start_up"):
         backend = create_backend(cell, specification, corpus.vocabulary_size, threads)
     clocks.synchronize = backend.synchronize
@@ -95,33 +100,46 @@ def run_cell(cell: Cell, paths: Paths, threads: int, say: Callable[[str], None] 
     return metrics
 
 
-def read_specification(path: Path) -> Specification:
-    """The specification in a JSON file that the workflow wrote.
+def read_specification(text: str) -> Specification:
+    """A specification from its text.
 
     Raises:
-        PtbenchError: if it is missing, not valid, or of another protocol.
+        PtbenchError: if it is not valid, or of another protocol.
     """
     try:
-        specification = Specification.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise PtbenchError(f"cannot read the specification {path}: {error.strerror}") from error
+        specification = Specification.model_validate_json(text)
     except ValueError as error:
-        raise PtbenchError(f"{path} is not a specification: {error}") from error
+        raise PtbenchError(f"the specification cannot be read: {error}") from error
     if specification.protocol != PROTOCOL:
         raise PtbenchError(
-            f"{path} is of protocol {specification.protocol}; this ptbench runs {PROTOCOL}"
+            f"the specification is of protocol {specification.protocol}; this ptbench runs "
+            f"{PROTOCOL}"
         )
     return specification
 
 
-def batch(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
-    """The corpus as the recipe feeds it, the training batch for all devices together."""
-    length = recipe.sequence_length
-    return Splits(
-        train=ParallelStreams(corpus.train, recipe.global_batch_size(devices), length),
-        valid=ParallelStreams(corpus.valid, recipe.evaluation_batch_size, length),
-        test=ParallelStreams(corpus.test, recipe.test_batch_size, length),
-    )
+def feed(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
+    """The corpus as the recipe feeds it, the training batch for all devices together.
+
+    Raises:
+        PtbenchError: if a split is too short for one batch.
+    """
+
+    def split(tokens: npt.NDArray[np.int32], batch_size: int, training: bool = False) -> Feed:
+        if recipe.feeding == "windows":
+            return Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
+        if recipe.feeding == "sentences":
+            return Sentences(tokens, batch_size, corpus.end_of_sentence)
+        return ParallelStreams(tokens, batch_size, recipe.sequence_length)
+
+    try:
+        return Splits(
+            train=split(corpus.train, recipe.global_batch_size(devices), training=True),
+            valid=split(corpus.valid, recipe.evaluation_batch_size),
+            test=split(corpus.test, recipe.test_batch_size),
+        )
+    except ValueError as error:
+        raise PtbenchError(f"corpus {recipe.corpus_folder}: {error}") from error
 
 
 def create_backend(
@@ -176,6 +194,7 @@ def summarize(
         reason=run.diverged,
         parameters=parameter_count(specification.recipe, vocabulary_size),
         vocabulary_size=vocabulary_size,
+        stopped=run.stopped,
         epochs=len(run.history),
         best_epoch=best.epoch if best else None,
         train=best

@@ -1,12 +1,12 @@
 """The training loop: framework-neutral, and ignorant of files.
 
-Epoch by epoch: train on every window in order with state carried over, validate, remember the best
-parameters; at the end score the test split once with those. `cell.py` calls it and writes the
-results down.
+Epoch by epoch: train on every batch in order, validate, remember the best parameters; at the end
+score the test split once with those. `cell.py` calls it and writes the results down.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 from ptbench.backends.contract import Backend, Parameters, Scalar
 from ptbench.configuration.models import Recipe
-from ptbench.corpus.batching import ParallelStreams
+from ptbench.corpus.batching import Feed
 from ptbench.measurement.clocks import Clocks
 from ptbench.training.records import Epoch, Score, perplexity, score
-from ptbench.training.schedules import learning_rate
+from ptbench.training.schedules import Stop, learning_rate, rolls_back, stop
 
 WARM_UP_STEPS = 3  # steps that may compile or fill caches; trained on, but not counted as speed
 FETCH_EVERY = 50  # steps between fetches of the losses from the device
@@ -29,9 +29,9 @@ REPORT_SECONDS = 10.0  # least time between two progress reports within an epoch
 class Splits(NamedTuple):
     """The corpus as the recipe batches it."""
 
-    train: ParallelStreams
-    valid: ParallelStreams
-    test: ParallelStreams
+    train: Feed
+    valid: Feed
+    test: Feed
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Run:
     best_parameters: Parameters | None = None
     test: Score | None = None
     diverged: str | None = None  # why, if it did
+    stopped: Stop | None = None  # why training ended, if it did not diverge
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -74,6 +75,7 @@ class TrainedEpoch(NamedTuple):
 
     nll: float  # summed [nats]
     gradient_norm: float  # mean over steps
+    learning_rate: float  # of the last step
     seconds: float  # of training, steps that compile included
     tokens_per_second: float  # steps that compile left out
 
@@ -92,17 +94,19 @@ def train(
     """
     run = Run()
     warm_up_evaluation(backend, splits, clocks)
-    for number in range(1, recipe.epochs + 1):
-        rate = learning_rate(recipe, number)
-        trained = train_epoch(backend, recipe, splits.train, rate, number, clocks, watch)
-        if problem := divergence(recipe, "training", number, trained.nll, splits.train):
-            run.diverged = problem
+    while run.stopped is None:
+        number = len(run.history) + 1
+        if rolls_back(recipe, run.history) and run.best_parameters is not None:
+            backend.load_parameters(run.best_parameters)
+        trained = train_epoch(backend, recipe, splits.train, run.history, clocks, watch)
+        run.diverged = divergence(recipe, "training", number, trained.nll, splits.train)
+        if run.diverged:
             return run
         valid, evaluation_seconds = evaluate(backend, splits.valid, clocks)
         train_nll = trained.nll / splits.train.predicted_tokens
         epoch = Epoch(
             epoch=number,
-            learning_rate=rate,
+            learning_rate=trained.learning_rate,
             train_nll=train_nll,
             train_perplexity=perplexity(train_nll),
             valid_nll=valid.nll,
@@ -115,26 +119,24 @@ def train(
         run.history.append(epoch)
         watch(Progress(number, recipe.epochs, 1.0, epoch.train_perplexity,
                        trained.tokens_per_second, finished=epoch))  # fmt: skip
-        if problem := divergence(
-            recipe, "validation", number, valid.nll * valid.tokens, splits.valid
-        ):
-            run.diverged = problem
+        valid_nll = valid.nll * valid.tokens
+        run.diverged = divergence(recipe, "validation", number, valid_nll, splits.valid)
+        if run.diverged:
             return run
         if run.best is None or epoch.valid_nll < run.best.valid_nll:
             run.best = epoch
             with clocks("checkpointing"):
                 run.best_parameters = backend.parameters()
+        run.stopped = stop(recipe, run.history)
     assert run.best_parameters is not None  # a valid_nll that is not finite has diverged
     backend.load_parameters(run.best_parameters)
     run.test, _ = evaluate(backend, splits.test, clocks)
     return run
 
 
-def divergence(
-    recipe: Recipe, split: str, epoch: int, nll_sum: float, streams: ParallelStreams
-) -> str | None:
+def divergence(recipe: Recipe, split: str, epoch: int, nll_sum: float, feed: Feed) -> str | None:
     """Why a run with this loss counts as diverged; None if it does not."""
-    value = perplexity(nll_sum / streams.predicted_tokens)
+    value = perplexity(nll_sum / feed.predicted_tokens)
     if math.isnan(nll_sum) or math.isinf(nll_sum):
         return f"the {split} loss of epoch {epoch} is not finite"
     if value > recipe.divergence_perplexity:
@@ -146,17 +148,17 @@ def divergence(
 def warm_up_evaluation(backend: Backend, splits: Splits, clocks: Clocks) -> None:
     """Let the framework compile its evaluation on its own clock; nothing is kept."""
     with clocks("compile"):
-        for streams in (splits.valid, splits.test):
-            state = backend.initial_state(streams.batch_size, training=False)
-            float(backend.evaluate_step(*next(iter(streams)), state).nll)
+        for feed in (splits.valid, splits.test):
+            state = backend.initial_state(feed.batch_size, training=False)
+            for batch in feed.shapes():
+                float(backend.evaluate_step(*batch, state).nll)
 
 
 def train_epoch(
     backend: Backend,
     recipe: Recipe,
-    streams: ParallelStreams,
-    rate: float,
-    number: int,
+    feed: Feed,
+    history: list[Epoch],
     clocks: Clocks,
     watch: Callable[[Progress], None],
 ) -> TrainedEpoch:
@@ -166,16 +168,18 @@ def train_epoch(
     pending: list[tuple[Scalar, Scalar]] = []
     clock_before = dict(clocks.seconds)
     reported = time.perf_counter()
-    state = backend.initial_state(streams.batch_size, training=True)
-    windows = iter(streams)
-    while steps < len(streams) and math.isfinite(nll_sum):
+    number, rate = len(history) + 1, 0.0
+    zero_state = state = backend.initial_state(feed.batch_size, training=True)
+    batches = feed.epoch(number)
+    while steps < len(feed) and math.isfinite(nll_sum):
         # A run of steps that ends in a fetch, all on one clock.
         warming = backend.step < WARM_UP_STEPS
         length = WARM_UP_STEPS if warming else FETCH_EVERY
         with clocks("compile" if warming else "training"):
-            for batch in (next(windows) for _ in range(min(length, len(streams) - steps))):
+            for batch in itertools.islice(batches, length):
+                rate = learning_rate(recipe, history, (steps + 1) / len(feed))
                 result = backend.train_step(*batch, state, rate)
-                state = result.state
+                state = result.state if feed.carries_state else zero_state
                 pending.append((result.nll, result.gradient_norm))
                 count = int(batch.mask.sum())
                 tokens += count
@@ -187,34 +191,35 @@ def train_epoch(
         if timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
             reported = time.perf_counter()
             seconds = clocks.seconds["training"] - clock_before.get("training", 0.0)
-            watch(Progress(number, recipe.epochs, steps / len(streams),
+            watch(Progress(number, recipe.epochs, steps / len(feed),
                            perplexity(nll_sum / tokens), timed_tokens / seconds))  # fmt: skip
-    if math.isfinite(nll_sum) and tokens != streams.predicted_tokens:
-        raise AssertionError(f"trained on {tokens} of {streams.predicted_tokens} tokens")
+    if math.isfinite(nll_sum) and tokens != feed.predicted_tokens:
+        raise AssertionError(f"trained on {tokens} of {feed.predicted_tokens} tokens")
     spent = {
         clock: clocks.seconds[clock] - clock_before.get(clock, 0.0)
         for clock in ("compile", "training")
     }
     # A corpus shorter than the warm-up has no warm speed; what there is, is reported.
     speed = timed_tokens / spent["training"] if timed_tokens else tokens / spent["compile"]
-    return TrainedEpoch(nll_sum, norm_sum / max(steps, 1), sum(spent.values()), speed)
+    return TrainedEpoch(nll_sum, norm_sum / max(steps, 1), rate, sum(spent.values()), speed)
 
 
-def evaluate(backend: Backend, streams: ParallelStreams, clocks: Clocks) -> tuple[Score, float]:
+def evaluate(backend: Backend, feed: Feed, clocks: Clocks) -> tuple[Score, float]:
     """Score of a split, every predicted token counted once, and the seconds it took."""
     before = clocks.seconds["evaluation"]
     nll_sum, tokens = 0.0, 0
     pending: list[Scalar] = []
     with clocks("evaluation"):
-        state = backend.initial_state(streams.batch_size, training=False)
-        for batch in streams:
+        zero_state = state = backend.initial_state(feed.batch_size, training=False)
+        for batch in feed.epoch(1):
             nll, state = backend.evaluate_step(*batch, state)
+            state = state if feed.carries_state else zero_state
             pending.append(nll)
             tokens += int(batch.mask.sum())
             if len(pending) == FETCH_EVERY:
                 nll_sum += sum(map(float, pending))
                 pending.clear()
         nll_sum += sum(map(float, pending))
-    if tokens != streams.predicted_tokens:
-        raise AssertionError(f"evaluated {tokens} of {streams.predicted_tokens} tokens")
+    if tokens != feed.predicted_tokens:
+        raise AssertionError(f"evaluated {tokens} of {feed.predicted_tokens} tokens")
     return score(nll_sum, tokens), clocks.seconds["evaluation"] - before

@@ -44,7 +44,7 @@ class Epoch(Model):
     """One row of `history.csv`; the seconds and the rate alone differ between two equal runs."""
 
     epoch: int = Field(description="Counted from 1.")
-    learning_rate: float = Field(description="Rate of this epoch's steps.")
+    learning_rate: float = Field(description="Rate of this epoch's last step.")
     train_nll: float = Field(description="Mean over the epoch's steps as they ran [nats/token].")
     train_perplexity: float = Field(description="exp(train_nll).")
     valid_nll: float = Field(description="After the epoch [nats/token].")
@@ -75,6 +75,7 @@ class Metrics(Model):
     cell: Cell = Field(description="Which run this is.")
     status: Literal["ok", "diverged"] = Field(description="How it ended.")
     reason: str | None = Field(None, description="Why it counts as diverged.")
+    stopped: str | None = Field(None, description="Which of the recipe's limits ended training.")
     parameters: int = Field(description="Trainable numbers in the model.")
     vocabulary_size: int = Field(description="Word types.")
     epochs: int = Field(description="Epochs trained.")

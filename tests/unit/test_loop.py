@@ -1,0 +1,124 @@
+"""The training loop, on the float64 oracle: what it trains on, keeps, scores and gives up on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ptbench.backends.contract import Parameters, State, Tokens, TrainStep
+from ptbench.backends.numpy_oracle import NumpyOracle
+from ptbench.configuration.models import Recipe
+from ptbench.corpus.batching import ParallelStreams, Windows
+from ptbench.measurement.clocks import Clocks
+from ptbench.training.loop import Progress, Run, Splits, evaluate, train
+
+VOCABULARY = 9
+SIZES = {"layers": 1, "embedding_size": 5, "hidden_size": 5, "constant_epochs": 1}
+
+
+def text(length: int, seed: int) -> Tokens:
+    """Tokens with something to learn: each is mostly the successor of the one before."""
+    rng = np.random.default_rng(seed)
+    jump = rng.random(length) < 0.2
+    return np.where(jump, rng.integers(0, VOCABULARY, length), np.arange(length) % VOCABULARY)
+
+
+def splits() -> Splits:
+    return Splits(*(ParallelStreams(text(n, n), 4, 6) for n in (300, 90, 80)))
+
+
+class Recorder(NumpyOracle):
+    """The oracle, and what was asked of it."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self.loaded: list[Parameters] = []
+        self.states: list[State] = []
+        super().__init__(*arguments, **keywords)
+
+    def load_parameters(self, parameters: Any) -> None:
+        self.loaded.append(dict(parameters))
+        super().load_parameters(parameters)
+
+    def train_step(self, *arguments: Any) -> TrainStep:
+        self.states.append(arguments[3])
+        return super().train_step(*arguments)
+
+
+def run(recipe: Recipe, on: Splits | None = None) -> tuple[Run, Recorder, list[Progress]]:
+    backend = Recorder(recipe, VOCABULARY, seed=3)
+    seen: list[Progress] = []
+    return train(backend, recipe, on or splits(), Clocks(), seen.append), backend, seen
+
+
+def test_the_test_split_is_scored_with_the_best_epochs_parameters() -> None:
+    recipe = Recipe(**SIZES, schedule="constant", epochs=5, learning_rate=12.0, clip_norm=1.0)
+    result, backend, _ = run(recipe)
+    assert result.best is not None
+    assert result.test is not None
+    nlls = [epoch.valid_nll for epoch in result.history]
+    assert result.best.valid_nll == min(nlls)
+    assert result.best is not result.history[-1], "the rate should be too high to end at the best"
+    score, _ = evaluate(backend, splits().valid, Clocks())
+    assert score.nll == pytest.approx(min(nlls), rel=1e-6)
+    assert result.stopped == "epochs"
+
+
+def test_every_epoch_is_recorded_and_reported_and_training_lowers_the_loss() -> None:
+    result, _, seen = run(Recipe(**SIZES, epochs=4))
+    assert [epoch.epoch for epoch in result.history] == [1, 2, 3, 4]
+    assert [p.finished for p in seen if p.finished] == result.history
+    assert result.history[-1].train_nll < result.history[0].train_nll < np.log(VOCABULARY) + 0.1
+
+
+def test_rolling_back_trains_on_from_the_best_parameters() -> None:
+    recipe = Recipe(
+        **{**SIZES, "constant_epochs": 4}, epochs=5, schedule="roll_back_then_decay",
+        learning_rate=12.0, clip_norm=1.0, learning_rate_decay=0.01,
+    )  # fmt: skip
+    result, backend, _ = run(recipe)
+    before = [epoch.valid_nll for epoch in result.history[:4]]
+    assert min(before) < before[-1], "the rate should be too high to end at the best"
+    rolled_back = backend.loaded[1]  # the first load is the initial draw
+    probe = NumpyOracle(recipe, VOCABULARY, seed=3)
+    probe.load_parameters(rolled_back)
+    score, _ = evaluate(probe, splits().valid, Clocks())
+    assert score.nll == pytest.approx(min(before), rel=1e-6)
+
+
+def test_state_is_carried_through_streams_and_zero_for_each_batch_of_windows() -> None:
+    _, carried, _ = run(Recipe(**SIZES, epochs=1))
+    assert not carried.states[0].any()
+    assert all(state.any() for state in carried.states[1:])
+    windows = Splits(*(Windows(text(n, n), 4, 6, wraps=n == 300) for n in (300, 90, 80)))
+    result, fresh, _ = run(Recipe(**SIZES, epochs=2, feeding="windows"), windows)
+    assert not any(state.any() for state in fresh.states)
+    assert len(result.history) == 2
+
+
+def test_a_loss_above_the_limit_or_not_finite_ends_the_run_as_diverged_with_its_history() -> None:
+    limited, _, _ = run(Recipe(**SIZES, epochs=3, divergence_perplexity=1.5))
+    assert limited.diverged == "the training perplexity of epoch 1 is" + limited.diverged[37:]
+    assert limited.history == []
+    assert limited.test is None
+
+    class Breaks(Recorder):
+        def train_step(self, *arguments: Any) -> TrainStep:
+            result = super().train_step(*arguments)
+            return result._replace(nll=float("nan")) if self.step > 20 else result
+
+    recipe = Recipe(**SIZES, epochs=3)
+    backend = Breaks(recipe, VOCABULARY, seed=3)
+    broken = train(backend, recipe, splits(), Clocks(), watch=list[Progress]().append)
+    assert broken.diverged == "the training loss of epoch 2 is not finite"
+    assert [broken.best] == broken.history
+
+
+def test_equal_runs_have_equal_histories_but_for_the_clock() -> None:
+    def history() -> list[dict[str, Any]]:
+        result, _, _ = run(Recipe(**SIZES, epochs=3, dropout=0.3))
+        clocked = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
+        return [epoch.model_dump(exclude=clocked) for epoch in result.history]
+
+    assert history() == history()

@@ -1,5 +1,6 @@
 """Bad configuration is one clear sentence: file, key, value, what is allowed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"experiment": ["demo"]}, r"config.yaml: experiment: .*did you mean experiments\?"),
     ({"experiments": ["dmo"]}, r"config.yaml: experiments: .*\"dmo\"; did you mean demo\?"),
     ({"experiments": []}, r"config.yaml: experiments: \[\] is not allowed: .*at least 1"),
-    ({"experiments": "demo"}, r"config.yaml: experiments: \"demo\" .*list"),
+    ({"experiments": {"demo": 1}}, r"config.yaml: experiments: {\"demo\": 1} .*list"),
+    ({"experiments": True}, r"config.yaml: experiments: true .*list"),
     ({"experiments": ["demo", "demo"]}, r"config.yaml: experiments: \"demo\" is there twice"),
     ({"experiments": ["Demo"]}, r"config.yaml: experiments\[0\]: \"Demo\" is not allowed"),
     ({"experiments": ["../x"]}, r"config.yaml: experiments\[0\]: \"../x\" is not allowed"),
@@ -206,6 +208,11 @@ def test_numbers_that_snakemake_gives_as_strings_are_numbers() -> None:
     assert {(cell.seed, cell.devices) for cell in study.cells} == {(1, 2), (2, 2)}
 
 
+def test_one_of_something_needs_no_list() -> None:
+    study = load_study({"experiments": "zaremba-small", "seeds": 4, "frameworks": "jax"})
+    assert [cell.path for cell in study.cells] == ["zaremba-small/jax/devices-1/seed-4"]
+
+
 def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:
     study = load_study({"experiments": ["demo"]})
     assert study.specification("zaremba-small+dropout=0.5").recipe.dropout == 0.5
@@ -214,16 +221,24 @@ def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:
 
 
 def test_the_fingerprint_follows_the_meaning_and_nothing_else() -> None:
-    def fingerprint(recipe: Recipe, **definition: object) -> str:
-        return Specification(
-            variant="any", recipe=recipe, corpus_definition=dict(definition)
-        ).fingerprint
+    def fingerprint(variant: str = "zaremba-small", **config: Any) -> str:
+        study = load_study({"experiments": ["demo"], **config})
+        return study.specification(variant).fingerprint
 
-    base = fingerprint(Recipe(), kind="download", files="abc", mirrors=[1])
-    assert fingerprint(Recipe(), kind="download", files="abc", mirrors=[2]) == base
-    assert fingerprint(Recipe(dropout=0.0), kind="download", files="abc") == base  # a default
-    assert fingerprint(Recipe(dropout=0.5), kind="download", files="abc") != base
-    assert fingerprint(Recipe(), kind="download", files="abd") != base
+    base = fingerprint()
+    assert fingerprint(mirrors={"ptb": "file:elsewhere"}) == base
+    assert fingerprint(seeds=[7], threads=3, frameworks=["jax"]) == base
+    assert fingerprint("zaremba-small+dropout=0.5") != base
+    assert fingerprint(accelerator="cuda") != base
+    other_text = {"kind": "folder", "folder": "elsewhere"}
+    assert fingerprint(corpora={"ptb": other_text}) != base
+    written = Specification.model_validate_json(
+        load_study({"experiments": ["demo"]}).specification("zaremba-small").text()
+    )
+    assert written.fingerprint == base  # what the trainer reads means the same
+    assert set(json.loads(written.text())["recipe"]) <= {  # keys at their defaults are left out
+        "corpus", "constant_epochs"
+    }  # fmt: skip
 
 
 def test_a_cells_path_reads_back_as_the_cell() -> None:

@@ -64,8 +64,17 @@ def distinct(values: list[T]) -> list[T]:
     return values
 
 
-# A list of one or more different things.
+def as_list(value: Any) -> Any:
+    """A lone word or number as a list of it, so that `--config experiments=demo` needs no brackets.
+
+    Anything else is left for pydantic to judge.
+    """
+    return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+# A list of one or more different things, and the same where a lone one will do.
 Several = Annotated[list[T], Field(min_length=1), AfterValidator(distinct)]
+OneOrSeveral = Annotated[Several[T], BeforeValidator(as_list)]
 
 
 class Variant(Model):
@@ -106,20 +115,20 @@ class ExperimentFile(Model):
 class Config(Model):
     """config.yaml, with whatever the command line's --config and --configfile change in it."""
 
-    experiments: Several[Name] = Field(["demo"], description="Which experiments to run.")
+    experiments: OneOrSeveral[Name] = Field(["demo"], description="Which experiments to run.")
     corpus: Name | None = Field(
         None, description="Train every recipe on this corpus; null: on the recipe's own."
     )
     subset: Annotated[Whole, Field(ge=1)] | None = Field(
         None, description="First lines of every split to use [lines]; null: the recipe's own."
     )
-    frameworks: Several[Framework] = Field(
+    frameworks: OneOrSeveral[Framework] = Field(
         list(FRAMEWORKS), description="Frameworks to run, of those each experiment names."
     )
-    seeds: Several[Seed] | None = Field(
+    seeds: OneOrSeveral[Seed] | None = Field(
         None, description="Seeds to run; null: each experiment's own."
     )
-    devices: Several[Devices] | None = Field(
+    devices: OneOrSeveral[Devices] | None = Field(
         None, description="Device counts to run; null: each experiment's own."
     )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")

@@ -24,9 +24,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     The oracle must keep the contract too; its results are what parity compares with.
     """
-    if "framework" in metafunc.fixturenames:
+    suite = metafunc.definition.path.parent.name
+    if "framework" in metafunc.fixturenames and suite in ("contract", "parity"):
         frameworks = metafunc.config.getoption("framework") or FRAMEWORKS
-        if metafunc.definition.path.parent.name == "contract":
+        if suite == "contract":
             frameworks = dict.fromkeys(["numpy", *frameworks])
         # Scope `session` brings together the tests of a framework.
         metafunc.parametrize("framework", frameworks, scope="session")

@@ -7,11 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptbench.corpus import CorpusError
-from ptbench.corpus.vocabulary import Encoder, build_vocabulary, tokenize
+from ptbench.corpus.vocabulary import (
+    END_OF_SENTENCE,
+    Encoder,
+    build_vocabulary,
+    tokenize,
+)
 
-# Anything that is not white space, or half of a surrogate pair, can be in a word.
-WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda w: len(w.split()) == 1)
-LINES = st.lists(st.lists(WORDS.map(lambda word: word.strip()), max_size=6), max_size=6)
+# Anything that is not white space, or half of a surrogate pair, can be in a word; `<eos>` is none.
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1).map(str.strip)
+WORDS = WORDS.filter(lambda word: len(word.split()) == 1 and word != END_OF_SENTENCE)
+LINES = st.lists(st.lists(WORDS, max_size=6), max_size=6)
 
 
 def test_a_newline_becomes_eos() -> None:

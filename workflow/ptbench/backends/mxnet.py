@@ -118,7 +118,7 @@ class MXNetBackend(Backend):
         Feature("gradient clipping by global norm", True, "gluon.utils.clip_global_norm"),
         Feature("uniform initialisation", True, "init.Uniform and init.LSTMBias"),
         Feature("learning-rate change", True, "Trainer.set_learning_rate"),
-        Feature("data parallel", True, "a list of contexts and Trainer.allreduce_grads"),
+        Feature("data parallel", True, "gluon.utils.split_and_load and Trainer.allreduce_grads"),
         Feature("truncated back-propagation with carried state", True, "states of gluon.rnn.LSTM"),
         Feature("deterministic per-step randomness", True, "random.seed before every step"),
         Feature("saving parameters", False, "MXNetBackend.parameters"),
@@ -200,16 +200,18 @@ class MXNetBackend(Backend):
         Returns the summed nll and the final state.
         """
         divisor = objective_divisor(self.recipe, mask)
-        columns = device_columns(mask.shape[1], self.devices)
+        # All uploads come first: one waits for what cpu(0) was given before, so a later one would
+        # keep its replica waiting for the first.
+        shares = [
+            gluon.utils.split_and_load(to_device(a, self.contexts[0]), self.contexts, batch_axis=1)
+            for a in (inputs, targets, mask)
+        ]
         nlls, objectives, states = [], [], []
         with autograd.record():
             for replica, context in enumerate(self.contexts):
-                arrays = (
-                    to_device(a[:, columns[replica]], context) for a in (inputs, targets, mask)
-                )
                 if self.recipe.dropout:
                     mx.random.seed(random_seed(self.seed, self.step, replica), ctx=context)
-                nll, final = self.nll(*arrays, state[replica])
+                nll, final = self.nll(*(share[replica] for share in shares), state[replica])
                 nlls.append(nll)
                 objectives.append(nll / divisor)
                 states.append(final)

@@ -190,7 +190,7 @@ class NumpyOracle(Backend):
         # d nll / d logits = softmax(logits) - one_hot(target)
         d_logits = np.exp(log_p)
         d_logits[(*np.indices(targets.shape), targets)] -= 1.0
-        d_logits *= mask[..., None] / objective_divisor(self.recipe, mask)
+        d_logits *= mask[..., None].astype(np.float64) / objective_divisor(self.recipe, mask)
         gradients = self.backward(inputs, d_logits, traces, top, masks)
         return float(-(target_log_p * mask).sum()), gradients, final
 

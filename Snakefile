@@ -34,6 +34,6 @@ onstart:
     study.write(Path("results/study.json"))
     if not USES_CONDA:
         shell(
-            "python -m ptbench environments {study.config.frameworks} --accelerator {ACCELERATOR}"
+            "python -m ptbench environments {study.frameworks} --accelerator {ACCELERATOR}"
             " --output results/environments"
         )

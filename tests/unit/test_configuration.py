@@ -65,11 +65,13 @@ BAD_RECIPES: list[tuple[str, str]] = [
     ("hidden_size: 2.5", r"own.yaml: r: hidden_size: 2.5 is not allowed"),
     ("dropout: 1.0", r"own.yaml: r: dropout: 1.0 .*less than 1"),
     ("clip_norm: 0", r"own.yaml: r: clip_norm: 0 .*greater than 0"),
+    ("clip_norm: .inf", r"own.yaml: r: clip_norm: Infinity is not allowed: .*finite"),
     ("learning_rate: .nan", r"own.yaml: r: learning_rate: NaN"),
     ("cell: lsmt", r"own.yaml: r: cell: \"lsmt\" .*'lstm'"),
     ("objective: mean", r"own.yaml: r: objective: \"mean\" .*'sum_over_time'"),
     ("{constant_epochs: 9, epochs: 3}", r"own.yaml: r: constant_epochs=9 must not exceed epochs=3"),
     ("extends: nothing", r"own.yaml: r: extends: there is no recipe \"nothing\""),
+    ("extends: [r]", r"own.yaml: r: extends: \[\"r\"\] must be the name of one recipe"),
     ("extends: r", r"own.yaml: r: extends: r → r goes in a circle"),
     ("corpus: no-such", r"experiment e: variants: r: corpus: there is no corpus \"no-such\""),
     ("[1, 2]", r"own.yaml: recipes.r: \[1, 2\] is not allowed"),
@@ -173,11 +175,14 @@ def test_a_variant_has_one_name_however_it_is_written() -> None:
     assert variant_name("r", base, Recipe(learning_rate=2.0)) == "r+learning_rate=2"
 
 
+STUDY = load_study({"experiments": ["demo"]})
+
+
 @given(st.floats(min_value=1e-12, max_value=1e6, exclude_min=True))
 def test_a_number_in_a_variants_name_is_exactly_the_number(rate: float) -> None:
-    name = variant_name("demo-lstm", Recipe(), Recipe(learning_rate=rate))
-    [(_, overrides)] = loading.expand(name, "test")
-    assert float(overrides.get("learning_rate", 1.0)) == rate  # type: ignore[arg-type]
+    base = STUDY.recipes["demo-lstm"]
+    name = variant_name("demo-lstm", base, base.model_copy(update={"learning_rate": rate}))
+    assert STUDY.specification(name).recipe.learning_rate == rate
 
 
 def test_a_sweep_makes_every_combination_and_shares_what_is_the_recipe_itself(
@@ -211,6 +216,23 @@ def test_numbers_that_snakemake_gives_as_strings_are_numbers() -> None:
 def test_one_of_something_needs_no_list() -> None:
     study = load_study({"experiments": "zaremba-small", "seeds": 4, "frameworks": "jax"})
     assert [cell.path for cell in study.cells] == ["zaremba-small/jax/devices-1/seed-4"]
+
+
+def test_a_number_may_be_written_as_yaml_1_2_has_it() -> None:
+    assert STUDY.specification("demo-lstm+learning_rate=1e-05").recipe.learning_rate == 1e-5
+    assert loading.yaml.load("1e-3", loading.YamlLoader) == 1e-3
+
+
+def test_a_corpus_may_be_called_first_or_have_a_subset() -> None:
+    own = {"my-first-corpus": {"kind": "folder", "folder": "x"}}
+    study = load_study({"experiments": ["demo"], "corpora": own})
+    assert study.corpus("my-first-corpus")[::2] == ("my-first-corpus", None)
+    assert study.corpus("my-first-corpus-first-20-lines")[::2] == ("my-first-corpus", 20)
+
+
+def test_the_global_batch_is_shared_or_given_to_each_device() -> None:
+    assert Recipe(batch_size=20).global_batch_size(2) == 20
+    assert Recipe(batch_size=20, batch_scope="per_device").global_batch_size(2) == 40
 
 
 def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
@@ -31,7 +32,6 @@ FACTS = RunFacts(
     version="0.0.0",
     commit="0123456789abcdef",
     machine="a machine",
-    cells_at_once=1,
 )
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -210,9 +210,14 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
 def test_the_page_says_whether_speeds_compare(
     path: Path, tmp_path: Path, at_once: int | None, words: str, absent: str
 ) -> None:
-    facts = FACTS.model_copy(update={"cells_at_once": at_once})
-    folder = path.parents[1] / "experiments" / "demo"
-    page = Page(render_report([folder], tmp_path / "report", facts).read_text())
+    results = tmp_path / "results"
+    shutil.copytree(path.parents[1], results)
+    for provenance in results.glob("cells/**/provenance.json"):
+        content = json.loads(provenance.read_text())
+        provenance.write_text(json.dumps({**content, "cells_at_once": at_once}))
+    folder = results / "experiments" / "demo"
+    analyse_experiment(plan(), results, PUBLISHED, folder)
+    page = Page(render_report([folder], results / "report", FACTS).read_text())
     assert words in page.text
     assert absent not in page.text
 

@@ -68,6 +68,11 @@ def test_a_comment_in_code_or_configuration_re_runs_nothing(finished: Project) -
     assert finished.planned(*RUN) == []
 
 
+def test_an_edited_shell_line_re_runs_nothing(finished: Project) -> None:
+    finished.replace("workflow/rules/training.smk", "--threads {threads}", "--threads  {threads}")
+    assert finished.planned(*RUN) == []
+
+
 def test_a_changed_recipe_key_re_runs_exactly_its_cells(finished: Project) -> None:
     finished.replace("workflow/experiments/tiny.yaml", "    layers: 2", "    layers: 3")
     planned = finished.planned(*RUN)
@@ -94,6 +99,31 @@ def test_a_missing_cell_is_run_again_alone_by_the_same_command_or_by_its_path(
     assert [path for path in planned if "/cells/" in path] == CELLS[:1]
     assert finished.planned(CELLS[0], *RUN) == CELLS[:1]
     shutil.copy2(kept, cell)
+
+
+def test_a_new_published_number_is_set_beside_ours_without_training(finished: Project) -> None:
+    with (finished.folder / "workflow/published/zaremba2014.csv").open("a") as file:
+        file.write("tiny,tiny,,valid_perplexity,9.5,,a source,Table 1,\n")
+    assert finished.planned(*RUN) == [
+        "results/experiments/tiny/analysis.json",
+        "results/report/index.html",
+    ]
+    finished.snakemake(*RUN)
+    assert "9.5" in (finished.folder / "results/experiments/tiny/comparison.csv").read_text()
+
+
+def test_a_changed_text_of_ones_own_is_prepared_and_trained_on_again(finished: Project) -> None:
+    own = finished.folder / "own"
+    own.mkdir()
+    for split in ("train", "valid", "test"):
+        (own / f"{split}.txt").write_text("a b c d\n" * 60)
+    run = (*RUN[:1], "experiments=tiny", "corpus=own", "corpora={own: {kind: folder, folder: own}}")
+    finished.snakemake(*run, "--cores", "2")
+    assert finished.planned(*run, "--cores", "2") == []
+    (own / "train.txt").write_text("a b c d d\n" * 60)
+    planned = finished.planned(*run, "--cores", "2")
+    assert "results/corpora/own-first-40-lines/corpus.json" in planned
+    assert len([path for path in planned if "/cells/" in path]) == 2
 
 
 def test_any_variant_of_any_recipe_can_be_asked_for_by_its_path(project: Project) -> None:

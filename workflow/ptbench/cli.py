@@ -66,13 +66,13 @@ def cells_done(cell_folder: Path) -> str:
     """How far the study is, where the workflow wrote down what it plans."""
     import json
 
-    cells = cell_folder.parents[3]  # above variant, framework, devices and seed
-    try:
-        planned = json.loads((cells.parent / "study.json").read_text())["cells"]
-    except (OSError, ValueError, KeyError):
-        return ""
-    done = sum((cells / path / "metrics.json").exists() for path in planned)
-    return f"; {done} of {len(planned)} cells done"
+    for results in cell_folder.resolve().parents:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            planned = json.loads((results / "study.json").read_text())["cells"]
+            cells = results / "cells"
+            done = sum((cells / path / "metrics.json").exists() for path in planned)
+            return f"; {done} of {len(planned)} cells done"
+    return ""
 
 
 def analyse(arguments: argparse.Namespace) -> None:
@@ -235,4 +235,10 @@ def main(argv: list[str] | None = None) -> None:
         arguments.function(arguments)
     except PtbenchError as error:
         print(f"ptbench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"ptbench: {where}{error.strerror}", file=sys.stderr)
         sys.exit(2)

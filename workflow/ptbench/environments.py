@@ -107,8 +107,8 @@ def is_current(framework: str, accelerator: str, folder: Path) -> bool:
         record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    current = record.get("lock_sha256") == _lock_sha256(framework, accelerator)
-    return current and (folder / PYTHON).exists()
+    locked = record.get("lock_sha256") if isinstance(record, dict) else None
+    return locked == _lock_sha256(framework, accelerator) and (folder / PYTHON).exists()
 
 
 def _lock_sha256(framework: str, accelerator: str) -> str:

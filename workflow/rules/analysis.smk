@@ -1,10 +1,11 @@
 # Tables, figures and verdicts of one experiment.
 rule analyse:
     input:
-        lambda wildcards: [
+        cells=lambda wildcards: [
             f"results/cells/{cell.path}/metrics.json"
             for cell in study.experiments[wildcards.experiment].cells
         ],
+        published=study.published_files,
     output:
         "results/experiments/{experiment}/analysis.json",
     log:

@@ -25,9 +25,19 @@ if USES_CONDA:
     FRAMEWORK_PYTHON = "python"
     shell.prefix("export PYTHONPATH=workflow; ")
 else:
-    FRAMEWORK_PYTHON = f"results/environments/{{framework}}-{ACCELERATOR}/bin/python"
+    FRAMEWORK_PYTHON = (
+        f"results/environments/{{wildcards.framework}}-{ACCELERATOR}/bin/python"
+    )
     folder = shlex.quote(str(Path(sys.executable).parent))
     shell.prefix(f"export PYTHONPATH=workflow PATH={folder}:$PATH; ")
+
+
+# Cores that a cell claims: a replica on the CPU needs one, and a cell on this machine's GPUs all, for
+# the GPUs are not shared out among cells.
+def cell_threads(devices):
+    if ACCELERATOR == "cuda" and workflow.cores:
+        return workflow.cores
+    return max(study.config.threads, devices)
 
 
 wildcard_constraints:

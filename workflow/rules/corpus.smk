@@ -1,6 +1,9 @@
 # A corpus fetched or generated, verified, and stored as integers. Where it is fetched from is read
-# from results/study.json and no parameter here: another mirror is no reason to prepare it anew.
+# from results/study.json and no parameter here: another mirror is no reason to prepare it anew. The
+# files of a folder of the user's own are inputs: they may change.
 rule corpus:
+    input:
+        lambda wildcards: study.corpus_files(wildcards.corpus_folder),
     output:
         "results/corpora/{corpus_folder}/corpus.json",
     log:

@@ -13,16 +13,16 @@ rule train:
         f"results/benchmarks/cells/{CELL}.tsv"
     conda:
         "../../envs/{framework}.yaml"
-    threads: study.config.threads
+    threads: lambda wildcards: cell_threads(int(wildcards.devices))
     params:
-        python=FRAMEWORK_PYTHON,
         cell=CELL,
         specification=lambda wildcards: study.specification(wildcards.variant).text(),
         corpus=subpath(input[0], parent=True),
         folder=subpath(output[0], parent=True),
         checkpoints=f"results/checkpoints/{CELL}",
     shell:
-        "{params.python:q} -m ptbench train --cell {params.cell:q}"
+        f"{FRAMEWORK_PYTHON} -m ptbench train"
+        " --cell {params.cell:q}"
         " --specification {params.specification:q} --corpus {params.corpus:q}"
         " --output {params.folder:q} --checkpoints {params.checkpoints:q}"
         " --threads {threads} --log {log:q}"

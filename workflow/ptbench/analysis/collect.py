@@ -55,6 +55,7 @@ class Provenance(BaseModel):
     framework_version: str | None = Field(None, description="Version of the framework.")
     cpu: str | None = Field(None, description="Processor.")
     gpus: tuple[dict[str, str], ...] = Field((), description="Name and driver of each GPU.")
+    cells_at_once: int | None = Field(None, description="Most cells that its machine trained.")
 
 
 @dataclass(frozen=True)

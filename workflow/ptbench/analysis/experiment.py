@@ -5,6 +5,7 @@ Values in, values out; files are read by `collect.py` and written by `ptbench.re
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Literal
@@ -54,7 +55,7 @@ class RowResult(Model):
     usable: bool = Field(description="False if two or more seeds failed, or all did.")
     problem: str | None = Field(description="Which seeds failed.")
     fingerprint: str | None = Field(description="Of the specification that was run.")
-    train: PerplexitySummary | None = Field(description="Training split, best epoch, as it ran.")
+    train: PerplexitySummary | None = Field(description="Training split, last epoch, as it ran.")
     valid: PerplexitySummary | None = Field(description="Validation split.")
     test: PerplexitySummary | None = Field(description="Test split.")
     best_epoch: Quartiles | None = Field(description="Epoch of the lowest validation nll.")
@@ -67,6 +68,7 @@ class RowResult(Model):
     peak_device_memory_bytes: int | None = Field(description="Largest of the seeds [bytes].")
     framework_versions: tuple[str, ...] = Field(description="Of the framework, in its runs.")
     machines: tuple[str, ...] = Field(description="Processors and GPUs of its runs.")
+    cells_at_once: int | None = Field(description="Most cells that a machine trained at once.")
     commits: tuple[str, ...] = Field(description="Commits of its runs; `+changes` if not clean.")
     cells: tuple[CellLine, ...] = Field(description="Its runs, missing ones too.")
 
@@ -204,6 +206,10 @@ def _row_result(row: Row) -> RowResult:
         peak_device_memory_bytes=max(device_memory, default=None),
         framework_versions=_distinct(cell.provenance.framework_version for cell in row.cells),
         machines=_distinct(_machine(cell.provenance) for cell in row.cells),
+        cells_at_once=max(
+            (c.provenance.cells_at_once for c in row.cells if c.provenance.cells_at_once),
+            default=None,
+        ),
         commits=_distinct(_commit(cell.provenance) for cell in row.cells),
         cells=tuple(_cell_line(row, index) for index in range(len(row.cells))),
     )
@@ -255,9 +261,10 @@ def _cell_line(row: Row, index: int) -> CellLine:
 def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
     """Every two frameworks of a variant and number of devices; one family of tests in all."""
     split: Split = "valid" if plan.metric == "valid_perplexity" else "test"
-    couples = [
-        (a, b) for a, b in combinations(rows, 2) if (a.variant, a.devices) == (b.variant, b.devices)
-    ]
+    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.variant, row.devices].append(row)
+    couples = [couple for group in groups.values() for couple in combinations(group, 2)]
     outcomes = compare_pairs(
         [tuple(row.nlls(split) if row.usable else [] for row in couple) for couple in couples],  # type: ignore[misc]
         plan.equivalence_margin,

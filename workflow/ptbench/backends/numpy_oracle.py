@@ -65,7 +65,7 @@ def lstm_forward(x: Array, w: Array, u: Array, b: Array, h0: Array, c0: Array) -
         h0: [batch, hidden].
         c0: [batch, hidden].
     """
-    steps, hidden = len(x), u.shape[0]
+    steps = len(x)
     h, c = np.stack([h0] * (steps + 1)), np.stack([c0] * (steps + 1))
     gates = x @ w + b
     for t in range(steps):
@@ -75,7 +75,6 @@ def lstm_forward(x: Array, w: Array, u: Array, b: Array, h0: Array, c0: Array) -
         c[t + 1] = f * c[t] + i * g
         h[t + 1] = o * np.tanh(c[t + 1])
         gates[t] = np.concatenate([i, f, g, o], axis=-1)
-    assert gates.shape[-1] == 4 * hidden
     return LayerTrace(x, h, c, gates)
 
 

@@ -261,7 +261,8 @@ class Followers:
 
     def __init__(self, devices: int, accelerator: Accelerator) -> None:
         context = multiprocessing.get_context("spawn")
-        rendezvous = Path(tempfile.mkdtemp(prefix="ptbench-")) / "rendezvous"
+        self.folder = tempfile.TemporaryDirectory(prefix="ptbench-")
+        rendezvous = Path(self.folder.name) / "rendezvous"
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(1, devices):
@@ -275,6 +276,10 @@ class Followers:
         join_group(rendezvous, 0, devices, accelerator)
         self.released: list[tuple[int, int]] = []  # states that nothing here refers to any more
         atexit.register(self.stop)
+
+    def release(self, name: tuple[int, int]) -> None:
+        """Have the followers drop a state with the next thing that they are told."""
+        self.released.append(name)
 
     def tell(self, backend: int, method: str, *arguments: Any) -> None:
         """Have every follower do something; their answers are not waited for."""
@@ -294,6 +299,7 @@ class Followers:
             process.join(10)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        self.folder.cleanup()
 
 
 def join_group(rendezvous: Path, rank: int, devices: int, accelerator: Accelerator) -> None:
@@ -420,7 +426,7 @@ class PyTorchBackend(Backend):
         state = TrainingState(local)
         if self.followers:
             name = (self.identifier, state.handle)
-            weakref.finalize(state, self.followers.released.append, name)
+            weakref.finalize(state, self.followers.release, name)
         return state
 
     def parameters(self) -> Parameters:

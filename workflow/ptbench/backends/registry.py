@@ -23,7 +23,7 @@ def backend_class(framework: str, threads: int) -> type[Backend]:
     """Import the framework and return its backend; only its own environment can.
 
     Args:
-        threads: CPU threads of the process. OpenMP reads its count once, before the import.
+        threads: CPU threads of each replica. OpenMP reads its count once, before the import.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     module, name = BACKENDS[framework].split(":")

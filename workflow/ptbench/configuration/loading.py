@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +20,10 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from ptbench.configuration.corpora import (
+    SPLITS,
     CorpusDefinition,
     DownloadedCorpus,
+    FolderCorpus,
     MirrorAddress,
     content_of,
 )
@@ -37,6 +40,17 @@ from ptbench.configuration.models import (
 )
 from ptbench.errors import ConfigurationError
 from ptbench.training.records import write_atomically
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2, where 1e-3 is one too."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 WORKFLOW = Path(__file__).resolve().parents[2]
 M = TypeVar("M", bound=Model)
@@ -183,6 +197,11 @@ class Study:
         """Every cell once, though experiments may share it."""
         return tuple(dict.fromkeys(c for e in self.experiments.values() for c in e.cells))
 
+    @property
+    def frameworks(self) -> list[str]:
+        """The frameworks of the cells."""
+        return list(dict.fromkeys(cell.framework for cell in self.cells))
+
     @cached_property
     def _specifications(self) -> dict[str, Specification]:
         return {s.variant: s for e in self.experiments.values() for s in e.specifications}
@@ -203,9 +222,24 @@ class Study:
 
     def corpus(self, corpus_folder: str) -> tuple[str, CorpusDefinition, int | None]:
         """Name, definition and subset of what is prepared in results/corpora/{corpus_folder}."""
-        name, _, subset = corpus_folder.partition("-first-")
-        known(name, self.corpora, "corpus", "corpus")
-        return name, self.corpora[name], int(subset.removesuffix("-lines")) if subset else None
+        match = re.fullmatch(r"(.+)-first-(\d+)-lines", corpus_folder)
+        subset = None if match is None or corpus_folder in self.corpora else int(match[2])
+        name = corpus_folder if subset is None or match is None else match[1]
+        return known(name, self.corpora, "corpus", "corpus"), self.corpora[name], subset
+
+    def corpus_files(self, corpus_folder: str) -> list[str]:
+        """The files of a corpus in a folder of the user's, those that are there."""
+        _, definition, _ = self.corpus(corpus_folder)
+        if not isinstance(definition, FolderCorpus):
+            return []
+        files = (definition.folder / f"{split}.txt" for split in SPLITS)
+        return [str(file) for file in files if file.exists()]  # `prepare` tells what is missing
+
+    @cached_property
+    def published_files(self) -> list[str]:
+        """The published numbers that results are set beside, relative to the project."""
+        files = (WORKFLOW / "published").glob("*.csv")
+        return sorted(str(file.relative_to(WORKFLOW.parent)) for file in files)
 
     def corpus_content(self, corpus_folder: str) -> str:
         """What decides what is in a prepared corpus, in a form that two runs can compare."""
@@ -223,7 +257,10 @@ class Study:
 
 def read_study(path: Path) -> Study:
     """The study that `Study.write` wrote down."""
-    content = read_yaml(path)  # JSON is YAML
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict) or "config" not in content:
         raise ConfigurationError(f"{path}: is not a study; run the workflow to write it anew")
     return load_study(content["config"], path.name)
@@ -311,7 +348,7 @@ def expand(variant: str | Variant, where: str) -> list[tuple[str, dict[str, Valu
             key, equals, text = override.partition("=")
             if not equals:
                 raise ConfigurationError(f"{where}: {variant}: {override} must be key=value")
-            values[key] = yaml.safe_load(text)
+            values[key] = yaml.load(text, YamlLoader)
         return [(recipe, values)]
     if both := sorted(variant.set.keys() & variant.sweep.keys()):
         raise ConfigurationError(f"{where}: {both[0]} is both in set and in sweep; leave it in one")
@@ -382,6 +419,8 @@ def inherited(
         if parent is None:
             return values
         where = f"{origin['recipe', chain[-1]]}: {chain[-1]}: extends"
+        if not isinstance(parent, str):
+            raise ConfigurationError(f"{where}: {shown(parent)} must be the name of one recipe")
         known(parent, raw, where, "recipe")
         if parent in chain:
             raise ConfigurationError(f"{where}: {' → '.join([*chain, parent])} goes in a circle")
@@ -396,7 +435,7 @@ def parse_file(model: type[M], path: Path) -> M:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -38,6 +38,8 @@ class Model(BaseModel):
 class Recipe(Model):
     """Everything that defines a training run, except framework, device count and seed."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     corpus: Name = Field("synthetic", description="Name of the corpus to train on.")
     subset: int | None = Field(
         None, ge=1, description="Use only the first lines of every split [lines]; null: all."
@@ -169,7 +171,8 @@ def format_override(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return repr(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+        whole = value.is_integer() and abs(value) < 1e15
+        return repr(int(value)) if whole else repr(value).replace("e+", "e")  # + joins overrides
     return str(value)
 
 

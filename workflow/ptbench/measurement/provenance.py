@@ -22,10 +22,18 @@ LIBRARIES = ("numpy", "safetensors", "pydantic", "psutil")
 
 
 def git(*arguments: str) -> str | None:
-    """Standard output of a git command on the project; None without git or a checkout."""
+    """Standard output of a git command on the project; None without git or a checkout.
+
+    Takes no locks, because thousands of cells must not stand in the way of a user's commit.
+    """
+    if not (PROJECT / ".git").exists():  # or git would speak of whatever is around it
+        return None
     try:
         answer = subprocess.run(
-            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=30
+            ["git", "--no-optional-locks", "-C", str(PROJECT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -110,6 +118,16 @@ def run_facts() -> dict[str, Any]:
         "dirty": bool(status),
         "machine": f"{cpu_model()}, {cores} cores, {memory:.0f} GiB, {platform.system()}",
     }
+
+
+def cells_at_once() -> int:
+    """How many cells this machine is training now, this one counted."""
+    count = 0
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        # as the workflow calls it: python -m ptbench train ...
+        count += words[1:4] == ["-m", "ptbench", "train"]
+    return max(count, 1)
 
 
 def peak_memory_bytes() -> int:

@@ -77,10 +77,6 @@ class RunFacts(Model):
     commit: str | None = Field(None, description="Commit of the work tree.")
     dirty: bool = Field(False, description="Whether the work tree had uncommitted changes.")
     machine: str = Field(description="Where the page was made: processor, cores, memory, system.")
-    command: str | None = Field(None, description="What was typed.")
-    cells_at_once: int | None = Field(
-        None, ge=1, description="Most cells that ran beside one another; null: not known."
-    )
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,7 @@ def render_report(
         machines=sorted({machine for row in rows for machine in row.machines}),
         commits=sorted({commit for row in rows for commit in row.commits}),
         facts=run_facts,
+        cells_at_once=max((row.cells_at_once for row in rows if row.cells_at_once), default=None),
         colours=_colour_rules(),
         cell_files=CELL_FILES,
         table_files=TABLE_FILES,

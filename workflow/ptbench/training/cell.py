@@ -24,7 +24,7 @@ from ptbench.corpus.batching import Feed, ParallelStreams, Sentences, Windows
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.measurement.clocks import Clocks
-from ptbench.measurement.provenance import peak_memory_bytes, provenance
+from ptbench.measurement.provenance import cells_at_once, peak_memory_bytes, provenance
 from ptbench.training.initialization import draw_parameters
 from ptbench.training.loop import Progress, Run, Splits, train
 from ptbench.training.records import Metrics, Score, Seconds, history_csv, write_atomically
@@ -68,12 +68,13 @@ def run_cell(
         splits = feed(corpus, recipe, cell.devices)
     with clocks("start_up"):
         backend = create_backend(cell, specification, corpus.vocabulary_size, threads)
-    clocks.synchronize = backend.synchronize
+        clocks.synchronize = backend.synchronize
     facts = provenance(backend.package) | {
         "devices": backend.device_names(),
         "settings": backend.settings(),
         "threads": threads,
         "corpus": corpus.description,
+        "cells_at_once": cells_at_once(),
         "started": began.isoformat(timespec="seconds"),
     }
     if len(facts["devices"]) != cell.devices:
@@ -88,6 +89,7 @@ def run_cell(
             temporary = paths.checkpoints / ".best.safetensors"
             save_file(run.best_parameters, temporary)
             temporary.replace(paths.checkpoints / "best.safetensors")
+    facts["cells_at_once"] = max(facts["cells_at_once"], cells_at_once())
     facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     peak = peak_memory_bytes()  # while the replicas' processes still live
     backend.close()
@@ -146,7 +148,8 @@ def create_backend(
     cell: Cell, specification: Specification, vocabulary_size: int, threads: int
 ) -> Backend:
     """The cell's model with its initial parameters, on its devices."""
-    backend = backend_class(cell.framework, threads)(
+    # OpenMP has a team of threads for each replica
+    backend = backend_class(cell.framework, max(threads // cell.devices, 1))(
         specification.recipe,
         vocabulary_size,
         devices=cell.devices,
@@ -185,7 +188,7 @@ def summarize(
     peak: int,
 ) -> Metrics:
     """`metrics.json` of a finished run."""
-    best = run.best
+    best, last = run.best, run.history[-1] if run.history else None
     return Metrics(
         protocol=specification.protocol,
         fingerprint=specification.fingerprint,
@@ -197,10 +200,10 @@ def summarize(
         stopped=run.stopped,
         epochs=len(run.history),
         best_epoch=best.epoch if best else None,
-        train=best
+        train=last
         and Score(
-            nll=best.train_nll,
-            perplexity=best.train_perplexity,
+            nll=last.train_nll,
+            perplexity=last.train_perplexity,
             tokens=splits.train.predicted_tokens,
         ),
         valid=best

@@ -80,7 +80,7 @@ class Metrics(Model):
     vocabulary_size: int = Field(description="Word types.")
     epochs: int = Field(description="Epochs trained.")
     best_epoch: int | None = Field(description="Epoch of the lowest validation nll.")
-    train: Score | None = Field(description="Training split in the best epoch, as it ran.")
+    train: Score | None = Field(description="Training split in the last epoch, as it ran.")
     valid: Score | None = Field(description="Validation split after the best epoch.")
     test: Score | None = Field(description="Test split with the best epoch's parameters.")
     tokens_per_second: float | None = Field(description="Median over epochs [tokens/s].")

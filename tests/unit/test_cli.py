@@ -1,0 +1,50 @@
+"""The command line: one sentence and no traceback for what is not ptbench's fault."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ptbench", *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train", "--cell", "nonsense"], 2, "the following arguments are required"),
+        (["nonsense"], 2, "invalid choice"),
+        (["validate", "no-such.yaml"], 2, "cannot read no-such.yaml: No such file"),
+        (["environments", "torch", "--output", "x"], 2, "no lock for torch.cpu"),
+        (["corpus", "--study", "x", "--downloads", "y", "--output", "z"], 2, "x: cannot be read"),
+        (
+            ["train", "--cell", "a/b", "--specification", "{}", "--corpus", "c", "--output", "o",
+             "--checkpoints", "p"],
+            2, "--cell a/b is not variant/framework/devices-N/seed-N",
+        ),
+        (
+            ["train", "--cell", "v/jax/devices-1/seed-1", "--specification", "{}", "--corpus", "c",
+             "--output", "o", "--checkpoints", "p"],
+            2, "the specification cannot be read",
+        ),
+    ],
+)  # fmt: skip
+def test_a_bad_command_is_a_sentence(arguments: list[str], status: int, message: str) -> None:
+    answer = ptbench(*arguments)
+    assert answer.returncode == status
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    answer = ptbench("schema", "--output", tmp_path / "file" / "folder")
+    assert answer.returncode == 2
+    assert "file/folder: Not a directory" in answer.stderr
+    assert "Traceback" not in answer.stderr

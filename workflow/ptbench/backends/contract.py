@@ -1,8 +1,8 @@
 """What a framework must provide to be compared: the `Backend` class.
 
 Shared by all backends and free of any framework: parameter names and shapes, the optimizers'
-definition, the scale of the objective, and how a batch is shared among devices. The loop that calls it is `training/loop.py`,
-the suites that check it are `tests/contract` and `tests/parity`.
+definition, the scale of the objective, and how a batch is shared among devices. The loop that
+calls it is `training/loop.py`, the suites that check it are `tests/contract` and `tests/parity`.
 """
 
 from __future__ import annotations

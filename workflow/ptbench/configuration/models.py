@@ -104,10 +104,10 @@ class Recipe(Model):
         "optimizer (L2 penalty, as in torch.optim).",
     )
     adam_beta1: float = Field(
-        0.9, ge=0, lt=1, description="Factor on adam's mean of gradients at each step."
+        0.9, gt=0, lt=1, description="Factor on adam's mean of gradients at each step."
     )
     adam_beta2: float = Field(
-        0.999, ge=0, lt=1, description="Factor on adam's mean of squared gradients at each step."
+        0.999, gt=0, lt=1, description="Factor on adam's mean of squared gradients at each step."
     )
     rmsprop_decay: float = Field(
         0.9, ge=0, lt=1, description="Factor on rmsprop's mean of squared gradients at each step."

@@ -34,6 +34,10 @@ RECIPES = {
         optimizer="rmsprop", learning_rate=0.05, weight_decay=0.1, clip_norm=None, **MOMENTS
     ),
 }
+# Steps that divide a gradient by its own size keep the relative error of small gradients, and
+# MXNet's kernel has 1 - 0.999 of float32, which is wrong by 1.3e-5. A misplaced epsilon, a moment
+# not corrected and decoupled weight decay are wrong by more than 1e-3.
+UPDATE_ERROR = 3e-5
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -56,8 +60,14 @@ def test_ten_steps_with_a_changing_rate_are_the_oracle_s(
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     error, name = largest_error(backend.parameters(), oracle.parameters())
     assert error < 1e-5, name
+    movement = [
+        {name: p - initial[name] for name, p in each.items()}
+        for each in (backend.parameters(), oracle.p)
+    ]
+    error, name = largest_error(*movement)
+    assert error < UPDATE_ERROR, name
     actual, expected = backend.snapshot(state), oracle.snapshot(expected_state)
     for slot, name in slot_names(recipe, VOCABULARY):
         key = f"optimizer.{slot}.{name}"
-        assert relative_error(actual[key], expected[key]) < 1e-5, key
+        assert relative_error(actual[key], expected[key]) < UPDATE_ERROR, key
     assert np.array_equal(actual["step"], len(batches))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.support import probes
 from tests.support.problems import (
+    ADAM_DROPOUT,
     BATCH,
     DROPOUT,
     MEAN,
+    RMSPROP_DROPOUT,
     SUM,
     TIME,
     VOCABULARY,
@@ -21,11 +24,15 @@ from tests.support.problems import (
 )
 from tests.support.remote import Backends, probe
 
+from ptbench.backends.contract import parameter_shapes, slot_names
 from ptbench.configuration.models import Recipe
 
 BATCHES = [random_batch(seed) for seed in range(20)]
 RATES = [0.5] * len(BATCHES)
 both_device_counts = pytest.mark.parametrize("devices", [1, 2])
+every_optimizer = pytest.mark.parametrize(
+    "recipe", [DROPOUT, ADAM_DROPOUT, RMSPROP_DROPOUT], ids=lambda recipe: recipe.optimizer
+)
 
 
 @both_device_counts
@@ -65,28 +72,52 @@ def test_two_backends_in_one_process_do_not_disturb_each_other(
 
 
 @both_device_counts
+@every_optimizer
 def test_a_restored_snapshot_repeats_the_continuation_bit_for_bit(
-    backends: Backends, framework: str, devices: int
+    backends: Backends, framework: str, devices: int, recipe: Recipe
 ) -> None:
-    backend = backends.get(framework, DROPOUT, devices)
-    _, _, state = train(backend, BATCHES[:3], RATES[:3])
+    rates = [recipe.learning_rate / 2] * len(BATCHES)
+    backend = backends.get(framework, recipe, devices)
+    _, _, state = train(backend, BATCHES[:3], rates[:3])
     snapshot = backend.snapshot(state)
-    expected = train(backend, BATCHES[3:8], RATES[3:8], state)[:2]
+    expected = train(backend, BATCHES[3:8], rates[3:8], state)[:2]
     parameters = backend.parameters()
 
-    resumed = backends.get(framework, DROPOUT, devices, number=1)  # as after a restart
+    resumed = backends.get(framework, recipe, devices, number=1)  # as after a restart
     for candidate in (backend, resumed):
         state = candidate.restore(snapshot)
         assert candidate.step == 3
-        assert train(candidate, BATCHES[3:8], RATES[3:8], state)[:2] == expected
+        assert train(candidate, BATCHES[3:8], rates[3:8], state)[:2] == expected
         assert same(candidate.parameters(), parameters)
 
 
-def test_training_from_a_restored_snapshot_does_not_change_the_snapshot(
-    backends: Backends, framework: str
+@every_optimizer
+def test_a_snapshot_has_each_slot_of_the_optimizer_in_its_parameter_s_shape(
+    backends: Backends, framework: str, recipe: Recipe
 ) -> None:
-    backend = backends.get(framework, DROPOUT)
-    before, after, nll = probe(probes.snapshot_after_use, backend, BATCHES[:2], 0.5)
+    backend = backends.get(framework, recipe)
+    shapes = parameter_shapes(recipe, VOCABULARY)
+    expected = {f"optimizer.{slot}.{n}": shapes[n] for slot, n in slot_names(recipe, VOCABULARY)}
+
+    def slots(state: Any) -> dict[str, Any]:
+        snapshot = backend.snapshot(state)
+        return {name: a for name, a in snapshot.items() if name.startswith("optimizer.")}
+
+    start = slots(backend.initial_state(BATCH, training=True))
+    assert not any(array.any() for array in start.values())
+    after_a_step = slots(train(backend, BATCHES[:1], [0.0])[2])
+    assert {name: array.shape for name, array in after_a_step.items()} == expected
+    assert {name: array.shape for name, array in start.items()} == expected
+    assert all(array.any() for array in after_a_step.values())
+
+
+@pytest.mark.parametrize("recipe", [DROPOUT, ADAM_DROPOUT], ids=lambda recipe: recipe.optimizer)
+def test_training_from_a_restored_snapshot_does_not_change_the_snapshot(
+    backends: Backends, framework: str, recipe: Recipe
+) -> None:
+    backend = backends.get(framework, recipe)
+    rate = recipe.learning_rate / 2
+    before, after, nll = probe(probes.snapshot_after_use, backend, BATCHES[:2], rate)
     assert same(after, before)
     assert nll[0] == nll[1]
 

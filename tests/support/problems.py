@@ -45,6 +45,10 @@ SUM_ONE_LAYER = recipe(
 )
 # Not one half, to tell what is kept from what is dropped; a clip norm that is never reached.
 DROPOUT = recipe(dropout=0.35, clip_norm=1000.0)
+ADAM_DROPOUT = recipe(
+    optimizer="adam", learning_rate=0.01, weight_decay=0.01, dropout=0.35, clip_norm=0.5
+)
+RMSPROP_DROPOUT = recipe(optimizer="rmsprop", learning_rate=0.01, dropout=0.35, clip_norm=None)
 
 
 def random_batch(seed: int, padding: float = 0.3) -> Batch:

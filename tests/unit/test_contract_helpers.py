@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from ptbench.backends.contract import (
     objective_divisor,
     parameter_count,
     parameter_shapes,
+    rate_and_epsilon,
+    slot_names,
 )
 from ptbench.configuration.models import Recipe
 
@@ -87,6 +90,29 @@ def test_a_sum_over_time_is_divided_by_the_batch_size_and_a_mean_by_the_real_tok
 def test_the_mean_over_nothing_but_padding_is_not_divided_by_zero() -> None:
     mask = np.zeros((2, 3), np.float32)
     assert objective_divisor(Recipe(objective="mean_per_token"), mask) == 1
+
+
+def test_adam_keeps_two_moments_of_each_parameter_and_sgd_nothing() -> None:
+    names = list(parameter_shapes(SMALL, 7))
+    adam = SMALL.model_copy(update={"optimizer": "adam"})
+    moments = ("first_moment", "second_moment")
+    assert slot_names(adam, 7) == [(moment, name) for moment in moments for name in names]
+    assert slot_names(SMALL, 7) == []
+
+
+@given(step=st.integers(0, 10_000), m=st.floats(-10, 10), v=st.floats(1e-6, 10))
+def test_adam_s_rate_and_epsilon_correct_the_bias_of_both_moments(
+    step: int, m: float, v: float
+) -> None:
+    recipe = Recipe(optimizer="adam", optimizer_epsilon=0.01)
+    rate, epsilon = rate_and_epsilon(recipe, 0.3, step)
+    m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+    expected = 0.3 * m_hat / (math.sqrt(v_hat) + 0.01)
+    assert rate * m / (math.sqrt(v) + epsilon) == pytest.approx(expected, rel=1e-9)
+
+
+def test_other_optimizers_rate_and_epsilon_are_the_recipe_s() -> None:
+    assert rate_and_epsilon(Recipe(optimizer="rmsprop"), 0.3, 0) == (0.3, 1e-7)
 
 
 @given(share=st.integers(1, 50), devices=st.integers(1, 16))

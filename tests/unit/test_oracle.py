@@ -141,6 +141,57 @@ def test_a_step_goes_against_the_gradient_and_no_further_than_the_clip_norm_allo
         np.testing.assert_allclose(before[name] - p, rate * scale * gradients[name], atol=1e-14)
 
 
+def test_weight_decay_adds_its_multiple_of_the_parameters_to_the_clipped_gradient() -> None:
+    plain, decayed = oracle_with(clip_norm=0.01), oracle_with(clip_norm=0.01, weight_decay=0.3)
+    before = {name: p.copy() for name, p in plain.p.items()}
+    norms = [
+        oracle.train_step(*batch_of(TIME), oracle.initial_state(BATCH, True), 0.1).gradient_norm
+        for oracle in (plain, decayed)
+    ]
+    assert norms[0] == norms[1]  # the penalty is no part of what is clipped
+    for name in before:
+        difference = plain.p[name] - decayed.p[name]
+        np.testing.assert_allclose(difference, 0.1 * 0.3 * before[name], atol=1e-14)
+
+
+def directions(gradients: list[float], **changes: Any) -> list[float]:
+    """What a rate of 1 subtracts from one number at each of these gradients."""
+    oracle, subtracted = oracle_with(**changes), []
+    for gradient in gradients:
+        oracle.step += 1
+        bias = np.full_like(oracle.p["softmax.bias"], gradient)
+        subtracted.append(float(oracle.direction("softmax.bias", bias)[0]))
+    return subtracted
+
+
+def test_adam_s_step_at_a_constant_gradient_is_the_rate_whatever_the_betas() -> None:
+    """Corrected for their bias, the moments of a constant g are g and g^2."""
+    betas = {"adam_beta1": 0.7, "adam_beta2": 0.95, "optimizer_epsilon": 0.01}
+    for g in (2.0, -0.03):
+        expected = [g / (abs(g) + 0.01)] * 5
+        assert directions([g] * 5, optimizer="adam", **betas) == pytest.approx(expected)
+
+
+def test_adam_s_second_step_is_as_computed_by_hand() -> None:
+    # m: 0.5 * 4 = 2, then 0.5 * 2 + 0.5 * 1 = 1.5; v: 0.25 * 16 = 4, then 0.75 * 4 + 0.25 = 3.25;
+    # 1 - 0.5^2 = 0.75 and 1 - 0.75^2 = 0.4375
+    expected = [4 / 4.1, 1.5 / 0.75 / (math.sqrt(3.25 / 0.4375) + 0.1)]
+    betas = {"adam_beta1": 0.5, "adam_beta2": 0.75, "optimizer_epsilon": 0.1}
+    assert directions([4.0, 1.0], optimizer="adam", **betas) == pytest.approx(expected)
+
+
+def test_rmsprop_s_mean_square_of_a_constant_gradient_grows_as_one_minus_decay_to_the_t() -> None:
+    g, decay, epsilon = 3.0, 0.8, 0.1
+    expected = [g / (g * math.sqrt(1 - decay**t) + epsilon) for t in range(1, 6)]
+    changes = {"rmsprop_decay": decay, "optimizer_epsilon": epsilon}
+    assert directions([g] * 5, optimizer="rmsprop", **changes) == pytest.approx(expected)
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    for optimizer in ("sgd", "adam", "rmsprop"):
+        assert directions([0.0, 0.0], optimizer=optimizer) == [0, 0]
+
+
 def test_dropout_keeps_the_mean_of_what_it_drops() -> None:
     masks = oracle_with(dropout=0.4).dropout_masks(50, 40)
     for mask in masks:

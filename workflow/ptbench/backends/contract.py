@@ -1,13 +1,14 @@
 """What a framework must provide to be compared: the `Backend` class.
 
-Shared by all backends and free of any framework: parameter names and shapes, the scale of the
-objective, and how a batch is shared among devices. The loop that calls it is `training/loop.py`,
-the suites that check it are `tests/contract` and `tests/parity`.
+Shared by all backends and free of any framework: parameter names and shapes, the optimizers'
+definition, the scale of the objective, and how a batch is shared among devices. The loop that
+calls it is `training/loop.py`, the suites that check it are `tests/contract` and `tests/parity`.
 """
 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,6 +49,33 @@ class Feature(NamedTuple):
     how: str  # the public name used, or where our code is
 
 
+# What every framework says of itself, in this order, so that the table has no gaps.
+FEATURES = (
+    "embedding",
+    "LSTM layer",
+    "dropout",
+    "softmax cross-entropy",
+    "SGD",
+    "Adam",
+    "RMSProp",
+    "weight decay",
+    "gradient clipping by global norm",
+    "uniform initialisation",
+    "learning-rate change",
+    "data parallel",
+    "truncated back-propagation with carried state",
+    "deterministic per-step randomness",
+    "saving parameters",
+)
+
+# optimizer: the arrays it keeps for each parameter, of the parameter's shape; zero at first
+OPTIMIZER_SLOTS = {
+    "sgd": (),
+    "adam": ("first_moment", "second_moment"),
+    "rmsprop": ("mean_square",),
+}
+
+
 class Backend(abc.ABC):
     """One language model in one framework, with its optimizer, on `devices` replicas.
 
@@ -66,7 +94,7 @@ class Backend(abc.ABC):
 
     name: ClassVar[str]  # as in the registry
     package: ClassVar[str]  # what the framework is imported as, such as "torch"
-    features: ClassVar[tuple[Feature, ...]]
+    features: ClassVar[tuple[Feature, ...]]  # named as in FEATURES
 
     step: int  # training steps taken
 
@@ -131,7 +159,18 @@ class Backend(abc.ABC):
     def train_step(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
     ) -> TrainStep:
-        """One optimizer update on the global batch, clipped once over all parameters."""
+        """One optimizer update on the global batch, clipped once over all parameters.
+
+        With g the clipped gradient plus `weight_decay` times the parameter p, t the steps taken
+        with this one, and everything elementwise:
+
+        - sgd: p -= rate g
+        - adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1): m = beta1 m + (1 - beta1) g;
+          v = beta2 v + (1 - beta2) g^2;
+          p -= rate m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + epsilon)
+        - rmsprop (Hinton 2012, lecture 6e; epsilon placed as in Keras 2.1.3 and torch.optim):
+          s = decay s + (1 - decay) g^2; p -= rate g / (sqrt(s) + epsilon)
+        """
 
     @abc.abstractmethod
     def evaluate_step(
@@ -147,7 +186,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
-        """All that a resumed run needs: parameters, optimizer slots, `step` and `state`."""
+        """All that a resumed run needs, as arrays of its own.
+
+        Each `parameter.{name}`, each slot of the optimizer as `optimizer.{slot}.{name}` (see
+        `OPTIMIZER_SLOTS`) in the parameter's canonical shape, `step` and `state`.
+        """
 
     @abc.abstractmethod
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
@@ -220,6 +263,29 @@ def objective_divisor(recipe: Recipe, mask: Mask) -> float:
     if recipe.objective == "sum_over_time":
         return float(mask.shape[1])
     return max(float(mask.sum()), 1.0)
+
+
+def slot_names(recipe: Recipe, vocabulary_size: int) -> list[tuple[str, str]]:
+    """Slot and parameter of each array that the optimizer keeps, in canonical order."""
+    names = parameter_shapes(recipe, vocabulary_size)
+    return [(slot, name) for slot in OPTIMIZER_SLOTS[recipe.optimizer] for name in names]
+
+
+def rate_and_epsilon(recipe: Recipe, learning_rate: float, step: int) -> tuple[float, float]:
+    """The rate and epsilon of an update p -= rate m / (sqrt(v) + epsilon), the step's own.
+
+    For Adam both contain the corrections of the moments' bias (Kingma and Ba 2015, the end of
+    section 2), so that the update is that of algorithm 1. Formed here in double precision, because
+    1 - beta2^t loses five digits in single.
+
+    Args:
+        step: steps taken before this one.
+    """
+    if recipe.optimizer != "adam":
+        return learning_rate, recipe.optimizer_epsilon
+    first = 1 - recipe.adam_beta1 ** (step + 1)
+    second = math.sqrt(1 - recipe.adam_beta2 ** (step + 1))
+    return learning_rate * second / first, recipe.optimizer_epsilon * second
 
 
 def device_columns(batch_size: int, devices: int) -> list[slice]:

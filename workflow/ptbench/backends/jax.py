@@ -19,6 +19,7 @@ from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ptbench.backends.contract import (
+    OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
     Feature,
@@ -31,11 +32,13 @@ from ptbench.backends.contract import (
     device_columns,
     objective_divisor,
     parameter_shapes,
+    rate_and_epsilon,
 )
 from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.errors import PtbenchError
 
 Array = Any  # jax.Array, or a tracer of one
+Tree = dict[str, Array]  # an array for each parameter
 
 # The mesh's one axis: the replicas, among which the batch is shared.
 DATA = "data"
@@ -228,26 +231,68 @@ def objective_gradients(
     return gradients, nll, final
 
 
-def sgd_step(
+# The optimizers: the direction in which gradients move the parameters, and the slots afterwards.
+
+
+def sgd(
+    recipe: Recipe,  # noqa: ARG001
+    gradients: Tree,
+    slots: dict[str, Tree],
+    epsilon: Array,  # noqa: ARG001
+) -> tuple[Tree, dict[str, Tree]]:
+    """Stochastic gradient descent."""
+    return gradients, slots
+
+
+def adam(
+    recipe: Recipe, gradients: Tree, slots: dict[str, Tree], epsilon: Array
+) -> tuple[Tree, dict[str, Tree]]:
+    """Adam; the corrections for bias are in `epsilon` and in the rate, see `rate_and_epsilon`."""
+    beta1, beta2 = recipe.adam_beta1, recipe.adam_beta2
+    m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, slots["first_moment"], gradients)
+    v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g**2, slots["second_moment"], gradients)
+    direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), m, v)
+    return direction, {"first_moment": m, "second_moment": v}
+
+
+def rmsprop(
+    recipe: Recipe, gradients: Tree, slots: dict[str, Tree], epsilon: Array
+) -> tuple[Tree, dict[str, Tree]]:
+    """RMSProp, neither centred nor with momentum."""
+    decay = recipe.rmsprop_decay
+    s = jax.tree.map(lambda s, g: decay * s + (1 - decay) * g**2, slots["mean_square"], gradients)
+    direction = jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + epsilon), gradients, s)
+    return direction, {"mean_square": s}
+
+
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "rmsprop": rmsprop}
+
+
+def training_step(
     recipe: Recipe,
     seed: int,
-    parameters: dict[str, Array],
+    parameters: Tree,
+    slots: dict[str, Tree],
     batch: Batch,
     state: Array,
     divisor: Array,
     step: Array,
-    learning_rate: Array,
-) -> tuple[dict[str, Array], TrainStep]:
-    """Stochastic gradient descent, clipped by the norm of all gradients together."""
+    rate: Array,
+    epsilon: Array,
+) -> tuple[Tree, dict[str, Tree], TrainStep]:
+    """One update by the recipe's optimizer, clipped by the norm of all gradients together."""
     gradients, nll, final = objective_gradients(
         recipe, seed, parameters, batch, state, divisor, step
     )
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in gradients.values()))
-    rate = learning_rate
     if recipe.clip_norm is not None:
-        rate = rate * jnp.where(norm > recipe.clip_norm, recipe.clip_norm / norm, 1)
-    parameters = {name: p - rate * gradients[name] for name, p in parameters.items()}
-    return parameters, TrainStep(nll, norm, final)
+        scale = jnp.where(norm > recipe.clip_norm, recipe.clip_norm / norm, 1)
+        gradients = jax.tree.map(lambda g: scale * g, gradients)
+    if recipe.weight_decay:
+        gradients = jax.tree.map(lambda g, p: g + recipe.weight_decay * p, gradients, parameters)
+    direction, slots = OPTIMIZERS[recipe.optimizer](recipe, gradients, slots, epsilon)
+    parameters = jax.tree.map(lambda p, d: p - rate * d, parameters, direction)
+    return parameters, slots, TrainStep(nll, norm, final)
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -323,8 +368,11 @@ class JaxBackend(Backend):
         Feature("LSTM layer", False, "lstm_layer, over jax.lax.scan"),
         Feature("dropout", False, "dropout, over jax.random.bernoulli"),
         Feature("softmax cross-entropy", False, "summed_nll, over jax.nn.logsumexp"),
-        Feature("SGD", False, "sgd_step"),
-        Feature("gradient clipping by global norm", False, "sgd_step"),
+        Feature("SGD", False, "sgd"),
+        Feature("Adam", False, "adam"),
+        Feature("RMSProp", False, "rmsprop"),
+        Feature("weight decay", False, "training_step"),
+        Feature("gradient clipping by global norm", False, "training_step"),
         Feature("uniform initialisation", True, "jax.random.uniform"),
         Feature("learning-rate change", True, "an argument of the compiled step"),
         Feature("data parallel", True, "jax.shard_map and jax.lax.psum"),
@@ -361,15 +409,18 @@ class JaxBackend(Backend):
         replicated = partial(jax.shard_map, mesh=mesh, check_vma=False)
         compile_ = partial(jax.jit, compiler_options=compiler_options(accelerator))
         scalars = (everywhere, everywhere)  # divisor, step
-        # The parameters are donated: their memory takes the updated ones. The state is not, since
-        # the loop may keep it.
-        self._sgd_step = compile_(
+        # Parameters and slots are donated: their memory takes the updated ones. The state is not,
+        # since the loop may keep it.
+        self._training_step = compile_(
             replicated(
-                partial(sgd_step, recipe, seed),
-                in_specs=(everywhere, of_batch, of_state, *scalars, everywhere),
-                out_specs=(everywhere, TrainStep(everywhere, everywhere, of_state)),
+                partial(training_step, recipe, seed),
+                in_specs=(
+                    *(everywhere, everywhere, of_batch, of_state),
+                    *(*scalars, everywhere, everywhere),  # rate, epsilon
+                ),
+                out_specs=(everywhere, everywhere, TrainStep(everywhere, everywhere, of_state)),
             ),
-            donate_argnums=0,
+            donate_argnums=(0, 1),
         )
         self._gradients = compile_(
             replicated(
@@ -382,6 +433,12 @@ class JaxBackend(Backend):
         self._predict = compile_(partial(predict, recipe))
         draw = jax.jit(native_parameters, static_argnums=(0, 1, 2), out_shardings=self._everywhere)
         self._parameters = draw(recipe, vocabulary_size, seed)
+        self._slots = self._to_devices(
+            {
+                slot: {name: np.zeros(p.shape, np.float32) for name, p in self._parameters.items()}
+                for slot in OPTIMIZER_SLOTS[recipe.optimizer]
+            }
+        )
 
     def parameters(self) -> Parameters:
         return self._to_numpy(self._parameters)
@@ -394,9 +451,12 @@ class JaxBackend(Backend):
 
     def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
         check_parameters(parameters, self.recipe, self.vocabulary_size)
-        self._parameters = jax.device_put(
-            {name: np.array(parameters[name], np.float32) for name in self._parameters},
-            self._everywhere,
+        self._parameters = self._to_devices({n: parameters[n] for n in self._parameters})
+
+    def _to_devices(self, tree: Any) -> Any:
+        # copies, because JAX may share a NumPy array's memory, which a step would then donate
+        return jax.device_put(
+            jax.tree.map(lambda array: np.array(array, np.float32), tree), self._everywhere
         )
 
     def initial_state(self, batch_size: int, training: bool) -> State:
@@ -416,17 +476,21 @@ class JaxBackend(Backend):
     ) -> tuple[Any, ...]:
         batch = self._batch(self._of_batch, inputs, targets, mask)
         divisor = np.float32(objective_divisor(self.recipe, mask))
-        return self._parameters, batch, state, divisor, np.uint32(self.step)
+        return batch, state, divisor, np.uint32(self.step)
 
     def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
-        gradients, _, _ = self._gradients(*self._step_arguments(inputs, targets, mask, state))
+        arguments = self._step_arguments(inputs, targets, mask, state)
+        gradients, _, _ = self._gradients(self._parameters, *arguments)
         return self._to_numpy(gradients)
 
     def train_step(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
     ) -> TrainStep:
         arguments = self._step_arguments(inputs, targets, mask, state)
-        self._parameters, result = self._sgd_step(*arguments, np.float32(learning_rate))
+        rates = np.array(rate_and_epsilon(self.recipe, learning_rate, self.step), np.float32)
+        self._parameters, self._slots, result = self._training_step(
+            self._parameters, self._slots, *arguments, *rates
+        )
         self.step += 1
         return result
 
@@ -447,15 +511,23 @@ class JaxBackend(Backend):
 
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
         saved = {f"parameter.{name}": p for name, p in self.parameters().items()}
+        for slot, tree in self._slots.items():
+            saved |= {f"optimizer.{slot}.{name}": a for name, a in self._to_numpy(tree).items()}
         return {**saved, "step": np.array(self.step), "state": np.array(state)}
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
         self.load_parameters({name: snapshot[f"parameter.{name}"] for name in self._parameters})
+        self._slots = self._to_devices(
+            {
+                slot: {name: snapshot[f"optimizer.{slot}.{name}"] for name in self._parameters}
+                for slot in self._slots
+            }
+        )
         self.step = int(snapshot["step"])
         return jax.device_put(np.array(snapshot["state"]), self._of_state)
 
     def synchronize(self) -> None:
-        jax.block_until_ready((self._parameters, jax.live_arrays()))
+        jax.block_until_ready((self._parameters, self._slots, jax.live_arrays()))
 
     def device_names(self) -> list[str]:
         if self.accelerator == "cpu":

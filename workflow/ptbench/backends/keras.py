@@ -9,6 +9,7 @@ Keras reads [batch, time]; the contract's [time, batch] is turned over where dat
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ import keras
 import tensorflow as tf
 
 from ptbench.backends.contract import (
+    OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
     Feature,
@@ -106,6 +108,70 @@ def to_canonical(name: str, value: Any) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(array.T) if name == "softmax.weight" else array
 
 
+class Adam(keras.optimizers.Optimizer):
+    """Kingma and Ba's algorithm 1, with an L2 penalty.
+
+    keras.optimizers.Adam adds epsilon to the root of the moment that is not corrected yet, forms
+    1 - beta^t in float32, where it loses five digits, and decouples weight decay (AdamW).
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.learning_rate, global_clipnorm=recipe.clip_norm)
+        self.beta_1, self.beta_2 = recipe.adam_beta1, recipe.adam_beta2
+        self.epsilon, self.penalty = recipe.optimizer_epsilon, recipe.weight_decay
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        if not self.built:
+            super().build(variables)
+            self.first_moments = self.add_optimizer_variables(variables, "first_moment")
+            self.second_moments = self.add_optimizer_variables(variables, "second_moment")
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        index = self._get_variable_index(variable)
+        m, v = self.first_moments[index], self.second_moments[index]
+        gradient = gradient + self.penalty * variable
+        self.assign(m, self.beta_1 * m + (1 - self.beta_1) * gradient)
+        self.assign(v, self.beta_2 * v + (1 - self.beta_2) * keras.ops.square(gradient))
+        steps = keras.ops.cast(self.iterations + 1, "float32")
+        m_hat = m / -keras.ops.expm1(steps * math.log(self.beta_1))  # 1 - beta_1^steps
+        v_hat = v / -keras.ops.expm1(steps * math.log(self.beta_2))
+        self.assign_sub(variable, learning_rate * m_hat / (keras.ops.sqrt(v_hat) + self.epsilon))
+
+
+class RMSProp(keras.optimizers.Optimizer):
+    """RMSProp as Keras 2.1.3 had it, epsilon added to the root, with an L2 penalty.
+
+    keras.optimizers.RMSprop adds epsilon under the root, and decouples weight decay.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.learning_rate, global_clipnorm=recipe.clip_norm)
+        self.decay = recipe.rmsprop_decay
+        self.epsilon, self.penalty = recipe.optimizer_epsilon, recipe.weight_decay
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        if not self.built:
+            super().build(variables)
+            self.mean_squares = self.add_optimizer_variables(variables, "mean_square")
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        s = self.mean_squares[self._get_variable_index(variable)]
+        gradient = gradient + self.penalty * variable
+        self.assign(s, self.decay * s + (1 - self.decay) * keras.ops.square(gradient))
+        self.assign_sub(variable, learning_rate * gradient / (keras.ops.sqrt(s) + self.epsilon))
+
+
+def optimizer_of(recipe: Recipe) -> keras.optimizers.Optimizer:
+    """The recipe's optimizer. Without moments, Keras' decoupled weight decay is an L2 penalty."""
+    if recipe.optimizer == "sgd":
+        return keras.optimizers.SGD(
+            recipe.learning_rate,
+            weight_decay=recipe.weight_decay or None,
+            global_clipnorm=recipe.clip_norm,
+        )
+    return Adam(recipe) if recipe.optimizer == "adam" else RMSProp(recipe)
+
+
 def configure_tensorflow(devices: int, accelerator: Accelerator, threads: int) -> list[str]:
     """Set TensorFlow up for this process, and name the devices to use.
 
@@ -153,7 +219,10 @@ class KerasBackend(Backend):
         Feature("dropout", True, "keras.layers.Dropout"),
         Feature("softmax cross-entropy", True, "keras.losses.SparseCategoricalCrossentropy"),
         Feature("SGD", True, "keras.optimizers.SGD"),
-        Feature("gradient clipping by global norm", True, "keras.optimizers.SGD(global_clipnorm)"),
+        Feature("Adam", False, "Adam, a keras.optimizers.Optimizer"),
+        Feature("RMSProp", False, "RMSProp, a keras.optimizers.Optimizer"),
+        Feature("weight decay", False, "keras.optimizers.SGD(weight_decay), but Adam and RMSProp"),
+        Feature("gradient clipping by global norm", True, "keras.optimizers(global_clipnorm)"),
         Feature("uniform initialisation", True, "keras.initializers.RandomUniform"),
         Feature("learning-rate change", True, "optimizer.learning_rate"),
         Feature("data parallel", True, "tf.distribute.MirroredStrategy"),
@@ -187,11 +256,9 @@ class KerasBackend(Backend):
             self.loss = keras.losses.SparseCategoricalCrossentropy(
                 from_logits=True, reduction="sum"
             )
-            self.optimizer = keras.optimizers.SGD(
-                recipe.learning_rate, global_clipnorm=recipe.clip_norm
-            )
-            self.optimizer.build(self.model.trainable_variables)
-        self.variables = canonical_variables(self.model)
+            self.variables = canonical_variables(self.model)
+            self.optimizer = optimizer_of(recipe)
+            self.optimizer.build(list(self.variables.values()))
         # Not compiled by XLA: no faster here on a CPU, slower to start, unable to use a second
         # logical CPU, and without cuDNN's LSTM on a GPU.
         self.global_gradients = tf.function(self._global_gradients)
@@ -318,24 +385,31 @@ class KerasBackend(Backend):
 
         return [share(value) for value in values]
 
+    def slots(self) -> dict[str, tuple[str, keras.Variable]]:
+        """The optimizer's variables by `{slot}.{parameter}`, and the parameter's name."""
+        return {
+            f"{slot}.{name}": (name, variable)
+            for slot in OPTIMIZER_SLOTS[self.recipe.optimizer]
+            for name, variable in zip(
+                self.variables, getattr(self.optimizer, f"{slot}s"), strict=True
+            )
+        }
+
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
-        slots: dict[str, npt.NDArray[Any]] = {}
-        self.optimizer.save_own_variables(slots)
         shares = [self.strategy.experimental_local_results(values) for values in state]
         return {
             **{f"parameter.{name}": value for name, value in self.parameters().items()},
-            **{f"optimizer.{name}": np.array(value) for name, value in slots.items()},
+            **{f"optimizer.{k}": to_canonical(n, v.numpy()) for k, (n, v) in self.slots().items()},
             "step": np.array(self.step),
             "state": np.stack([np.concatenate(values) for values in shares]),
         }
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
-        def part(prefix: str) -> dict[str, npt.NDArray[Any]]:
-            return {k.removeprefix(prefix): v for k, v in snapshot.items() if k.startswith(prefix)}
-
-        self.load_parameters(part("parameter."))
-        self.optimizer.load_own_variables(part("optimizer."))
+        self.load_parameters({name: snapshot[f"parameter.{name}"] for name in self.variables})
+        for key, (name, variable) in self.slots().items():
+            variable.assign(to_canonical(name, snapshot[f"optimizer.{key}"]))
         self.step = int(snapshot["step"])
+        self.optimizer.iterations.assign(self.step)
         return self._to_state(snapshot["state"], training=True)
 
     # Devices and provenance.

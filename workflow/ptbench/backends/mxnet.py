@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptbench.backends.contract import (
+    OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
     Feature,
@@ -27,6 +28,7 @@ from ptbench.backends.contract import (
     check_parameters,
     device_columns,
     objective_divisor,
+    rate_and_epsilon,
 )
 from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.errors import PtbenchError
@@ -104,6 +106,54 @@ class NegativeLogLikelihood(gluon.HybridBlock):
         return -(log_p * mask).sum(), states
 
 
+class SlotOptimizer(mx.optimizer.Optimizer):
+    """An optimizer whose slots the backend makes, saves and restores.
+
+    Args:
+        slots: the arrays of the index-th parameter on a context.
+    """
+
+    def __init__(
+        self, recipe: Recipe, slots: dict[tuple[int, mx.Context], list[mx.nd.NDArray]]
+    ) -> None:
+        super().__init__(learning_rate=recipe.learning_rate, wd=recipe.weight_decay)
+        self.recipe, self.slots, self.epsilon = recipe, slots, recipe.optimizer_epsilon
+
+    def create_state(self, index: int, weight: mx.nd.NDArray) -> list[mx.nd.NDArray]:
+        return self.slots[index, weight.context]
+
+
+class Adam(SlotOptimizer):
+    """MXNet's update, with a rate and an epsilon that are set before each step.
+
+    `rate_and_epsilon` gives both. mx.optimizer.Adam adds epsilon to the uncorrected moment's root,
+    and the count of steps by which it corrects can be restored by unpickling alone.
+    """
+
+    def update(self, index: int, weight: Any, grad: Any, state: list[Any]) -> None:  # noqa: ARG002
+        mx.nd.adam_update(
+            weight,
+            grad,
+            *state,
+            out=weight,
+            lr=self.learning_rate,
+            beta1=self.recipe.adam_beta1,
+            beta2=self.recipe.adam_beta2,
+            epsilon=self.epsilon,
+            wd=self.wd,
+        )
+
+
+class RMSProp(SlotOptimizer):
+    """RMSProp with epsilon added to the root; mx.optimizer.RMSProp adds it under the root."""
+
+    def update(self, index: int, weight: Any, grad: Any, state: list[Any]) -> None:  # noqa: ARG002
+        (s,) = state
+        g = grad + self.wd * weight
+        s[:] = self.recipe.rmsprop_decay * s + (1 - self.recipe.rmsprop_decay) * g**2
+        weight -= self.learning_rate * g / (s.sqrt() + self.epsilon)
+
+
 class MXNetBackend(Backend):
     """Gluon on one context for each replica; MXNet's engine runs all of it in the background."""
 
@@ -114,7 +164,10 @@ class MXNetBackend(Backend):
         Feature("LSTM layer", True, "gluon.rnn.LSTM, its second bias frozen at zero"),
         Feature("dropout", True, "nd.Dropout"),
         Feature("softmax cross-entropy", True, "nd.log_softmax and nd.pick"),
-        Feature("SGD", True, "gluon.Trainer('sgd')"),
+        Feature("SGD", True, "gluon.Trainer and optimizer.SGD"),
+        Feature("Adam", False, "gluon.Trainer and Adam, over nd.adam_update"),
+        Feature("RMSProp", False, "gluon.Trainer and RMSProp"),
+        Feature("weight decay", True, "optimizer.Optimizer(wd)"),
         Feature("gradient clipping by global norm", True, "gluon.utils.clip_global_norm"),
         Feature("uniform initialisation", True, "init.Uniform and init.LSTMBias"),
         Feature("learning-rate change", True, "Trainer.set_learning_rate"),
@@ -141,14 +194,28 @@ class MXNetBackend(Backend):
         self.nll = NegativeLogLikelihood(self.model)
         # Buffers and execution plan are made once; only what a call returns is allocated anew.
         self.nll.hybridize(static_alloc=True, static_shape=True)
-        self.trainable = [p for p in self.model.collect_params().values() if p.grad_req != "null"]
+        self.trainable = list(self.named_parameters().values())
+        self.slots = {
+            (index, context): [
+                mx.nd.zeros(parameter.shape, ctx=context) for _ in OPTIMIZER_SLOTS[recipe.optimizer]
+            ]
+            for index, parameter in enumerate(self.trainable)
+            for context in self.contexts
+        }
         self.trainer = gluon.Trainer(
             self.trainable,
-            "sgd",
-            {"learning_rate": recipe.learning_rate, "wd": 0.0},
+            self.optimizer(),
             kvstore="device" if accelerator == "cuda" else "local",
             update_on_kvstore=False,  # the summed gradient is clipped before the update
         )
+
+    def optimizer(self) -> mx.optimizer.Optimizer:
+        if self.recipe.optimizer == "sgd":
+            return mx.optimizer.SGD(
+                learning_rate=self.recipe.learning_rate, wd=self.recipe.weight_decay
+            )
+        kind = Adam if self.recipe.optimizer == "adam" else RMSProp
+        return kind(self.recipe, self.slots)
 
     # ---- parameters
 
@@ -240,7 +307,9 @@ class MXNetBackend(Backend):
             )
             for context in self.contexts
         ]
-        self.trainer.set_learning_rate(learning_rate)
+        rate, epsilon = rate_and_epsilon(self.recipe, learning_rate, self.step)
+        self.trainer.set_learning_rate(rate)
+        self.trainer.optimizer.epsilon = epsilon
         self.trainer.update(batch_size=1)
         self.step += 1
         return TrainStep(as_scalar(nll), as_scalar(norms[0]), final)
@@ -266,6 +335,10 @@ class MXNetBackend(Backend):
         saved: dict[str, npt.NDArray[Any]] = {
             f"parameter.{name}": p for name, p in self.parameters().items()
         }
+        for index, name in enumerate(self.named_parameters()):
+            arrays = self.slots[index, self.contexts[0]]
+            for slot, array in zip(OPTIMIZER_SLOTS[self.recipe.optimizer], arrays, strict=True):
+                saved[f"optimizer.{slot}.{name}"] = canonical(name, array)
         # [layer, (h, c), global batch, hidden]
         replicas = [
             np.stack([[a.asnumpy()[0] for a in layer] for layer in replica]) for replica in state
@@ -274,6 +347,12 @@ class MXNetBackend(Backend):
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
         self.load_parameters({n: snapshot[f"parameter.{n}"] for n in self.named_parameters()})
+        for index, name in enumerate(self.named_parameters()):
+            for context in self.contexts:
+                arrays = self.slots[index, context]
+                for slot, array in zip(OPTIMIZER_SLOTS[self.recipe.optimizer], arrays, strict=True):
+                    value = snapshot[f"optimizer.{slot}.{name}"]
+                    array[:] = mx.nd.array(value.T if is_transposed(name) else value)
         self.step = int(snapshot["step"])
         saved = snapshot["state"]
         columns = device_columns(saved.shape[2], self.devices)

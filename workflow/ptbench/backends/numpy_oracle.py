@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptbench.backends.contract import (
+    OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
     Mask,
@@ -117,6 +118,10 @@ class NumpyOracle(Backend):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.load_parameters(draw_parameters(self.recipe, self.vocabulary_size, self.seed))
+        self.slots: dict[str, dict[str, Array]] = {
+            slot: {name: np.zeros_like(p) for name, p in self.p.items()}
+            for slot in OPTIMIZER_SLOTS[self.recipe.optimizer]
+        }
 
     def parameters(self) -> Parameters:
         return {name: p.astype(np.float32) for name, p in self.p.items()}
@@ -204,10 +209,28 @@ class NumpyOracle(Backend):
         norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
         clip = self.recipe.clip_norm
         scale = clip / norm if clip is not None and norm > clip else 1.0
-        for name, gradient in gradients.items():
-            self.p[name] -= learning_rate * scale * gradient
         self.step += 1
+        for name, p in self.p.items():
+            g = scale * gradients[name] + self.recipe.weight_decay * p
+            p -= learning_rate * self.direction(name, g)
         return TrainStep(nll, norm, final)
+
+    def direction(self, name: str, g: Array) -> Array:
+        """What a rate of 1 subtracts from a parameter with gradient g; see the contract."""
+        recipe = self.recipe
+        if recipe.optimizer == "sgd":
+            return g
+        slots = {slot: arrays[name] for slot, arrays in self.slots.items()}
+        if recipe.optimizer == "rmsprop":
+            s, decay = slots["mean_square"], recipe.rmsprop_decay
+            s[:] = decay * s + (1 - decay) * g**2
+            return g / (np.sqrt(s) + recipe.optimizer_epsilon)
+        m, v = slots["first_moment"], slots["second_moment"]
+        m[:] = recipe.adam_beta1 * m + (1 - recipe.adam_beta1) * g
+        v[:] = recipe.adam_beta2 * v + (1 - recipe.adam_beta2) * g**2
+        m_hat = m / (1 - recipe.adam_beta1**self.step)
+        v_hat = v / (1 - recipe.adam_beta2**self.step)
+        return m_hat / (np.sqrt(v_hat) + recipe.optimizer_epsilon)
 
     def evaluate_step(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
@@ -224,10 +247,16 @@ class NumpyOracle(Backend):
 
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
         saved: dict[str, npt.NDArray[Any]] = {f"parameter.{n}": p.copy() for n, p in self.p.items()}
+        for slot, arrays in self.slots.items():
+            saved |= {f"optimizer.{slot}.{name}": a.copy() for name, a in arrays.items()}
         return {**saved, "step": np.array(self.step), "state": np.array(state)}
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
         self.p = {name: snapshot[f"parameter.{name}"].copy() for name in self.p}
+        self.slots = {
+            slot: {name: snapshot[f"optimizer.{slot}.{name}"].copy() for name in self.p}
+            for slot in self.slots
+        }
         self.step = int(snapshot["step"])
         return snapshot["state"].copy()
 

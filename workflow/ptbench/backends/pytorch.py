@@ -39,6 +39,7 @@ from torch.nn import functional  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from ptbench.backends.contract import (  # noqa: E402
+    OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
     Feature,
@@ -50,11 +51,15 @@ from ptbench.backends.contract import (  # noqa: E402
     check_parameters,
     device_columns,
     objective_divisor,
+    slot_names,
 )
 from ptbench.configuration.models import Accelerator, Recipe  # noqa: E402
 from ptbench.errors import PtbenchError  # noqa: E402
 
 IGNORED = -100  # target that cross_entropy leaves out (its default ignore_index)
+
+# torch.optim's names of the contract's slots
+SLOTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq", "mean_square": "square_avg"}
 
 
 class LayerState(NamedTuple):
@@ -113,6 +118,17 @@ def initialize(model: LanguageModel, recipe: Recipe, seed: int) -> None:
             nn.init.uniform_(parameter, -recipe.initialization_scale, recipe.initialization_scale)
 
 
+def optimizer_of(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The recipe's optimizer; torch.optim's own definitions are the contract's."""
+    common = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **common)
+    common["eps"] = recipe.optimizer_epsilon
+    if recipe.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, alpha=recipe.rmsprop_decay, **common)
+    return torch.optim.Adam(parameters, betas=(recipe.adam_beta1, recipe.adam_beta2), **common)
+
+
 def choose_matmul(accelerator: Accelerator) -> str:
     """Use oneDNN's float32 products on the CPU where they are truly float32; say what is used.
 
@@ -158,7 +174,7 @@ class Replica:
             if devices > 1
             else self.model
         )
-        self.optimizer = torch.optim.SGD(self.trained, lr=recipe.learning_rate)
+        self.optimizer = optimizer_of(recipe, self.trained)
 
     def initial_state(self, batch_size: int) -> list[LayerState]:
         shape = (1, batch_size, self.recipe.hidden_size)
@@ -220,6 +236,33 @@ class Replica:
                 value = torch.from_numpy(np.array(parameters[name], np.float32))
                 parameter.copy_(value.T if transposed else value)
 
+    def slots(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The optimizer's arrays, `{slot}.{parameter}`, each a copy in canonical shape.
+
+        torch.optim makes them, zero, in its first step.
+        """
+        arrays = {}
+        for slot in OPTIMIZER_SLOTS[self.recipe.optimizer]:
+            for name, (parameter, transposed) in self.model.canonical().items():
+                kept = self.optimizer.state[parameter].get(SLOTS[slot], torch.zeros_like(parameter))
+                arrays[f"{slot}.{name}"] = canonical_array(kept, transposed)
+        return arrays
+
+    def load_slots(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace the optimizer's arrays, named as `slots` does, and its count of steps."""
+        if not arrays:
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (name, (_, transposed)) in enumerate(self.model.canonical().items()):
+            values = {
+                SLOTS[slot]: torch.from_numpy(np.array(arrays[f"{slot}.{name}"], np.float32))
+                for slot in OPTIMIZER_SLOTS[self.recipe.optimizer]
+            }
+            state[index] = {k: v.T.contiguous() if transposed else v for k, v in values.items()}
+            state[index]["step"] = torch.tensor(float(self.step))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
     def load_state(self, arrays: npt.NDArray[np.float32]) -> list[LayerState]:
         """Args: arrays: [layer, (h, c), batch, hidden], this replica's columns."""
         return [
@@ -230,6 +273,11 @@ class Replica:
     def tensor(self, tokens: npt.NDArray[Any]) -> Tensor:
         """A copy on the device, as the integers that PyTorch's losses want."""
         return torch.from_numpy(tokens).to(self.device, torch.int64, non_blocking=True)
+
+
+def canonical_array(tensor: Tensor, transposed: bool) -> npt.NDArray[np.float32]:
+    """A parameter, gradient or slot as the contract shapes it, as a copy."""
+    return (tensor.T if transposed else tensor).detach().cpu().contiguous().numpy().copy()
 
 
 def state_array(state: list[LayerState]) -> npt.NDArray[np.float32]:
@@ -335,6 +383,9 @@ def follow(
         replicas[backend].load_parameters(parameters)
         replicas[backend].step = step
 
+    def load_slots(backend: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        replicas[backend].load_slots(arrays)
+
     def initial_state(backend: int, batch_size: int, handle: int) -> None:
         states[backend, handle] = replicas[backend].initial_state(batch_size)
 
@@ -362,8 +413,8 @@ def follow(
     methods: dict[str, Callable[..., None]] = {
         function.__name__: function
         for function in (
-            create, load_parameters, initial_state, load_state, send_state, train_step, backward,
-            close,
+            create, load_parameters, load_slots, initial_state, load_state, send_state, train_step,
+            backward, close,
         )
     }  # fmt: skip
     with contextlib.suppress(EOFError):
@@ -385,6 +436,9 @@ class PyTorchBackend(Backend):
         Feature("dropout", True, "torch.nn.Dropout"),
         Feature("softmax cross-entropy", True, "torch.nn.functional.cross_entropy"),
         Feature("SGD", True, "torch.optim.SGD"),
+        Feature("Adam", True, "torch.optim.Adam"),
+        Feature("RMSProp", True, "torch.optim.RMSprop"),
+        Feature("weight decay", True, "torch.optim.Optimizer(weight_decay)"),
         Feature("gradient clipping by global norm", True, "torch.nn.utils.clip_grad_norm_"),
         Feature("uniform initialisation", True, "torch.nn.init.uniform_"),
         Feature("learning-rate change", True, "optimizer.param_groups"),
@@ -431,7 +485,7 @@ class PyTorchBackend(Backend):
 
     def parameters(self) -> Parameters:
         return {
-            name: (p.T if transposed else p).detach().cpu().contiguous().numpy().copy()
+            name: canonical_array(p, transposed)
             for name, (p, transposed) in self.replica.model.canonical().items()
         }
 
@@ -453,7 +507,7 @@ class PyTorchBackend(Backend):
         self.tell("backward", inputs, targets, mask, state.handle)
         self.replica.backward(inputs, targets, mask, state.local)
         return {
-            name: (p.grad.T if transposed else p.grad).cpu().contiguous().numpy().copy()
+            name: canonical_array(p.grad, transposed)
             for name, (p, transposed) in self.replica.model.canonical().items()
         }
 
@@ -486,6 +540,7 @@ class PyTorchBackend(Backend):
         if self.followers:
             parts += self.followers.ask(self.identifier, "send_state", state.handle)
         saved = {f"parameter.{name}": value for name, value in self.parameters().items()}
+        saved |= {f"optimizer.{name}": value for name, value in self.replica.slots().items()}
         return {**saved, "step": np.array(self.step), "state": np.concatenate(parts, axis=2)}
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
@@ -494,6 +549,10 @@ class PyTorchBackend(Backend):
         self.load_parameters(
             {n.removeprefix(prefix): v for n, v in snapshot.items() if n.startswith(prefix)}
         )
+        names = [f"{slot}.{n}" for slot, n in slot_names(self.recipe, self.vocabulary_size)]
+        slots = {name: snapshot[f"optimizer.{name}"] for name in names}
+        self.tell("load_slots", slots)
+        self.replica.load_slots(slots)
         arrays = snapshot["state"]
         mine = device_columns(arrays.shape[2], self.devices)[0]
         state = self.new_state(self.replica.load_state(arrays[:, :, mine]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no start-up notes, only er
 import tensorflow as tf
 
 from ptbench.backends.contract import (
+    OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
     Feature,
@@ -30,6 +32,7 @@ from ptbench.backends.contract import (
     device_columns,
     objective_divisor,
     parameter_shapes,
+    rate_and_epsilon,
 )
 from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.errors import PtbenchError
@@ -183,6 +186,36 @@ def summed_nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return tf.reduce_sum(nll * mask)
 
 
+# ------------------------------------------------------------------------------------ optimizer
+
+
+def update_variable(
+    recipe: Recipe, rate: Tensor, epsilon: Tensor, p: tf.Variable, g: Tensor, *slots: tf.Variable
+) -> None:
+    """One parameter's update on one device; see `Backend.train_step`.
+
+    By hand, because TensorFlow's own RMSProp adds epsilon under the root.
+
+    Args:
+        rate, epsilon: as `rate_and_epsilon` gives them.
+        g: the clipped gradient.
+        slots: in the order of `OPTIMIZER_SLOTS`.
+    """
+    if recipe.weight_decay:
+        g += recipe.weight_decay * p
+    if recipe.optimizer == "sgd":
+        p.assign_sub(rate * g)
+    elif recipe.optimizer == "adam":
+        m, v = slots
+        new_m = m.assign(recipe.adam_beta1 * m + (1 - recipe.adam_beta1) * g)
+        new_v = v.assign(recipe.adam_beta2 * v + (1 - recipe.adam_beta2) * g**2)
+        p.assign_sub(rate * new_m / (tf.sqrt(new_v) + epsilon))
+    else:
+        (s,) = slots
+        new_s = s.assign(recipe.rmsprop_decay * s + (1 - recipe.rmsprop_decay) * g**2)
+        p.assign_sub(rate * g / (tf.sqrt(new_s) + epsilon))
+
+
 # -------------------------------------------------------------------------------------- devices
 
 
@@ -242,7 +275,10 @@ class TensorFlowBackend(Backend):
         Feature("LSTM layer", False, "lstm_layer, over tf.while_loop and tf.custom_gradient"),
         Feature("dropout", True, "tf.nn.experimental.stateless_dropout"),
         Feature("softmax cross-entropy", True, "tf.nn.sparse_softmax_cross_entropy_with_logits"),
-        Feature("SGD", False, "tf.Variable.assign_sub, in TensorFlowBackend._train"),
+        Feature("SGD", False, "update_variable, over tf.Variable.assign_sub"),
+        Feature("Adam", False, "update_variable"),
+        Feature("RMSProp", False, "update_variable"),
+        Feature("weight decay", False, "update_variable"),
         Feature("gradient clipping by global norm", True, "tf.clip_by_global_norm"),
         Feature("uniform initialisation", True, "tf.random.stateless_uniform"),
         Feature("learning-rate change", True, "an argument of the tf.function"),
@@ -268,6 +304,10 @@ class TensorFlowBackend(Backend):
         self._strategy = mirrored_strategy(accelerator, devices)
         with self._strategy.scope():
             self._model = LanguageModel(recipe, vocabulary_size, seed)
+            self._slots = {
+                slot: {n: tf.Variable(tf.zeros(p.shape)) for n, p in self._model.parameters.items()}
+                for slot in OPTIMIZER_SLOTS[recipe.optimizer]
+            }
         self._first_device = self._strategy.extended.worker_devices[0]
 
     # The compiled steps. Arguments are tensors, so that each is compiled once for each shape.
@@ -304,14 +344,16 @@ class TensorFlowBackend(Backend):
         return self._strategy.run(self._replica_gradients, arguments)[1]
 
     @tf.function
-    def _train(self, learning_rate: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        variables = list(self._model.parameters.values())
+    def _train(
+        self, rate: Tensor, epsilon: Tensor, *arguments: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = self._model.parameters
 
         def update(strategy: Any, gradients: list[Tensor]) -> None:
-            for variable, gradient in zip(variables, gradients, strict=True):
-                strategy.extended.update(
-                    variable, lambda v, g: v.assign_sub(learning_rate * g), (gradient,)
-                )
+            one = partial(update_variable, self.recipe, rate, epsilon)
+            for (name, variable), gradient in zip(parameters.items(), gradients, strict=True):
+                slots = [variables[name] for variables in self._slots.values()]
+                strategy.extended.update(variable, one, (gradient, *slots))
 
         def replica_step(*arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             nll, gradients, state = self._replica_gradients(*arguments)
@@ -381,7 +423,8 @@ class TensorFlowBackend(Backend):
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
     ) -> TrainStep:
         arguments = self._step_arguments(inputs, targets, mask, state)
-        nll, norm, state = self._train(tf.constant(learning_rate, tf.float32), *arguments)
+        rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
+        nll, norm, state = self._train(*(tf.constant(r, tf.float32) for r in rates), *arguments)
         self.step += 1
         return TrainStep(self._local(nll)[0], self._local(norm)[0], state)
 
@@ -401,11 +444,16 @@ class TensorFlowBackend(Backend):
 
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
         saved = {f"parameter.{name}": p for name, p in self.parameters().items()}
+        for slot, variables in self._slots.items():
+            saved |= {f"optimizer.{slot}.{n}": v.numpy().copy() for n, v in variables.items()}
         whole = np.concatenate([s.numpy() for s in self._local(state)], axis=2)
         return {**saved, "step": np.array(self.step), "state": whole}
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
         self.load_parameters({n: snapshot[f"parameter.{n}"] for n in self._model.parameters})
+        for slot, variables in self._slots.items():
+            for name, variable in variables.items():
+                variable.assign(snapshot[f"optimizer.{slot}.{name}"].astype(np.float32))
         self.step = int(snapshot["step"])
         return self._distribute(snapshot["state"], batch_axis=2)
 

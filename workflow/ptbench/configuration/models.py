@@ -23,7 +23,7 @@ FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 # A recipe's name followed by its overrides, as `Recipe.variant` writes it.
-VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z_]+=[A-Za-z0-9.-]+)*"
+VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9.-]+)*"
 
 
 class Model(BaseModel):
@@ -91,10 +91,34 @@ class Recipe(Model):
         description="Loss that is differentiated: summed over time and averaged over the batch "
         "(TensorFlow tutorial, Zaremba), or averaged over all tokens (PyTorch, Keras).",
     )
-    optimizer: Literal["sgd"] = Field("sgd", description="Update rule.")
+    optimizer: Literal["sgd", "adam", "rmsprop"] = Field(
+        "sgd", description="Update rule; sgd and rmsprop are without momentum."
+    )
     learning_rate: float = Field(1.0, gt=0, le=1e6, description="Initial learning rate.")
     clip_norm: float | None = Field(
         5.0, gt=0, description="Largest norm of all gradients taken together; null: no clipping."
+    )
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        le=1e3,
+        description="Multiple of every parameter added to its clipped gradient, whatever the "
+        "optimizer (L2 penalty, as in torch.optim).",
+    )
+    adam_beta1: float = Field(
+        0.9, gt=0, lt=1, description="Factor on adam's mean of gradients at each step."
+    )
+    adam_beta2: float = Field(
+        0.999, gt=0, lt=1, description="Factor on adam's mean of squared gradients at each step."
+    )
+    rmsprop_decay: float = Field(
+        0.9, ge=0, lt=1, description="Factor on rmsprop's mean of squared gradients at each step."
+    )
+    optimizer_epsilon: float = Field(
+        1e-7,  # Keras 2.1.3's, which the Keras thesis uses; PyTorch's is 1e-8
+        gt=0,
+        le=1,
+        description="Added by adam and rmsprop to the root that they divide by.",
     )
     schedule: Literal[
         "constant", "constant_then_decay", "plateau", "warm_up_then_decay", "roll_back_then_decay"

@@ -1,0 +1,53 @@
+"""The runs under results/published are what the README says they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptbench.configuration.loading import load_study
+from ptbench.configuration.models import Recipe
+from ptbench.training.records import read_history, read_metrics
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "results" / "published"
+CELLS = sorted(path.parent for path in (PUBLISHED / "zaremba-small").rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.parents[1].name)
+def test_a_published_run_is_of_the_recipe_and_reproduces_the_published_perplexities(
+    cell: Path,
+) -> None:
+    """Zhang 2018, Table 5.1, small: valid 118.5 to 120.2, test 113.3 to 114.4; Zaremba's 115."""
+    metrics = read_metrics(cell / "metrics.json")
+    assert metrics.status == "ok"
+    assert metrics.valid is not None
+    assert metrics.test is not None
+    assert 116 <= metrics.valid.perplexity <= 123
+    assert 111 <= metrics.test.perplexity <= 118
+    assert (metrics.valid.tokens, metrics.test.tokens) == (73_759, 82_429)
+    assert len(read_history(cell / "history.csv")) == metrics.epochs == 13
+    recipe = yaml.safe_load((cell / "recipe.yaml").read_text())
+    ours = load_study({"experiments": ["zaremba-small"]}).specification("zaremba-small").recipe
+    assert Recipe(**{k: v for k, v in recipe.items() if k in Recipe.model_fields}) == ours
+    assert json.loads((cell / "provenance.json").read_text())["git_dirty"] is False
+
+
+def test_the_frameworks_agree_within_three_perplexity() -> None:
+    assert len(CELLS) >= 2
+    for split in ("valid", "test"):
+        values = [getattr(read_metrics(c / "metrics.json"), split).perplexity for c in CELLS]
+        assert max(values) - min(values) < 3
+
+
+def test_the_readme_has_every_published_run() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for cell in CELLS:
+        metrics = read_metrics(cell / "metrics.json")
+        assert metrics.valid is not None
+        assert metrics.test is not None
+        row = f"| {metrics.valid.perplexity:.1f} | {metrics.test.perplexity:.1f} |"
+        assert row in readme, f"README.md has no {row} for {metrics.cell.framework}"

@@ -306,8 +306,8 @@ def test_the_penn_treebank_has_its_published_counts(tmp_path: Path) -> None:
     assert corpus.description["out_of_vocabulary"] == {"train": 0, "valid": 0, "test": 0}
     # The most frequent words, as in the TensorFlow PTB tutorial, which sorts in the same way.
     assert words[:5] == ["the", "<unk>", "<eos>", "N", "of"]
-    start = " ".join(words[i] for i in corpus.valid[:8])
-    assert start == "consumers may want to move their telephones a"
+    first_line = (PTB / "ptb.valid.txt").read_text().split("\n")[0].split()
+    assert [words[i] for i in corpus.valid[: len(first_line) + 1]] == [*first_line, "<eos>"]
 
 
 @needs_ptb
@@ -315,9 +315,3 @@ def test_altered_penn_treebank_is_refused(tmp_path: Path) -> None:
     wrong = {**BUILT_IN["ptb"]["files"], "test": "0" * 64}
     with pytest.raises(CorpusError, match=r"the test file of .* has the wrong checksum"):
         prepared(ptb(files=wrong), tmp_path)
-
-
-@needs_ptb
-def test_the_penn_treebank_is_prepared_in_about_a_second(tmp_path: Path) -> None:
-    facts = open_corpus(prepared(ptb(), tmp_path)).description
-    assert sum(facts["seconds"].values()) < 3  # 0.3 on one idle core; others may be busy

@@ -71,7 +71,8 @@ def rolls_back(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     """Whether the next epoch starts from the best parameters so far, not from the last.
 
     `roll_back_then_decay` does so once, after `constant_epochs` (Zhang 2018, strategy 1: train at
-    the initial rate, return to the epoch of lowest validation perplexity, decay from there).
+    the initial rate, return to the epoch of lowest validation perplexity, decay from there). The
+    optimizer's own arrays are not rolled back; plain SGD, which the thesis uses, has none.
     """
     staged = recipe.schedule == "roll_back_then_decay"
     return staged and len(history) == recipe.constant_epochs > 0

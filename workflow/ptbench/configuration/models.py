@@ -58,6 +58,14 @@ class Recipe(Model):
         "windows: successive windows of the text are the rows of a batch, each from a zero state; "
         "sentences: one sentence a row, padded, each from a zero state.",
     )
+    source: Literal["memory", "memory_map", "stream"] = Field(
+        "memory",
+        description="Where tokens come from: integers in memory; integers mapped from their file; "
+        "or the text, tokenised as it is read. The batches are the same.",
+    )
+    prefetch: int = Field(
+        0, ge=0, le=1024, description="Batches prepared ahead by a thread [batches]; 0: none."
+    )
     evaluation_batch_size: int = Field(
         20, ge=1, description="Parallel streams in which the validation split is read [sequences]."
     )

@@ -70,6 +70,23 @@ BAD_RECIPES: list[tuple[str, str]] = [
     ("cell: lsmt", r"own.yaml: r: cell: \"lsmt\" .*'lstm'"),
     ("objective: mean", r"own.yaml: r: objective: \"mean\" .*'sum_over_time'"),
     ("{constant_epochs: 9, epochs: 3}", r"own.yaml: r: constant_epochs=9 must not exceed epochs=3"),
+    ("{kernel: block, cell: gru}", r"own.yaml: r: kernel=block is for cell=lstm, not gru"),
+    ("kernel: sparse", r"own.yaml: r: kernel=sparse needs kept_weights below 1"),
+    ("kept_weights: 0", r"own.yaml: r: kept_weights: 0 .*greater than 0"),
+    ("{tie_weights: true, output_rank: 8}", r"own.yaml: r: tie_weights and output_rank exclude"),
+    (
+        "initialization_scheme: framework_defaults",
+        r"own.yaml: r: initialization_scheme=framework_defaults needs initialization=native",
+    ),
+    (
+        "{initialization_scheme: framework_defaults, initialization: native, forget_bias: 1}",
+        r"own.yaml: r: .* forget_bias must be 0",
+    ),
+    (
+        "kernel: block",
+        r"experiment e: frameworks: r has kernel=block, which pytorch does not have; "
+        "it is in tensorflow",
+    ),
     ("extends: nothing", r"own.yaml: r: extends: there is no recipe \"nothing\""),
     ("extends: [r]", r"own.yaml: r: extends: \[\"r\"\] must be the name of one recipe"),
     ("extends: r", r"own.yaml: r: extends: r → r goes in a circle"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ptbench.backends.contract import parameter_shapes
+from ptbench.backends.contract import kept_weights, parameter_shapes
 from ptbench.configuration.models import Recipe
 from ptbench.training.initialization import draw_parameters
 
@@ -55,3 +55,39 @@ def test_the_seed_and_the_model_alone_decide_the_draw() -> None:
         np.testing.assert_array_equal(again[name], array)
         if not (name.startswith("rnn.") and name.endswith(".bias")):
             assert not np.array_equal(other[name], array)
+
+
+KERAS = Recipe(
+    layers=2, embedding_size=12, hidden_size=16, forget_bias=1, mixtures=2,
+    initialization_scheme="keras_defaults",
+)  # fmt: skip
+
+
+def test_keras_defaults_are_glorot_uniform_kernels_and_a_narrow_embedding() -> None:
+    parameters = draw_parameters(KERAS, VOCABULARY, seed=1)
+    limits = {"embedding": 0.05}
+    for name in ("rnn.0.input", "rnn.1.input", "latent.weight", "softmax.weight"):
+        limits[name] = np.sqrt(6 / sum(parameters[name].shape))
+    for name, limit in limits.items():
+        uniform = stats.uniform(-limit, 2 * limit)
+        drawn = parameters[name].ravel().astype(np.float64)
+        assert stats.kstest(drawn, uniform.cdf).pvalue > 1e-4, name
+    assert not parameters["softmax.bias"].any()
+    assert not parameters["latent.bias"].any()
+
+
+def test_keras_defaults_have_orthogonal_recurrent_kernels_and_open_forget_gates() -> None:
+    parameters = draw_parameters(KERAS, VOCABULARY, seed=1)
+    for layer in range(2):
+        recurrent = parameters[f"rnn.{layer}.recurrent"].astype(np.float64)
+        np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(16), atol=1e-6)
+        assert abs(recurrent.mean()) < 4 / 8 / np.sqrt(recurrent.size)  # entries have variance 1/64
+        gates = parameters[f"rnn.{layer}.bias"].reshape(4, 16)
+        assert [set(gate) for gate in gates] == [{0.0}, {1.0}, {0.0}, {0.0}]
+
+
+def test_weights_that_a_sparse_model_leaves_out_start_at_zero() -> None:
+    recipe = RECIPE.model_copy(update={"kept_weights": 0.25})
+    parameters = draw_parameters(recipe, VOCABULARY, seed=1)
+    for name, kept in kept_weights(recipe, VOCABULARY, seed=1).items():
+        np.testing.assert_array_equal(parameters[name] != 0, kept)

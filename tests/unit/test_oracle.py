@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ptbench.backends.contract import objective_divisor
-from ptbench.backends.numpy_oracle import NumpyOracle, log_softmax, lstm_forward, sigmoid
+from ptbench.backends.numpy_oracle import Gru, Layer, Lstm, NumpyOracle, log_softmax, sigmoid
 from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import Batch
 
@@ -20,8 +20,41 @@ def oracle_with(**changes: Any) -> NumpyOracle:
     small = {"layers": 2, "embedding_size": 3, "hidden_size": 4, "initialization_scale": 0.5}
     oracle = NumpyOracle(Recipe.model_validate(small | changes), VOCABULARY, seed=1)
     rng = np.random.default_rng(2)
-    oracle.p = {name: rng.uniform(-1, 1, p.shape) for name, p in oracle.p.items()}
+    oracle.load_parameters({name: rng.uniform(-1, 1, p.shape) for name, p in oracle.p.items()})
     return oracle
+
+
+def random_state(oracle: NumpyOracle) -> dict[str, Any]:
+    rng = np.random.default_rng(4)
+    zero = oracle.initial_state(BATCH, True)
+    return {name: rng.uniform(-1, 1, array.shape) for name, array in zero.items()}
+
+
+MOS = {"mixtures": 3, "latent_size": 2, "latent_dropout": 0.3}
+MODELS: dict[str, dict[str, Any]] = {
+    "one layer": {"layers": 1},
+    "mean per token": {"objective": "mean_per_token"},
+    "dropout": {"dropout": 0.4},
+    "gru": {"cell": "gru"},
+    "gru, two biases, recurrent dropout": {
+        "cell": "gru", "recurrent_bias": True, "recurrent_dropout": 0.4
+    },
+    "rnn_tanh": {"cell": "rnn_tanh"},
+    "rnn_relu, two biases": {"cell": "rnn_relu", "recurrent_bias": True},
+    "another last width": {"last_hidden_size": 3, "recurrent_dropout": 0.4},
+    "sparse": {"kept_weights": 0.4},
+    "tied": {"tie_weights": True, "hidden_size": 3, "softmax_bias": False},
+    "tied behind a projection": {"tie_weights": True, "word_dropout": 0.3},
+    "factorised": {"output_rank": 2},
+    "mixture": MOS,
+    "mixture, tied behind a projection": MOS | {"tie_weights": True},
+    "mixture, factorised": MOS | {"output_rank": 1, "latent_size": None},
+    "every dropout, locked": MOS
+    | {
+        "dropout_kind": "locked", "input_dropout": 0.2, "hidden_dropout": 0.3,
+        "output_dropout": 0.4, "word_dropout": 0.2, "recurrent_dropout": 0.3,
+    },
+}  # fmt: skip
 
 
 def batch_of(steps: int, seed: int = 3) -> Batch:
@@ -32,15 +65,10 @@ def batch_of(steps: int, seed: int = 3) -> Batch:
     return Batch(inputs, targets, mask)
 
 
-@pytest.mark.parametrize("objective", ["sum_over_time", "mean_per_token"])
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradients_are_the_objective_s_central_differences(
-    objective: str, layers: int, dropout: float
-) -> None:
-    oracle = oracle_with(objective=objective, layers=layers, dropout=dropout)
-    batch = batch_of(TIME)
-    state = np.random.default_rng(4).uniform(-1, 1, oracle.initial_state(BATCH, True).shape)
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_gradients_are_the_objective_s_central_differences(changes: dict[str, Any]) -> None:
+    oracle, batch = oracle_with(**changes), batch_of(TIME)
+    state = random_state(oracle)
     divisor = objective_divisor(oracle.recipe, batch.mask)
     _, gradients, _ = oracle.loss_and_gradients(*batch, state)
     # Rounding costs about epsilon / h, truncation h^2 / 6 times the third derivative, so the cube
@@ -56,7 +84,8 @@ def test_gradients_are_the_objective_s_central_differences(
         return nll / divisor
 
     for name, array in oracle.p.items():
-        for index in np.ndindex(array.shape):
+        for index in np.argwhere(np.broadcast_to(oracle.kept.get(name, True), array.shape)):
+            index = tuple(index)
             above = objective_at(array, index, array[index] + h)
             below = objective_at(array, index, array[index] - h)
             tolerance = 10 * epsilon / h * abs(above) + h**2
@@ -72,10 +101,24 @@ def test_one_unit_of_an_lstm_does_as_computed_by_hand() -> None:
     w, u, b = z[None] / 4, z[None] / 16, z / 4  # x w + h u + b = z
     # c = c0 / 4 + 3/4 * 3/5 = log 2, so h = 1/2 * tanh(log 2) = 3/10.
     c0 = 4 * (math.log(2) - 9 / 20)
-    trace = lstm_forward(np.array([[[x]]]), w, u, b, np.array([[h0]]), np.array([[c0]]))
-    np.testing.assert_allclose(trace.gates[0, 0], [3 / 4, 1 / 4, 3 / 5, 1 / 2], rtol=1e-14)
+    layer = Layer(Lstm, w, u, b, np.zeros(4), np.ones(1))
+    trace = layer.forward(np.array([[[x]]]), np.array([[h0]]), np.array([[c0]]))
+    np.testing.assert_allclose(trace.steps[0].gates[0], [3 / 4, 1 / 4, 3 / 5, 1 / 2], rtol=1e-14)
     assert trace.c[1, 0, 0] == pytest.approx(math.log(2), rel=1e-14)
     assert trace.h[1, 0, 0] == pytest.approx(3 / 10, rel=1e-14)
+
+
+def test_one_unit_of_a_gru_does_as_computed_by_hand() -> None:
+    # Reset 3/4 and update 1/4, as sigmoid(log 3) = 3/4; the candidate is tanh(log 2) = 3/5 of
+    # 1/4 log 2 from the input and, before the reset, log 2 from the previous output and its bias.
+    z = np.array([math.log(3), -math.log(3), math.log(2)])
+    w, b = z[None] / np.array([4, 4, 16]), z / np.array([4, 4, 8])  # x w + b: 3/4, 3/4, 1/4 of z
+    u = z[None] / np.array([16, 16, 8])
+    r = np.array([0.0, 0.0, z[2] / 2])  # h u + r: 1/4, 1/4, 1 of z
+    layer = Layer(Gru, w, u, b, r, np.ones(1))
+    trace = layer.forward(np.array([[[2.0]]]), np.array([[4.0]]), np.zeros((1, 1)))
+    np.testing.assert_allclose(trace.steps[0].gates[0], [3 / 4, 1 / 4, 3 / 5], rtol=1e-14)
+    assert trace.h[1, 0, 0] == pytest.approx(3 / 4 * 3 / 5 + 1 / 4 * 4, rel=1e-14)
 
 
 def test_sigmoid_neither_overflows_nor_loses_its_symmetry() -> None:
@@ -111,7 +154,8 @@ def test_two_windows_with_carried_state_are_one_window_of_both() -> None:
     first = oracle.evaluate_step(inputs[:TIME], targets[:TIME], mask[:TIME], start)
     second = oracle.evaluate_step(inputs[TIME:], targets[TIME:], mask[TIME:], first.state)
     assert first.nll + second.nll == pytest.approx(whole.nll, rel=1e-14)
-    np.testing.assert_allclose(second.state, whole.state, rtol=1e-14)
+    for name, array in whole.state.items():
+        np.testing.assert_allclose(second.state[name], array, rtol=1e-14)
 
 
 def test_evaluation_adds_up_the_log_probabilities_of_the_targets() -> None:
@@ -193,8 +237,45 @@ def test_a_gradient_of_zero_moves_nothing() -> None:
 
 
 def test_dropout_keeps_the_mean_of_what_it_drops() -> None:
-    masks = oracle_with(dropout=0.4).dropout_masks(50, 40)
-    for mask in masks:
-        assert set(np.unique(mask)) == {0, 1 / 0.6}
-        deviation = math.sqrt(0.6 * 0.4 / mask.size) / 0.6
+    rates = {"dropout": 0.4, "latent_dropout": 0.3, "word_dropout": 0.2, "recurrent_dropout": 0.1}
+    oracle = oracle_with(mixtures=3, **rates)
+    oracle.vocabulary_size = 5000
+    masks = oracle.dropout_masks(50, 400)
+    drawn = [(0.4, m) for m in masks.units] + [(0.1, m) for m in masks.recurrent]
+    for rate, mask in [*drawn, (0.2, masks.words), (0.3, masks.latents)]:
+        keep = 1 - rate
+        assert set(np.unique(mask)) == {0, 1 / keep}
+        deviation = math.sqrt(keep * rate / mask.size) / keep
         assert mask.mean() == pytest.approx(1, abs=5 * deviation)
+
+
+def test_locked_dropout_has_one_mask_for_all_time_steps() -> None:
+    masks = oracle_with(dropout=0.4, dropout_kind="locked").dropout_masks(50, 4)
+    assert [mask.shape for mask in masks.units] == [(1, 4, 3), (1, 4, 4), (1, 4, 4)]
+
+
+def test_a_mixture_of_equal_softmaxes_is_that_softmax() -> None:
+    one, many = oracle_with(mixtures=1, latent_size=2), oracle_with(mixtures=4, latent_size=2)
+    repeated = {
+        name: np.concatenate([value] * 4, axis=-1) if name.startswith("latent.") else value
+        for name, value in one.p.items()
+    }
+    many.load_parameters(repeated | {"prior.weight": many.p["prior.weight"]})
+    batch, state = batch_of(TIME), one.initial_state(BATCH, False)
+    expected = one.evaluate_step(*batch, state).nll
+    assert many.evaluate_step(*batch, state).nll == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_mixture_s_logarithm_is_exact_where_its_probabilities_underflow() -> None:
+    oracle, batch = oracle_with(mixtures=2), batch_of(TIME)
+    oracle.p["softmax.weight"] *= 0
+    oracle.p["softmax.bias"] = np.array([0.0, -1000.0, -2000.0, -3000.0, -4000.0])
+    nll = oracle.evaluate_step(*batch, oracle.initial_state(BATCH, False)).nll
+    assert nll == pytest.approx(1000 * (batch.targets * batch.mask).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_probabilities_sum_to_one(changes: dict[str, Any]) -> None:
+    oracle = oracle_with(**changes)
+    log_p, _ = oracle.next_token_log_probabilities(batch_of(TIME).inputs, random_state(oracle))
+    np.testing.assert_allclose(np.exp(log_p).sum(axis=-1), 1, rtol=1e-6)

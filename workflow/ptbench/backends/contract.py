@@ -53,7 +53,15 @@ class Feature(NamedTuple):
 FEATURES = (
     "embedding",
     "LSTM layer",
+    "GRU and simple recurrent layers",
+    "explicit time steps",
+    "sparse LSTM",
+    "mixture of softmaxes",
+    "weight tying and factorised output",
     "dropout",
+    "locked dropout",
+    "word dropout",
+    "recurrent dropout",
     "softmax cross-entropy",
     "SGD",
     "Adam",
@@ -61,12 +69,23 @@ FEATURES = (
     "weight decay",
     "gradient clipping by global norm",
     "uniform initialisation",
+    "Keras' default initialisation",
     "learning-rate change",
     "data parallel",
     "truncated back-propagation with carried state",
     "deterministic per-step randomness",
     "saving parameters",
 )
+
+# cell: its gates, in the order in which parameters hold them
+GATES = {
+    "lstm": ("input", "forget", "candidate", "output"),
+    "gru": ("reset", "update", "candidate"),
+    "rnn_tanh": ("candidate",),
+    "rnn_relu": ("candidate",),
+}
+
+KEPT_WEIGHTS_STREAM = 1  # tells the draw of kept weights from that of parameters with one seed
 
 # optimizer: the arrays it keeps for each parameter, of the parameter's shape; zero at first
 OPTIMIZER_SLOTS = {
@@ -79,10 +98,40 @@ OPTIMIZER_SLOTS = {
 class Backend(abc.ABC):
     """One language model in one framework, with its optimizer, on `devices` replicas.
 
-    The model (Zaremba, Sutskever and Vinyals 2014, arXiv:1409.2329, section 3): embedding, L
-    recurrent layers, softmax; dropout on the embedding's and every layer's output, never on the
-    recurrent connections. Parameters have canonical names and shapes, whatever the framework
-    stores; see `parameter_shapes`.
+    The model, with w_t the word at time t and every width as the recipe has it:
+
+    1. x_t is row w_t of the embedding, dropped with `unit_dropout[0]`. With `word_dropout`, whole
+       rows are dropped first: one draw for every word type and training step (Merity et al. 2017,
+       arXiv:1708.02182, section 4.3).
+    2. L recurrent layers, layer l's output dropped with `unit_dropout[l + 1]` (Zaremba, Sutskever
+       and Vinyals 2014, arXiv:1409.2329, section 3). With U the recurrent weights, W the input
+       weights, b the bias and r the recurrent bias (zero where the recipe has none):
+
+       - lstm: i, f, g, o = W x + b + U h + r; c' = sigma(f) c + sigma(i) tanh(g);
+         h' = sigma(o) tanh(c')
+       - gru (cuDNN's: reset after the product): r, z, n with
+         n = tanh(W_n x + b_n + sigma(r) (U_n h + r_n)); h' = (1 - sigma(z)) n + sigma(z) h
+       - rnn_tanh, rnn_relu: h' = tanh or relu (W x + b + U h + r)
+
+       With `recurrent_dropout`, U multiplies h after units of it are dropped, the same for all
+       gates and all time steps of the window (Gal and Ghahramani 2016, arXiv:1512.05287); h itself
+       is carried whole.
+    3. v_t is the last layer's (dropped) output. With K = `mixtures` > 0 (Yang et al. 2018,
+       arXiv:1711.03953): K latents tanh(W_k v_t + b_k), each dropped with `latent_dropout`, take
+       its place, and the prior over them is softmax(P v_t), without bias.
+    4. Behind `softmax.projection`, where there is one, logits are the output matrix times v_t, or
+       times each latent, plus the bias; log-probabilities are log sum_k prior_k softmax_k, in log
+       space throughout.
+
+    What is dropped becomes 0 and what is kept is divided by the probability of keeping it. Masks
+    are drawn anew for every training step; with `dropout_kind: locked` those of units and latents
+    are the same at all time steps of the window.
+
+    Weights that `kept_weights` leaves out are zero from the start and stay so: their gradients
+    are zero, and are no part of any norm.
+
+    Parameters have canonical names and shapes, whatever the framework stores; see
+    `parameter_shapes`.
 
     Everything random after the initial draw is a function of (seed, `self.step`) alone, so that a
     run restored from a snapshot repeats the uninterrupted one.
@@ -189,7 +238,8 @@ class Backend(abc.ABC):
         """All that a resumed run needs, as arrays of its own.
 
         Each `parameter.{name}`, each slot of the optimizer as `optimizer.{slot}.{name}` (see
-        `OPTIMIZER_SLOTS`) in the parameter's canonical shape, `step` and `state`.
+        `OPTIMIZER_SLOTS`) in the parameter's canonical shape, `step`, and the recurrent state of
+        all devices together as `state_names` has it, each [global batch, width].
         """
 
     @abc.abstractmethod
@@ -215,32 +265,103 @@ class Backend(abc.ABC):
 def parameter_shapes(recipe: Recipe, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
     """Canonical names and shapes, in canonical order.
 
-    `embedding` [vocabulary, embedding]; for each layer l from 0, `rnn.{l}.input`
-    [inputs, 4 hidden], `rnn.{l}.recurrent` [hidden, 4 hidden] and `rnn.{l}.bias` [4 hidden], with
-    the gates in the order input, forget, candidate, output; `softmax.weight` [vocabulary, hidden]
-    and `softmax.bias` [vocabulary].
+    - `embedding` [vocabulary, embedding]
+    - for each layer l from 0, with its gates side by side in the order of `GATES`:
+      `rnn.{l}.input` [inputs, gates x width], `rnn.{l}.recurrent` [width, gates x width],
+      `rnn.{l}.bias` [gates x width], and with `recurrent_bias` `rnn.{l}.recurrent_bias`
+    - with mixtures: `latent.weight` [width, mixtures x latent] and `latent.bias`, one mixture after
+      the other, and `prior.weight` [width, mixtures]
+    - `softmax.projection` [width or latent, rank], where the output matrix is factorised, or tied
+      to an embedding of another width
+    - `softmax.weight` [vocabulary, width, latent or rank], unless the embedding is in its place
+    - `softmax.bias` [vocabulary], if the recipe has one
     """
     shapes: dict[str, tuple[int, ...]] = {"embedding": (vocabulary_size, recipe.embedding_size)}
     inputs = recipe.embedding_size
-    for layer in range(recipe.layers):
-        shapes[f"rnn.{layer}.input"] = (inputs, 4 * recipe.hidden_size)
-        shapes[f"rnn.{layer}.recurrent"] = (recipe.hidden_size, 4 * recipe.hidden_size)
-        shapes[f"rnn.{layer}.bias"] = (4 * recipe.hidden_size,)
-        inputs = recipe.hidden_size
-    shapes["softmax.weight"] = (vocabulary_size, recipe.hidden_size)
-    shapes["softmax.bias"] = (vocabulary_size,)
+    for layer, width in enumerate(recipe.widths):
+        gates = len(GATES[recipe.cell]) * width
+        shapes[f"rnn.{layer}.input"] = (inputs, gates)
+        shapes[f"rnn.{layer}.recurrent"] = (width, gates)
+        shapes[f"rnn.{layer}.bias"] = (gates,)
+        if recipe.recurrent_bias:
+            shapes[f"rnn.{layer}.recurrent_bias"] = (gates,)
+        inputs = width
+    features = inputs
+    if recipe.mixtures:
+        features = inputs if recipe.latent_size is None else recipe.latent_size
+        shapes["latent.weight"] = (inputs, recipe.mixtures * features)
+        shapes["latent.bias"] = (recipe.mixtures * features,)
+        shapes["prior.weight"] = (inputs, recipe.mixtures)
+    rank = recipe.embedding_size if recipe.tie_weights else recipe.output_rank
+    if recipe.output_rank is not None or (recipe.tie_weights and rank != features):
+        assert rank is not None
+        shapes["softmax.projection"] = (features, rank)
+        features = rank
+    if not recipe.tie_weights:
+        shapes["softmax.weight"] = (vocabulary_size, features)
+    if recipe.softmax_bias:
+        shapes["softmax.bias"] = (vocabulary_size,)
     return shapes
+
+
+def state_names(recipe: Recipe) -> dict[str, int]:
+    """The arrays of a snapshot's recurrent state and the width of each: `state.{layer}.h` of every
+    layer, each followed by `state.{layer}.c` in an LSTM.
+    """
+    kinds = ("h", "c") if recipe.cell == "lstm" else ("h",)
+    return {f"state.{n}.{k}": width for n, width in enumerate(recipe.widths) for k in kinds}
+
+
+def kept_count(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
+    """Trainable numbers in the parameter of that canonical name and shape."""
+    count = math.prod(shape)
+    if recipe.kept_weights == 1 or name.rpartition(".")[2] not in ("input", "recurrent"):
+        return count
+    gates = len(GATES[recipe.cell])
+    return gates * max(round(recipe.kept_weights * count / gates), 1)
 
 
 def parameter_count(recipe: Recipe, vocabulary_size: int) -> int:
     """Number of trainable numbers in the model."""
-    return sum(int(np.prod(s)) for s in parameter_shapes(recipe, vocabulary_size).values())
+    shapes = parameter_shapes(recipe, vocabulary_size)
+    return sum(kept_count(recipe, name, shape) for name, shape in shapes.items())
+
+
+def kept_weights(
+    recipe: Recipe, vocabulary_size: int, seed: int
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which weights a sparse model has, for every `rnn.{l}.input` and `rnn.{l}.recurrent`.
+
+    Exactly `kept_count` of them, as many in each gate's matrix, a function of (recipe's shapes,
+    seed) alone and so the same in every framework. Empty for a dense model.
+    """
+    masks: dict[str, npt.NDArray[np.bool_]] = {}
+    if recipe.kept_weights == 1:
+        return masks
+    gates = len(GATES[recipe.cell])
+    rng = np.random.default_rng([seed, KEPT_WEIGHTS_STREAM])
+    for name, shape in parameter_shapes(recipe, vocabulary_size).items():
+        if name.rpartition(".")[2] not in ("input", "recurrent"):
+            continue
+        count = kept_count(recipe, name, shape) // gates
+        gate_masks = []
+        for _ in range(gates):
+            # rng.random is the one draw that every NumPy version gives alike
+            order = np.argsort(rng.random(math.prod(shape) // gates), kind="stable")
+            gate_mask = np.zeros(len(order), np.bool_)
+            gate_mask[order[:count]] = True
+            gate_masks.append(gate_mask.reshape(shape[0], shape[1] // gates))
+        masks[name] = np.concatenate(gate_masks, axis=1)
+    return masks
 
 
 def check_parameters(
     parameters: Mapping[str, npt.NDArray[Any]], recipe: Recipe, vocabulary_size: int
 ) -> None:
-    """Raise ValueError unless `parameters` has exactly the canonical names and shapes."""
+    """Raise ValueError unless `parameters` has exactly the canonical names and shapes.
+
+    Weights that the recipe leaves out may be anything: a backend holds them at zero.
+    """
     expected = parameter_shapes(recipe, vocabulary_size)
     if missing := sorted(expected.keys() - parameters.keys()):
         raise ValueError(f"parameters lack {', '.join(missing)}")

@@ -1,17 +1,17 @@
 """The model in float64 NumPy, forward and backward, written to be read.
 
 Every framework is tested against it. It is not a framework: nothing is timed with it, and it
-takes any number of devices as one.
+takes any number of devices as one. What it computes is in `Backend`'s docstring.
 
-Notation: x_t is the input of a layer at time t, h and c its output and cell state, z its gates'
-pre-activations; d_a is the derivative of the objective with respect to a.
+Notation: x_t is the input of a layer at time t, h its output, c its cell state, z its gates before
+their non-linearities; d_a is the derivative of the objective with respect to a.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,10 @@ from ptbench.backends.contract import (
     Tokens,
     TrainStep,
     check_parameters,
+    kept_weights,
     objective_divisor,
     parameter_shapes,
+    state_names,
 )
 from ptbench.training.initialization import draw_parameters
 
@@ -39,73 +41,214 @@ def sigmoid(x: Array) -> Array:
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
+def log_sum_exp(x: Array, axis: int) -> Array:
+    """log sum exp over an axis, which is kept."""
+    largest = x.max(axis=axis, keepdims=True)
+    return largest + np.log(np.exp(x - largest).sum(axis=axis, keepdims=True))
+
+
 def log_softmax(logits: Array) -> Array:
-    """Log-probabilities over the last axis, by log-sum-exp."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    """Log-probabilities over the last axis."""
+    return logits - log_sum_exp(logits, axis=-1)
+
+
+class CellStep(NamedTuple):
+    """A cell after one time step, and what its derivative needs, all [batch, ...]."""
+
+    h: Array
+    c: Array
+    gates: Array  # [batch, gates x width], after their non-linearities
+
+
+class CellDerivative(NamedTuple):
+    """Derivatives with respect to what a time step took, all [batch, ...]."""
+
+    z_input: Array  # the part of the gates that comes from the layer's input
+    z_recurrent: Array  # and that which comes from the previous output, through the weights
+    h: Array  # the previous output, past the weights
+    c: Array
+
+
+class Lstm:
+    """Gates input, forget, candidate, output."""
+
+    @staticmethod
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+        i, f, g, o = np.split(z_input + z_recurrent, 4, axis=-1)
+        i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
+        c = f * c + i * g
+        return CellStep(o * np.tanh(c), c, np.concatenate([i, f, g, o], axis=-1))
+
+    @staticmethod
+    def backward(
+        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> CellDerivative:
+        i, f, g, o = np.split(step.gates, 4, axis=-1)
+        tanh_c = np.tanh(step.c)
+        d_c = d_c + d_h * o * (1 - tanh_c**2)
+        d_z = np.concatenate(
+            [
+                d_c * g * i * (1 - i),
+                d_c * c * f * (1 - f),
+                d_c * i * (1 - g**2),
+                d_h * tanh_c * o * (1 - o),
+            ],
+            axis=-1,
+        )
+        return CellDerivative(d_z, d_z, np.zeros_like(h), d_c * f)
+
+
+class Gru:
+    """Gates reset, update, candidate; the candidate's recurrent part is reset after its product."""
+
+    @staticmethod
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+        x_r, x_z, x_n = np.split(z_input, 3, axis=-1)
+        u_r, u_z, u_n = np.split(z_recurrent, 3, axis=-1)
+        r, z = sigmoid(x_r + u_r), sigmoid(x_z + u_z)
+        n = np.tanh(x_n + r * u_n)
+        return CellStep((1 - z) * n + z * h, c, np.concatenate([r, z, n], axis=-1))
+
+    @staticmethod
+    def backward(
+        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> CellDerivative:
+        r, z, n = np.split(step.gates, 3, axis=-1)
+        u_n = np.split(z_recurrent, 3, axis=-1)[2]
+        d_n = d_h * (1 - z) * (1 - n**2)
+        d_r = d_n * u_n * r * (1 - r)
+        d_z = d_h * (h - n) * z * (1 - z)
+        return CellDerivative(
+            np.concatenate([d_r, d_z, d_n], axis=-1),
+            np.concatenate([d_r, d_z, d_n * r], axis=-1),
+            d_h * z,
+            d_c,
+        )
+
+
+class RnnTanh:
+    """The simple recurrent cell of Elman (1990)."""
+
+    @staticmethod
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+        h = np.tanh(z_input + z_recurrent)
+        return CellStep(h, c, h)
+
+    @staticmethod
+    def backward(
+        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> CellDerivative:
+        d_z = d_h * (1 - step.h**2)
+        return CellDerivative(d_z, d_z, np.zeros_like(h), d_c)
+
+
+class RnnRelu:
+    """The same with rectified units."""
+
+    @staticmethod
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+        h = np.maximum(z_input + z_recurrent, 0.0)
+        return CellStep(h, c, h)
+
+    @staticmethod
+    def backward(
+        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> CellDerivative:
+        d_z = d_h * (step.h > 0)
+        return CellDerivative(d_z, d_z, np.zeros_like(h), d_c)
+
+
+CELLS = {"lstm": Lstm, "gru": Gru, "rnn_tanh": RnnTanh, "rnn_relu": RnnRelu}
+
+
+@dataclass
+class Layer:
+    """One recurrent layer: its cell, its weights, and the mask of its previous output."""
+
+    cell: Any  # one of CELLS
+    w: Array  # [inputs, gates x width]
+    u: Array  # [width, gates x width]
+    b: Array  # [gates x width]
+    r: Array  # [gates x width]
+    mask: Array  # [batch, width], or 1
+
+    def forward(self, x: Array, h0: Array, c0: Array) -> LayerTrace:
+        """Args: x: [time, batch, inputs]; h0, c0: [batch, width]."""
+        h, c, steps, recurrent = [h0], [c0], [], []
+        for z_input in x @ self.w + self.b:
+            z_recurrent = (h[-1] * self.mask) @ self.u + self.r
+            step = self.cell.forward(z_input, z_recurrent, h[-1], c[-1])
+            h.append(step.h)
+            c.append(step.c)
+            steps.append(step)
+            recurrent.append(z_recurrent)
+        return LayerTrace(x, np.stack(h), np.stack(c), steps, recurrent)
+
+    def backward(self, trace: LayerTrace, d_out: Array) -> tuple[Array, dict[str, Array]]:
+        """Derivatives with respect to x and each parameter, given those of the outputs.
+
+        Truncated: nothing flows into the initial state, nor from any later window.
+        """
+        d_h, d_c = np.zeros_like(trace.h[0]), np.zeros_like(trace.c[0])
+        d_input, d_recurrent = [], []
+        for t in reversed(range(len(trace.x))):
+            d = self.cell.backward(
+                trace.steps[t], trace.recurrent[t], trace.h[t], trace.c[t], d_out[t] + d_h, d_c
+            )
+            d_h, d_c = d.h + (d.z_recurrent @ self.u.T) * self.mask, d.c
+            d_input.append(d.z_input)
+            d_recurrent.append(d.z_recurrent)
+        d_z_input, d_z_recurrent = np.stack(d_input[::-1]), np.stack(d_recurrent[::-1])
+        d_parameters = {
+            "input": np.einsum("tbi,tbj->ij", trace.x, d_z_input),
+            "recurrent": np.einsum("tbi,tbj->ij", trace.h[:-1] * self.mask, d_z_recurrent),
+            "bias": d_z_input.sum(axis=(0, 1)),
+            "recurrent_bias": d_z_recurrent.sum(axis=(0, 1)),
+        }
+        return d_z_input @ self.w.T, d_parameters
 
 
 @dataclass
 class LayerTrace:
-    """What the backward pass of one LSTM layer needs of its forward pass, [time, batch, ...]."""
+    """What the backward pass of a layer needs of its forward pass."""
 
-    x: Array
-    h: Array  # [time + 1, batch, hidden], the initial state first
-    c: Array  # [time + 1, batch, hidden], the initial state first
-    gates: Array  # [time, batch, 4 hidden], after their non-linearities
-
-
-def lstm_forward(x: Array, w: Array, u: Array, b: Array, h0: Array, c0: Array) -> LayerTrace:
-    """One LSTM layer (Zaremba et al. 2014, equation 3): gates z_t = x_t w + h_(t-1) u + b.
-
-    Args:
-        x: [time, batch, inputs].
-        w: [inputs, 4 hidden].
-        u: [hidden, 4 hidden].
-        b: [4 hidden].
-        h0: [batch, hidden].
-        c0: [batch, hidden].
-    """
-    steps = len(x)
-    h, c = np.stack([h0] * (steps + 1)), np.stack([c0] * (steps + 1))
-    gates = x @ w + b
-    for t in range(steps):
-        z = gates[t] + h[t] @ u
-        i, f, g, o = np.split(z, 4, axis=-1)
-        i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
-        c[t + 1] = f * c[t] + i * g
-        h[t + 1] = o * np.tanh(c[t + 1])
-        gates[t] = np.concatenate([i, f, g, o], axis=-1)
-    return LayerTrace(x, h, c, gates)
+    x: Array  # [time, batch, inputs]
+    h: Array  # [time + 1, batch, width], the initial state first
+    c: Array  # [time + 1, batch, width]
+    steps: list[CellStep]
+    recurrent: list[Array]  # [batch, gates x width] at each time
 
 
-def lstm_backward(trace: LayerTrace, w: Array, u: Array, d_h: Array) -> tuple[Array, ...]:
-    """Derivatives with respect to x, w, u and b, given those of the outputs, d_h.
+@dataclass
+class Masks:
+    """What dropout multiplies by: 0, or 1 / keep probability; 1 where nothing is dropped."""
 
-    Truncated: nothing flows into the initial state, nor from any later window.
-    """
-    d_z = np.empty_like(trace.gates)
-    d_h_next = np.zeros_like(trace.h[0])
-    d_c_next = np.zeros_like(trace.c[0])
-    for t in reversed(range(len(trace.x))):
-        i, f, g, o = np.split(trace.gates[t], 4, axis=-1)
-        tanh_c = np.tanh(trace.c[t + 1])
-        d_h_t = d_h[t] + d_h_next
-        d_c = d_c_next + d_h_t * o * (1 - tanh_c**2)
-        d_z[t] = np.concatenate(
-            [
-                d_c * g * i * (1 - i),
-                d_c * trace.c[t] * f * (1 - f),
-                d_c * i * (1 - g**2),
-                d_h_t * tanh_c * o * (1 - o),
-            ],
-            axis=-1,
-        )
-        d_h_next = d_z[t] @ u.T
-        d_c_next = d_c * f
-    d_w = np.einsum("tbi,tbj->ij", trace.x, d_z)
-    d_u = np.einsum("tbi,tbj->ij", trace.h[:-1], d_z)
-    return d_z @ w.T, d_w, d_u, d_z.sum(axis=(0, 1))
+    words: Array  # [vocabulary, 1]
+    units: list[Array]  # of the embedding's output and each layer's, [time or 1, batch, width]
+    recurrent: list[Array]  # of each layer's previous output, [batch, width]
+    latents: Array  # [time or 1, batch, mixtures, latent]
+
+    @classmethod
+    def none(cls, layers: int) -> Masks:
+        one = np.ones(1)
+        return cls(one, [one] * (layers + 1), [one] * layers, one)
+
+
+@dataclass
+class Forward:
+    """Log-probabilities of every next word, and what the backward pass needs."""
+
+    inputs: Tokens
+    layers: list[Layer]
+    traces: list[LayerTrace]
+    top: Array  # [time, batch, width], the last layer's output, dropped
+    latents: Array  # [time, batch, mixtures, latent], before dropout; empty without mixtures
+    features: Array  # [time, batch, mixtures or 1, features], before any projection
+    projected: Array  # [time, batch, mixtures or 1, rank]
+    log_prior: Array  # [time, batch, mixtures or 1]
+    log_components: Array  # [time, batch, mixtures or 1, vocabulary]
+    log_probabilities: Array  # [time, batch, vocabulary]
+    state: dict[str, Array]
 
 
 class NumpyOracle(Backend):
@@ -117,6 +260,7 @@ class NumpyOracle(Backend):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.kept = kept_weights(self.recipe, self.vocabulary_size, self.seed)
         self.load_parameters(draw_parameters(self.recipe, self.vocabulary_size, self.seed))
         self.slots: dict[str, dict[str, Array]] = {
             slot: {name: np.zeros_like(p) for name, p in self.p.items()}
@@ -129,74 +273,136 @@ class NumpyOracle(Backend):
     def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
         check_parameters(parameters, self.recipe, self.vocabulary_size)
         names = parameter_shapes(self.recipe, self.vocabulary_size)
-        self.p: dict[str, Array] = {name: parameters[name].astype(np.float64) for name in names}
+        self.p: dict[str, Array] = {
+            name: parameters[name].astype(np.float64) * self.kept.get(name, True) for name in names
+        }
 
     def initial_state(self, batch_size: int, training: bool) -> State:  # noqa: ARG002
-        # [layer, (h, c), batch, hidden]
-        return np.zeros((self.recipe.layers, 2, batch_size, self.recipe.hidden_size))
+        return {n: np.zeros((batch_size, width)) for n, width in state_names(self.recipe).items()}
 
-    def dropout_masks(self, steps: int, batch_size: int) -> list[Array]:
-        """Multipliers of the embedding's and each layer's output: 0, or 1 / keep probability."""
-        rng, keep = np.random.default_rng([self.seed, self.step]), 1 - self.recipe.dropout
-        widths = [self.recipe.embedding_size] + [self.recipe.hidden_size] * self.recipe.layers
-        return [(rng.random((steps, batch_size, n)) < keep) / keep for n in widths]
+    def dropout_masks(self, steps: int, batch_size: int) -> Masks:
+        """What the next training step drops."""
+        recipe, rng = self.recipe, np.random.default_rng([self.seed, self.step])
+        times = 1 if recipe.dropout_kind == "locked" else steps
+        inputs_and_layers = (recipe.embedding_size, *recipe.widths)
 
-    def forward(
-        self, inputs: Tokens, state: Array, masks: list[Array] | None
-    ) -> tuple[Array, list[LayerTrace], Array, Array]:
-        """Log-probabilities, each layer's trace, the softmax's input, and the final state."""
-        x = self.p["embedding"][inputs]
-        if masks:
-            x = x * masks[0]
-        traces, final = [], np.empty_like(state)
-        for layer in range(self.recipe.layers):
-            weights = [self.p[f"rnn.{layer}.{kind}"] for kind in ("input", "recurrent", "bias")]
-            trace = lstm_forward(x, *weights, *state[layer])
+        def mask(rate: float, *shape: int) -> Array:
+            return (rng.random(shape) >= rate) / (1 - rate)
+
+        latent = recipe.latent_size or recipe.widths[-1]
+        return Masks(
+            words=mask(recipe.word_dropout, self.vocabulary_size, 1),
+            units=[
+                mask(rate, times, batch_size, width)
+                for rate, width in zip(recipe.unit_dropout, inputs_and_layers, strict=True)
+            ],
+            recurrent=[mask(recipe.recurrent_dropout, batch_size, n) for n in recipe.widths],
+            latents=mask(recipe.latent_dropout, times, batch_size, recipe.mixtures, latent),
+        )
+
+    def forward(self, inputs: Tokens, state: dict[str, Array], masks: Masks) -> Forward:
+        p, recipe = self.p, self.recipe
+        x = (p["embedding"] * masks.words)[inputs] * masks.units[0]
+        layers, traces, final = [], [], {}
+        for index in range(recipe.layers):
+            name = f"rnn.{index}"
+            w, u, b = (p[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
+            r = p.get(f"{name}.recurrent_bias", np.zeros_like(b))
+            layer = Layer(CELLS[recipe.cell], w, u, b, r, masks.recurrent[index])
+            h0 = state[f"state.{index}.h"]
+            trace = layer.forward(x, h0, state.get(f"state.{index}.c", np.zeros_like(h0)))
+            layers.append(layer)
             traces.append(trace)
-            final[layer] = trace.h[-1], trace.c[-1]
-            x = trace.h[1:] * masks[layer + 1] if masks else trace.h[1:]
-        logits = x @ self.p["softmax.weight"].T + self.p["softmax.bias"]
-        return log_softmax(logits), traces, x, final
+            final[f"state.{index}.h"] = trace.h[-1]
+            if recipe.cell == "lstm":
+                final[f"state.{index}.c"] = trace.c[-1]
+            x = trace.h[1:] * masks.units[index + 1]
+
+        features, latents = x[:, :, None], np.empty(0)
+        log_prior = np.zeros((*inputs.shape, 1))
+        if recipe.mixtures:
+            latents = np.tanh(x @ p["latent.weight"] + p["latent.bias"])
+            latents = latents.reshape(*inputs.shape, recipe.mixtures, -1)
+            features = latents * masks.latents
+            log_prior = log_softmax(x @ p["prior.weight"])
+        projected = features
+        if "softmax.projection" in p:
+            projected = features @ p["softmax.projection"]
+        logits = projected @ self.output_matrix.T + p.get("softmax.bias", 0.0)
+        log_components = log_softmax(logits)
+        log_p = log_sum_exp(log_prior[..., None] + log_components, axis=2)[:, :, 0]
+        return Forward(
+            inputs, layers, traces, x, latents, features, projected, log_prior, log_components,
+            log_p, final,
+        )  # fmt: skip
+
+    @property
+    def output_matrix(self) -> Array:
+        """[vocabulary, features]."""
+        return self.p["embedding" if self.recipe.tie_weights else "softmax.weight"]
 
     def backward(
-        self,
-        inputs: Tokens,
-        d_logits: Array,
-        traces: list[LayerTrace],
-        top: Array,
-        masks: list[Array] | None,
+        self, forward: Forward, targets: Tokens, weights: Array, masks: Masks
     ) -> dict[str, Array]:
-        """The objective's gradient for every parameter, from that for the logits."""
-        d: dict[str, Array] = {}
-        d["softmax.weight"] = np.einsum("tbv,tbh->vh", d_logits, top)
-        d["softmax.bias"] = d_logits.sum(axis=(0, 1))
-        d_x = d_logits @ self.p["softmax.weight"]
-        for layer in reversed(range(self.recipe.layers)):
-            d_h = d_x * masks[layer + 1] if masks else d_x
-            w, u = self.p[f"rnn.{layer}.input"], self.p[f"rnn.{layer}.recurrent"]
-            d_x, d_w, d_u, d_b = lstm_backward(traces[layer], w, u, d_h)
-            d[f"rnn.{layer}.input"] = d_w
-            d[f"rnn.{layer}.recurrent"] = d_u
-            d[f"rnn.{layer}.bias"] = d_b
-        if masks:
-            d_x = d_x * masks[0]
-        d["embedding"] = np.zeros_like(self.p["embedding"])
-        np.add.at(d["embedding"], inputs, d_x)
-        return {name: d[name] for name in self.p}
+        """Every parameter's gradient of the sum of weights [time, batch] times each target's nll.
+
+        The posterior of mixture k is the share of the target's probability that it gives. By the
+        chain rule, d nll / d logits_k = posterior_k (softmax_k - one_hot(target)), and
+        d nll / d prior's logits = prior - posterior.
+        """
+        p, recipe = self.p, self.recipe
+        d = {name: np.zeros_like(value) for name, value in p.items()}
+        at_target = np.take_along_axis(forward.log_components, targets[..., None, None], axis=-1)
+        log_joint = forward.log_prior + at_target[..., 0]
+        posterior = np.exp(log_joint - log_sum_exp(log_joint, axis=-1))
+        d_logits = np.exp(forward.log_components)
+        time, batch = np.indices(targets.shape)
+        d_logits[time, batch, :, targets] -= 1.0
+        d_logits *= (weights[..., None] * posterior)[..., None]
+
+        output = "embedding" if recipe.tie_weights else "softmax.weight"
+        d[output] += np.einsum("tbkv,tbkf->vf", d_logits, forward.projected)
+        if "softmax.bias" in p:
+            d["softmax.bias"] = d_logits.sum(axis=(0, 1, 2))
+        d_features = d_logits @ self.output_matrix
+        if "softmax.projection" in p:
+            d["softmax.projection"] = np.einsum("tbkf,tbkr->fr", forward.features, d_features)
+            d_features = d_features @ p["softmax.projection"].T
+        if recipe.mixtures:
+            d_latents = d_features * masks.latents * (1 - forward.latents**2)
+            d_latents = d_latents.reshape(*targets.shape, -1)
+            d_prior = weights[..., None] * (np.exp(forward.log_prior) - posterior)
+            d["latent.weight"] = np.einsum("tbi,tbj->ij", forward.top, d_latents)
+            d["latent.bias"] = d_latents.sum(axis=(0, 1))
+            d["prior.weight"] = np.einsum("tbi,tbk->ik", forward.top, d_prior)
+            d_x = d_latents @ p["latent.weight"].T + d_prior @ p["prior.weight"].T
+        else:
+            d_x = d_features[:, :, 0]
+
+        for index in reversed(range(recipe.layers)):
+            d_out = d_x * masks.units[index + 1]
+            d_x, d_layer = forward.layers[index].backward(forward.traces[index], d_out)
+            for kind, value in d_layer.items():
+                if (name := f"rnn.{index}.{kind}") in p:
+                    d[name] = value * self.kept.get(name, True)
+        d_rows = np.zeros_like(p["embedding"])
+        np.add.at(d_rows, forward.inputs, d_x * masks.units[0])
+        d["embedding"] += d_rows * masks.words
+        return d
 
     def loss_and_gradients(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: Array
-    ) -> tuple[float, dict[str, Array], Array]:
+        self, inputs: Tokens, targets: Tokens, mask: Mask, state: dict[str, Array]
+    ) -> tuple[float, dict[str, Array], dict[str, Array]]:
         """Summed nll, float64 gradient of the objective, and the final state."""
-        masks = self.dropout_masks(*inputs.shape) if self.recipe.dropout else None
-        log_p, traces, top, final = self.forward(inputs, state, masks)
-        target_log_p = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-        # d nll / d logits = softmax(logits) - one_hot(target)
-        d_logits = np.exp(log_p)
-        d_logits[(*np.indices(targets.shape), targets)] -= 1.0
-        d_logits *= mask[..., None].astype(np.float64) / objective_divisor(self.recipe, mask)
-        gradients = self.backward(inputs, d_logits, traces, top, masks)
-        return float(-(target_log_p * mask).sum()), gradients, final
+        masks = self.dropout_masks(*inputs.shape) if self.recipe.drops else self.no_masks
+        forward = self.forward(inputs, state, masks)
+        weights = mask.astype(np.float64) / objective_divisor(self.recipe, mask)
+        gradients = self.backward(forward, targets, weights, masks)
+        return summed_nll(forward, targets, mask), gradients, forward.state
+
+    @property
+    def no_masks(self) -> Masks:
+        return Masks.none(self.recipe.layers)
 
     def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
         _, gradients, _ = self.loss_and_gradients(inputs, targets, mask, state)
@@ -235,21 +441,21 @@ class NumpyOracle(Backend):
     def evaluate_step(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
     ) -> EvaluateStep:
-        log_p, _, _, final = self.forward(inputs, state, None)
-        target_log_p = np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-        return EvaluateStep(float(-(target_log_p * mask).sum()), final)
+        forward = self.forward(inputs, state, self.no_masks)
+        return EvaluateStep(summed_nll(forward, targets, mask), forward.state)
 
     def next_token_log_probabilities(
         self, inputs: Tokens, state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
-        log_p, _, _, final = self.forward(inputs, state, None)
-        return log_p.astype(np.float32), final
+        forward = self.forward(inputs, state, self.no_masks)
+        return forward.log_probabilities.astype(np.float32), forward.state
 
     def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
         saved: dict[str, npt.NDArray[Any]] = {f"parameter.{n}": p.copy() for n, p in self.p.items()}
         for slot, arrays in self.slots.items():
             saved |= {f"optimizer.{slot}.{name}": a.copy() for name, a in arrays.items()}
-        return {**saved, "step": np.array(self.step), "state": np.array(state)}
+        saved |= {name: array.copy() for name, array in state.items()}
+        return {**saved, "step": np.array(self.step)}
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
         self.p = {name: snapshot[f"parameter.{name}"].copy() for name in self.p}
@@ -258,10 +464,16 @@ class NumpyOracle(Backend):
             for slot in self.slots
         }
         self.step = int(snapshot["step"])
-        return snapshot["state"].copy()
+        return {name: snapshot[name].copy() for name in state_names(self.recipe)}
 
     def synchronize(self) -> None:
         pass
 
     def device_names(self) -> list[str]:
         return [f"numpy:{r}" for r in range(self.devices)]
+
+
+def summed_nll(forward: Forward, targets: Tokens, mask: Mask) -> float:
+    """Negative log-likelihood of the real tokens [nats]."""
+    log_p = np.take_along_axis(forward.log_probabilities, targets[..., None], axis=-1)[..., 0]
+    return float(-(log_p * mask).sum())

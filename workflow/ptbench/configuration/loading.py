@@ -29,6 +29,7 @@ from ptbench.configuration.corpora import (
 )
 from ptbench.configuration.models import (
     FRAMEWORKS,
+    KERNELS,
     Accelerator,
     Cell,
     Framework,
@@ -330,6 +331,14 @@ def grid(
             raise ConfigurationError(
                 f"experiment {name}: devices: {specification.variant}: {error}"
             ) from error
+    for specification, framework in itertools.product(variants, frameworks):
+        kernel = specification.recipe.kernel
+        if kernel not in KERNELS[framework]:
+            having = ", ".join(f for f in FRAMEWORKS if kernel in KERNELS[f])
+            raise ConfigurationError(
+                f"experiment {name}: frameworks: {specification.variant} has kernel={kernel}, "
+                f"which {framework} does not have; it is in {having}"
+            )
     cells = itertools.product(
         dict.fromkeys(v.variant for v in variants), frameworks, devices, seeds
     )

@@ -18,7 +18,17 @@ PROTOCOL = 1
 
 Framework = Literal["pytorch", "tensorflow", "keras", "mxnet", "jax"]
 Accelerator = Literal["cpu", "cuda"]
+Kernel = Literal["fused", "cell", "block", "sparse"]
 FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
+
+# Kernels that each framework has for its LSTM; only fused and cell are for other cells too.
+KERNELS: dict[Framework, tuple[Kernel, ...]] = {
+    "pytorch": ("fused", "cell", "sparse"),
+    "tensorflow": ("fused", "cell", "block", "sparse"),
+    "keras": ("fused", "cell", "sparse"),
+    "mxnet": ("fused", "cell", "sparse"),
+    "jax": ("fused", "cell", "sparse"),
+}
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
@@ -73,25 +83,114 @@ class Recipe(Model):
         1, ge=1, description="Parallel streams in which the test split is read [sequences]."
     )
 
-    cell: Literal["lstm"] = Field("lstm", description="Kind of recurrent cell.")
+    cell: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = Field(
+        "lstm", description="Kind of recurrent cell."
+    )
+    kernel: Kernel = Field(
+        "fused",
+        description="How recurrent layers are computed. fused: the framework's own layer (cuDNN, "
+        "oneDNN); cell: explicit time steps; block: TensorFlow's BlockLSTM; sparse: products "
+        "with the kept weights alone.",
+    )
+    implementation: Literal["stock", "tuned"] = Field(
+        "stock",
+        description="stock: the framework's layers as its documentation would have them written; "
+        "tuned: the fastest that its public means allow.",
+    )
     layers: int = Field(2, ge=1, le=64, description="Recurrent layers.")
     embedding_size: int = Field(200, ge=1, description="Width of the word embedding [units].")
     hidden_size: int = Field(200, ge=1, description="Width of every recurrent layer [units].")
+    last_hidden_size: int | None = Field(
+        None, ge=1, description="Width of the last recurrent layer [units]; null: hidden_size."
+    )
+    recurrent_bias: bool = Field(
+        False,
+        description="A second bias vector in every layer, added to the recurrent product (cuDNN).",
+    )
+    kept_weights: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of every gate matrix's weights that exist; the others are zero for "
+        "good. Which ones is drawn at random from the seed (SparseLang).",
+    )
+
+    mixtures: int = Field(
+        0, ge=0, le=1000, description="Softmaxes that are mixed (MoS); 0: the plain softmax."
+    )
+    latent_size: int | None = Field(
+        None,
+        ge=1,
+        description="Width of each mixture's latent [units]; null: that of the last layer. "
+        "Without mixtures there are no latents.",
+    )
+    tie_weights: bool = Field(
+        False,
+        description="The output matrix is the embedding, behind a projection where widths differ.",
+    )
+    output_rank: int | None = Field(
+        None, ge=1, description="The output matrix is a product of this rank; null: one matrix."
+    )
+    softmax_bias: bool = Field(True, description="A bias for every word at the output.")
+
     dropout: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="Probability of dropping a unit of the embedding's and each layer's output.",
     )
+    input_dropout: float | None = Field(
+        None, ge=0, lt=1, description="The same of the embedding's output alone; null: dropout."
+    )
+    hidden_dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="The same of the output of every layer but the last; null: dropout.",
+    )
+    output_dropout: float | None = Field(
+        None, ge=0, lt=1, description="The same of the last layer's output; null: dropout."
+    )
+    latent_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability of dropping a unit of a mixture's latent."
+    )
+    word_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropping a word's whole row of the embedding for a step.",
+    )
+    recurrent_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropping a unit of the previous output in the recurrent "
+        "product, the same at all time steps (Gal and Ghahramani).",
+    )
+    dropout_kind: Literal["per_step", "locked"] = Field(
+        "per_step",
+        description="Whether units and latents are dropped anew at every time step, or the same "
+        "ones at all time steps of a window (variational).",
+    )
+
     forget_bias: float = Field(
-        0.0, ge=-20, le=20, description="Initial bias of the forget gates; other biases start at 0."
+        0.0,
+        ge=-20,
+        le=20,
+        description="Initial bias of an LSTM's forget gates; other biases start at 0.",
     )
     initialization: Literal["shared", "native"] = Field(
         "shared",
         description="shared: drawn in NumPy, the same in every framework; native: by its own draw.",
     )
+    initialization_scheme: Literal["uniform", "keras_defaults", "framework_defaults"] = Field(
+        "uniform",
+        description="uniform: in ± initialization_scale; keras_defaults: embedding in ±0.05, "
+        "kernels Glorot-uniform, recurrent ones orthogonal, biases 0 but for forget_bias; "
+        "framework_defaults: as the framework's layers start by themselves (needs native).",
+    )
     initialization_scale: float = Field(
-        0.1, gt=0, le=10, description="Weights start uniform in ± this value."
+        0.1, gt=0, le=10, description="With uniform, weights start uniform in ± this value."
     )
 
     objective: Literal["sum_over_time", "mean_per_token"] = Field(
@@ -170,6 +269,51 @@ class Recipe(Model):
                 f"constant_epochs={self.constant_epochs} must not exceed epochs={self.epochs}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _model_is_whole(self) -> Self:
+        if self.kernel in ("block", "sparse") and self.cell != "lstm":
+            raise ValueError(f"kernel={self.kernel} is for cell=lstm, not {self.cell}")
+        if self.kernel == "sparse" and self.kept_weights == 1:
+            raise ValueError("kernel=sparse needs kept_weights below 1")
+        if self.tie_weights and self.output_rank is not None:
+            raise ValueError(
+                "tie_weights and output_rank exclude each other: a tied output matrix is the "
+                "embedding, which has its own rank"
+            )
+        if self.initialization_scheme == "framework_defaults":
+            if self.initialization != "native":
+                raise ValueError(
+                    "initialization_scheme=framework_defaults needs initialization=native"
+                )
+            if self.forget_bias:
+                raise ValueError(
+                    "initialization_scheme=framework_defaults leaves the biases to the framework: "
+                    "forget_bias must be 0"
+                )
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of every recurrent layer [units]."""
+        last = self.hidden_size if self.last_hidden_size is None else self.last_hidden_size
+        return (self.hidden_size,) * (self.layers - 1) + (last,)
+
+    @property
+    def unit_dropout(self) -> tuple[float, ...]:
+        """Drop probability of the embedding's output and of each layer's."""
+
+        def rate(own: float | None) -> float:
+            return self.dropout if own is None else own
+
+        between = (rate(self.hidden_dropout),) * (self.layers - 1)
+        return (rate(self.input_dropout), *between, rate(self.output_dropout))
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything at random."""
+        latent = self.latent_dropout if self.mixtures else 0.0
+        return any((*self.unit_dropout, latent, self.word_dropout, self.recurrent_dropout))
 
     def global_batch_size(self, devices: int) -> int:
         """Sequences per training step over all `devices` together.

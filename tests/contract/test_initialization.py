@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
-from tests.support.problems import SUM, VOCABULARY, random_batch, same, train
+from tests.support.problems import SUM, VOCABULARY, random_batch, recipe, same, train
 from tests.support.remote import Backends
 
 from ptbench.backends.contract import Parameters
@@ -76,3 +76,41 @@ def test_every_replica_starts_from_the_parameters_that_are_reported(
     batch = random_batch(1)
     nll, _, _ = train(backend, [batch], [0.0])
     assert nll == pytest.approx(train(oracle, [batch], [0.0])[0], rel=1e-5)
+
+
+KERAS = recipe(initialization_scheme="keras_defaults", forget_bias=1, mixtures=2)
+OWN = recipe(initialization_scheme="framework_defaults", forget_bias=0)
+
+
+def test_keras_defaults_are_what_keras_documents(backends: Backends, framework: str) -> None:
+    parameters = backends.get(framework, KERAS).parameters()
+    limits = {"embedding": 0.05}
+    for name in ("rnn.0.input", "rnn.1.input", "latent.weight", "softmax.weight"):
+        limits[name] = np.sqrt(6 / sum(parameters[name].shape))
+    for name, limit in limits.items():
+        drawn = parameters[name].ravel().astype(np.float64)
+        uniform = stats.uniform(-limit, 2 * limit)
+        assert stats.kstest(drawn, uniform.cdf).pvalue > 1e-4, name
+    for layer in range(KERAS.layers):
+        recurrent = parameters[f"rnn.{layer}.recurrent"].astype(np.float64)
+        np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(KERAS.hidden_size), atol=1e-5)
+        gates = parameters[f"rnn.{layer}.bias"].reshape(4, KERAS.hidden_size)
+        assert [set(gate) for gate in gates] == [{0.0}, {1.0}, {0.0}, {0.0}]
+    assert not parameters["softmax.bias"].any()
+    assert not parameters["latent.bias"].any()
+
+
+def test_a_framework_s_own_defaults_depend_on_the_seed_and_train(
+    backends: Backends, framework: str
+) -> None:
+    if framework == "numpy":
+        pytest.skip("NumPy has no layers")
+    backend = backends.new(framework, OWN, seed=5)
+    parameters = backend.parameters()
+    assert same(backends.new(framework, OWN, seed=5).parameters(), parameters)
+    other = backends.new(framework, OWN, seed=6).parameters()
+    for name in ("embedding", "rnn.0.input", "rnn.0.recurrent", "softmax.weight"):
+        assert parameters[name].std() > 0
+        assert not np.array_equal(other[name], parameters[name]), name
+    nll, _, _ = train(backend, [random_batch(0, padding=0.0)] * 5, [1.0] * 5)
+    assert nll[-1] < nll[0]

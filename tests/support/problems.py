@@ -50,6 +50,46 @@ ADAM_DROPOUT = recipe(
 )
 RMSPROP_DROPOUT = recipe(optimizer="rmsprop", learning_rate=0.01, dropout=0.35, clip_norm=None)
 
+MOS: dict[str, Any] = {"mixtures": 3, "latent_size": 6}
+# Changes to `recipe` that make every kind of model, without dropout.
+MODELS: dict[str, dict[str, Any]] = {
+    "lstm": {},
+    "lstm, two biases": {"recurrent_bias": True},
+    "lstm, last layer wider": {"last_hidden_size": 20},
+    "gru": {"cell": "gru"},
+    "gru, two biases": {"cell": "gru", "recurrent_bias": True, "last_hidden_size": 8},
+    "rnn_tanh": {"cell": "rnn_tanh"},
+    "rnn_relu, two biases": {"cell": "rnn_relu", "recurrent_bias": True},
+    "sparse lstm": {"kept_weights": 0.3, "weight_decay": 0.1},
+    "sparse gru": {"kept_weights": 0.3, "cell": "gru"},
+    "tied": {"tie_weights": True, "last_hidden_size": 12, "softmax_bias": False},
+    "tied behind a projection": {"tie_weights": True},
+    "factorised": {"output_rank": 5},
+    "mixture": {"mixtures": 3},
+    "mixture, mean per token": MOS | {"objective": "mean_per_token", "clip_norm": 0.1},
+    "mixture, tied": MOS | {"latent_size": 12, "tie_weights": True, "softmax_bias": False},
+    "mixture, tied behind a projection": MOS | {"tie_weights": True},
+    "mixture, factorised": MOS | {"output_rank": 5},
+}
+# What a framework computes by other means than its usual ones, if it has them: (kernel, changes).
+KERNEL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cell, lstm": ("cell", {"last_hidden_size": 20}),
+    "cell, lstm, two biases": ("cell", {"recurrent_bias": True}),
+    "cell, gru": ("cell", {"cell": "gru"}),
+    "cell, gru, two biases": ("cell", {"cell": "gru", "recurrent_bias": True}),
+    "cell, rnn_tanh": ("cell", {"cell": "rnn_tanh"}),
+    "cell, rnn_relu": ("cell", {"cell": "rnn_relu"}),
+    "cell, sparse": ("cell", {"kept_weights": 0.3}),
+    "block, lstm": ("block", {"last_hidden_size": 20}),
+    "block, lstm, two biases": ("block", {"recurrent_bias": True}),
+    "block, sparse": ("block", {"kept_weights": 0.3}),
+    "sparse, lstm": ("sparse", {"kept_weights": 0.3, "weight_decay": 0.1}),
+    "sparse, lstm, adam": (
+        "sparse", {"kept_weights": 0.1, "optimizer": "adam", "learning_rate": 0.01}
+    ),
+}  # fmt: skip
+IMPLEMENTATIONS = ("stock", "tuned")
+
 
 def random_batch(seed: int, padding: float = 0.3) -> Batch:
     """Random words, some of them more than once, a share of them masked."""

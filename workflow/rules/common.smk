@@ -1,5 +1,6 @@
 # The validated study, and what several rules need of it. No logic: that is in workflow/ptbench.
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,11 @@ from snakemake.settings.types import DeploymentMethod
 
 from ptbench.configuration.loading import load_study
 from ptbench.configuration.models import VARIANT_PATTERN
+from ptbench.configuration.resources import (
+    corpus_size,
+    memory_megabytes,
+    runtime_minutes,
+)
 from ptbench.errors import ConfigurationError
 
 try:
@@ -33,11 +39,17 @@ else:
 
 
 # Cores that a cell claims: a replica on the CPU needs one, and a cell on this machine's GPUs all, for
-# the GPUs are not shared out among cells.
+# the GPUs are not shared out among cells. A cluster shares them out.
 def cell_threads(devices):
-    if ACCELERATOR == "cuda" and workflow.cores:
+    if ACCELERATOR == "cuda" and workflow.local_exec and not workflow.remote_exec:
         return workflow.cores
     return max(study.config.threads, devices)
+
+
+# Before a time limit Slurm sends USR1 to every process of the job's step, so to Snakemake too, whom it
+# would end. It is for the cell, which handles it; what Snakemake ignores, its children start out with.
+if workflow.remote_exec:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 wildcard_constraints:

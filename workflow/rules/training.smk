@@ -14,6 +14,21 @@ rule train:
     conda:
         "../../envs/{framework}.yaml"
     threads: lambda wildcards: cell_threads(int(wildcards.devices))
+    resources:
+        nodes=1,  # or Slurm may spread GPUs over several
+        mem_mb=lambda wildcards, input, attempt: memory_megabytes(
+            study.specification(wildcards.variant),
+            wildcards.framework,
+            int(wildcards.devices),
+            corpus_size(input[0]),
+            attempt,
+        ),
+        runtime=lambda wildcards, input, attempt: runtime_minutes(
+            study.specification(wildcards.variant),
+            int(wildcards.devices),
+            corpus_size(input[0]),
+            attempt,
+        ),
     params:
         cell=CELL,
         specification=lambda wildcards: study.specification(wildcards.variant).text(),

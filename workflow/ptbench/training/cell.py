@@ -25,6 +25,7 @@ from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.measurement.clocks import Clocks
 from ptbench.measurement.provenance import cells_at_once, peak_memory_bytes, provenance
+from ptbench.training.devices import check_devices
 from ptbench.training.initialization import draw_parameters
 from ptbench.training.loop import Progress, Run, Splits, train
 from ptbench.training.records import Metrics, Score, Seconds, history_csv, write_atomically
@@ -58,6 +59,7 @@ def run_cell(
     Raises:
         PtbenchError: if the specification, the corpus or the devices do not allow the run.
     """
+    check_devices(cell.devices, specification.accelerator)
     began = datetime.datetime.now(datetime.UTC)
     clocks = Clocks()
     recipe = specification.recipe

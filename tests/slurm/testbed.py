@@ -1,0 +1,306 @@
+"""A real Slurm on this machine, to throw away: two nodes with four fake GPUs each.
+
+    uv run python tests/slurm/testbed.py start        # then sinfo, sbatch, snakemake
+    uv run python tests/slurm/testbed.py crash node2  # as if its power went
+    uv run python tests/slurm/testbed.py boot node2
+    uv run python tests/slurm/testbed.py stop
+
+Needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge, whose daemons need not
+run: this starts its own. A fake GPU is a character device; Slurm hands it out and sets
+CUDA_VISIBLE_DEVICES as it would for a real one. Time limits, node failures and preemption are real,
+and quicker than on a cluster. Limits of memory and CPUs are not enforced, for lack of cgroups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+# Nowhere else: the executor plugin drops SLURM_CONF, with all of SLURM_*, before its inner srun.
+ETC = Path("/etc/slurm")
+MARK = "# Written by ptbench's tests, in "
+PROGRAMS = ("munged", "slurmctld", "slurmd", "squeue", "srun")
+PACKAGES = "slurmctld slurmd slurm-client munge"
+NODES = ("node1", "node2")
+GPUS = 4  # on each node
+CPUS = 16  # that a node claims to have
+
+
+class UnavailableError(Exception):
+    """Why a Slurm cannot be started here."""
+
+
+def path() -> str:
+    """PATH with the folders of daemons."""
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def obstacle() -> str | None:
+    """Why a Slurm cannot be started here, in a sentence; None if it can."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=path()) is None]
+    if missing:
+        return f"{', '.join(missing)} not found: apt-get install {PACKAGES}"
+    if os.geteuid() != 0:
+        return "starting Slurm's daemons and making device files needs root"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            make_device(Path(folder) / "nvidia0")
+        except OSError as error:
+            return f"fake GPUs need device files, which this machine refuses: {error.strerror}"
+    configuration = ETC / "slurm.conf"
+    if configuration.exists() and not configuration.read_text().startswith(MARK):
+        return f"{configuration} is there already and not ours: this machine has a Slurm"
+    return None
+
+
+def make_device(device: Path) -> None:
+    """A character device that behaves as /dev/null."""
+    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    device.open("w").close()  # where devices are forbidden, they can be made and not opened
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Testbed:
+    """A running Slurm whose files are in one folder."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def running(cls) -> Testbed | None:
+        """The one whose configuration is in place, whether its daemons still live or not."""
+        try:
+            first = (ETC / "slurm.conf").read_text().partition("\n")[0]
+        except OSError:
+            return None
+        return cls(Path(first.removeprefix(MARK))) if first.startswith(MARK) else None
+
+    @classmethod
+    def start(cls) -> Testbed:
+        """Start the daemons, after stopping those of an earlier start; ready when this returns.
+
+        Raises:
+            UnavailableError: with the reason, if this machine cannot do it.
+        """
+        if reason := obstacle():
+            raise UnavailableError(reason)
+        if earlier := cls.running():
+            earlier.stop()
+        testbed = cls(Path(tempfile.mkdtemp(prefix="ptbench-slurm-")))
+        testbed.folder.chmod(0o755)  # munge refuses sockets in private folders
+        try:
+            testbed._start()
+        except BaseException:
+            for log in sorted(testbed.folder.glob("log/*")):
+                print(f"--- {log}", log.read_text()[-4000:], sep="\n", file=sys.stderr)
+            testbed.stop()
+            raise
+        return testbed
+
+    def _start(self) -> None:
+        for name in ("log", "state", "devices", "munge", *(f"spool-{node}" for node in NODES)):
+            (self.folder / name).mkdir()
+        for index in range(GPUS):
+            make_device(self.folder / "devices" / f"nvidia{index}")
+        key = self.folder / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        (self.folder / "munge").chmod(0o755)
+        ETC.mkdir(exist_ok=True)
+        (ETC / "slurm.conf").write_text(self._slurm_conf())
+        (ETC / "gres.conf").write_text(self._gres_conf())
+        munge = self.folder / "munge"
+        self._daemon(
+            "munged", "--force", f"--key-file={key}", f"--socket={munge}/socket",
+            f"--pid-file={munge}/pid", f"--log-file={self.folder}/log/munged.log",
+            f"--seed-file={munge}/seed",
+        )  # fmt: skip
+        wait_until(lambda: (munge / "socket").exists(), "munged to listen")
+        self._daemon("slurmctld")
+        for node in NODES:
+            self.boot(node)
+        wait_until(
+            lambda: (
+                set(self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(NODES)
+            ),
+            "the nodes to be idle",
+        )
+
+    def _slurm_conf(self) -> str:
+        host = socket.gethostname().partition(".")[0]
+        controller, *ports = free_ports(1 + len(NODES))
+        text = f"""{MARK}{self.folder}
+ClusterName=ptbench
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# A requeued job waits until the credential of its last start is void: two minutes by default.
+AuthInfo=socket={self.folder}/munge/socket,cred_expire=5
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+GresTypes=gpu
+SchedulerParameters=sched_interval=5,batch_sched_delay=1,bf_interval=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SlurmctldTimeout=30
+SlurmdTimeout=10
+KillWait=5
+MinJobAge=300
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmctldPidFile={self.folder}/slurmctld.pid
+SlurmdPidFile={self.folder}/slurmd-%n.pid
+SlurmdSpoolDir={self.folder}/spool-%n
+StateSaveLocation={self.folder}/state
+SlurmctldLogFile={self.folder}/log/slurmctld.log
+SlurmdLogFile={self.folder}/log/slurmd-%n.log
+"""
+        for node, port in zip(NODES, ports, strict=True):
+            text += (
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} "
+                f"RealMemory=256000 Gres=gpu:{GPUS} State=UNKNOWN\n"
+            )
+        nodes = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
+        text += f"PartitionName=gpu {nodes} Default=YES PriorityTier=1\n"
+        return text + f"PartitionName=urgent {nodes} PriorityTier=9\n"  # preempts the other
+
+    def _gres_conf(self) -> str:
+        devices = f"{self.folder}/devices/nvidia[0-{GPUS - 1}]"
+        nodes = ",".join(NODES)
+        return (
+            f"{MARK}{self.folder}\nAutoDetect=off\n"
+            f"NodeName={nodes} Name=gpu File={devices} Flags=nvidia_gpu_env\n"
+        )
+
+    def boot(self, node: str) -> None:
+        """Start a node's daemon."""
+        self._daemon("slurmd", "-N", node)
+
+    def crash(self, node: str) -> None:
+        """End a node's daemon and all that its jobs run, at once and without a word."""
+        slurmd = psutil.Process(int((self.folder / f"slurmd-{node}.pid").read_text()))
+        jobs = self.ask("squeue", "-h", "-t", "running", "-w", node, "-o", "%A").split()
+        slurmd.kill()
+        steps = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(f"[{job}." in " ".join(process.info["cmdline"] or []) for job in jobs)
+            and process.info["cmdline"][0].startswith("slurmstepd")
+        ]
+        for process in [below for step in steps for below in step.children(recursive=True)] + steps:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def stop(self) -> None:
+        """Stop the daemons and whatever their jobs still run, and remove every trace."""
+        if (ETC / "slurm.conf").exists():
+            with contextlib.suppress(subprocess.SubprocessError, OSError):
+                self.ask("scancel", "--user=root", timeout=10)
+                wait_until(lambda: not self.ask("squeue", "-h", "-t", "running,completing"), "", 10)
+        pids = [*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid"]
+        for file in [*pids, self.folder / "munge" / "pid"]:
+            with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+                process = psutil.Process(int(file.read_text()))
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(10)
+                except psutil.TimeoutExpired:
+                    process.kill()
+        for name in ("slurm.conf", "gres.conf"):
+            with contextlib.suppress(OSError):
+                if (ETC / name).read_text().startswith(f"{MARK}{self.folder}\n"):
+                    (ETC / name).unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def ask(self, *command: str, timeout: float = 60) -> str:
+        """The answer of one of Slurm's commands."""
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=True
+        )
+        return answer.stdout
+
+    def _daemon(self, *command: str) -> None:
+        """Run a program that goes into the background by itself."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+        program = shutil.which(command[0], path=path())
+        assert program is not None, command[0]
+        # a daemon keeps what it inherits: a pipe here would never end
+        with (self.folder / "log" / "daemons.log").open("ab") as log:
+            subprocess.run(
+                [program, *command[1:]], env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, check=True, timeout=60,
+            )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        TimeoutError: if it does not within so many seconds; names what was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.2)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("start", help="start it, anew if it runs")
+    commands.add_parser("stop", help="stop it and remove its files")
+    for name, text in (("crash", "crash a node"), ("boot", "start a node's daemon again")):
+        commands.add_parser(name, help=text).add_argument("node", choices=NODES)
+    arguments = parser.parse_args()
+    try:
+        testbed = Testbed.start() if arguments.command == "start" else Testbed.running()
+    except UnavailableError as reason:
+        sys.exit(f"no Slurm here: {reason}")
+    if testbed is None:
+        sys.exit("no testbed is running")
+    if arguments.command == "stop":
+        testbed.stop()
+    elif arguments.command == "start":
+        print(f"Slurm runs; its files are in {testbed.folder}")
+        print(testbed.ask("sinfo", "-N", "-o", "%N %P %t %G %c %m"), end="")
+    else:
+        getattr(testbed, arguments.command)(arguments.node)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What a cell asks a cluster for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ptbench.backends.contract import parameter_count
+from ptbench.configuration.models import FRAMEWORKS, Recipe, Specification
+from ptbench.configuration.resources import (
+    CorpusSize,
+    corpus_size,
+    memory_megabytes,
+    runtime_minutes,
+    weights_per_token,
+)
+from ptbench.training.records import Metrics
+
+PTB = CorpusSize({"train": 929_589, "valid": 73_760, "test": 82_430}, vocabulary_size=10_000)
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
+ZAREMBA_SMALL = Recipe(
+    corpus="ptb", layers=2, hidden_size=200, embedding_size=200, batch_size=20, sequence_length=20
+)
+
+
+def specification(accelerator: str = "cuda", **changes: object) -> Specification:
+    recipe = Recipe.model_validate(ZAREMBA_SMALL.model_dump() | changes)
+    return Specification(variant="x", recipe=recipe, corpus_definition={}, accelerator=accelerator)
+
+
+def test_the_weights_of_a_token_are_those_of_zaremba_s_small_model() -> None:
+    """4,651,600 parameters, of which 2,000,000 are in the embedding (Zhang 2018, Table 5.1)."""
+    assert parameter_count(ZAREMBA_SMALL, 10_000) == 4_651_600
+    assert weights_per_token(ZAREMBA_SMALL, 10_000) == 2_651_600
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_time_and_memory_grow_with_the_attempt(accelerator: str) -> None:
+    spec = specification(accelerator)
+    minutes = [runtime_minutes(spec, 1, PTB, attempt) for attempt in (1, 2, 3)]
+    assert minutes[1] == pytest.approx(2 * minutes[0], abs=1)
+    assert minutes[2] == pytest.approx(3 * minutes[0], abs=2)
+    memory = [memory_megabytes(spec, "jax", 1, PTB, attempt) for attempt in (1, 2, 3)]
+    assert memory[1] == pytest.approx(2 * memory[0], abs=1)
+    assert memory[2] == pytest.approx(3 * memory[0], abs=2)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "larger",
+    [{"hidden_size": 1500, "embedding_size": 1500}, {"layers": 8}, {"batch_size": 2000}],
+)
+def test_a_larger_model_or_batch_gets_more_memory(
+    accelerator: str, larger: dict[str, object]
+) -> None:
+    base = memory_megabytes(specification(accelerator), "pytorch", 1, PTB)
+    assert memory_megabytes(specification(accelerator, **larger), "pytorch", 1, PTB) > base
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+@pytest.mark.parametrize("longer", [{"epochs": 26}, {"hidden_size": 1500}, {"layers": 8}])
+def test_more_epochs_or_a_larger_model_get_more_time(
+    accelerator: str, longer: dict[str, object]
+) -> None:
+    base = runtime_minutes(specification(accelerator), 1, PTB)
+    assert runtime_minutes(specification(accelerator, **longer), 1, PTB) > base
+
+
+def test_replicas_one_after_another_are_given_the_time_they_take() -> None:
+    assert runtime_minutes(specification(), 4, PTB) > runtime_minutes(specification(), 1, PTB)
+
+
+def test_every_framework_has_its_memory() -> None:
+    for framework in FRAMEWORKS:
+        assert memory_megabytes(specification(), framework, 1, PTB) > 900
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PUBLISHED.glob("**/metrics.json")), ids=lambda file: "/".join(file.parts[-5:-1])
+)
+def test_the_runs_that_are_published_would_have_had_enough(file: Path) -> None:
+    """They ran on one or a few threads of a processor, some with others beside them."""
+    metrics = Metrics.model_validate_json(file.read_bytes())
+    values = yaml.safe_load(file.with_name("recipe.yaml").read_text())
+    recipe = Recipe.model_validate({k: values[k] for k in Recipe.model_fields if k in values})
+    spec = Specification(variant="x", recipe=recipe, corpus_definition={})
+    devices = metrics.cell.devices
+    corpus = json.loads(file.with_name("provenance.json").read_text())["corpus"]
+    size = CorpusSize(corpus["tokens"], corpus["vocabulary_size"])
+    assert metrics.seconds.total < 60 * runtime_minutes(spec, devices, size)
+    allowed = memory_megabytes(spec, metrics.cell.framework, devices, size)
+    assert metrics.peak_memory_bytes < allowed * 1e6
+
+
+def test_the_size_of_a_corpus_is_read_from_what_prepare_wrote(tmp_path: Path) -> None:
+    facts = tmp_path / "corpus.json"
+    with pytest.raises(FileNotFoundError) as raised:
+        corpus_size(str(facts))
+    assert raised.value.filename == str(facts)  # by which Snakemake knows that it is yet to come
+    facts.write_text(
+        json.dumps({"tokens": {"train": 3, "valid": 2, "test": 1}, "vocabulary_size": 9})
+    )
+    assert corpus_size(str(facts)) == CorpusSize({"train": 3, "valid": 2, "test": 1}, 9)

@@ -1,0 +1,108 @@
+"""What a cell asks a cluster for: memory and time.
+
+Estimates from the size of the recipe and of its corpus, on the safe side for the slowest framework
+on the slowest device that one would use. Asking for too much costs a wait in the queue; too little
+costs an attempt, which asks for more and goes on from the cell's checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ptbench.backends.contract import parameter_count, parameter_shapes
+from ptbench.configuration.models import Accelerator, Recipe, Specification
+
+# Multiplications and additions a second that a cell reaches at least. On one thread of a busy
+# processor zaremba-small reached 20e9 to 50e9 (README); a GTX 1060 of 2016 has a peak of 4e12.
+FLOPS: dict[Accelerator, float] = {"cpu": 10e9, "cuda": 1e12}
+# Seconds for one time step of one layer, forwards and backwards, in which a small model does little
+# but start kernels: some fifty, at 10 microseconds each, and Python around them.
+STEP_LATENCY: dict[Accelerator, float] = {"cpu": 0.2e-3, "cuda": 1e-3}
+BACKWARD = 2  # a backward pass is twice the work of a forward pass
+START_UP = 900.0  # seconds: imports from a shared file system, and compiling with XLA
+
+# Memory of a process that trains a small model on the CPU, libraries included [MB]: twice what
+# demo-lstm took on one or two replicas, and more for pytorch, where zaremba-small took 1,790.
+LIBRARIES: dict[str, int] = {
+    "pytorch": 2700,
+    "tensorflow": 2800,
+    "keras": 2800,
+    "mxnet": 900,
+    "jax": 1500,
+}
+CUDA_LIBRARIES = 4000  # MB: those of CUDA, and what its context takes of main memory
+# Arrays as large as the parameters: these, gradients, two slots of adam, the best parameters, and
+# what a checkpoint holds while it is written.
+COPIES = 8
+# Arrays as large as a batch's logits: exponentials, gradients, what a framework keeps of both.
+LOGITS = 6
+
+
+@dataclass(frozen=True)
+class CorpusSize:
+    """What the estimates need to know of a prepared corpus."""
+
+    tokens: Mapping[str, int]  # of train, valid and test
+    vocabulary_size: int
+
+
+@lru_cache
+def corpus_size(corpus_json: str) -> CorpusSize:
+    """Sizes of the corpus that a `corpus.json` describes.
+
+    Raises:
+        FileNotFoundError: if it has not been prepared yet; Snakemake then asks again later.
+    """
+    with open(corpus_json, encoding="utf-8") as file:  # noqa: PTH123 Snakemake compares its name
+        description = json.load(file)
+    return CorpusSize(description["tokens"], description["vocabulary_size"])
+
+
+def memory_megabytes(
+    specification: Specification, framework: str, devices: int, size: CorpusSize, attempt: int = 1
+) -> int:
+    """Main memory to ask for [MB]; twice as much at the second attempt, and so on."""
+    recipe, accelerator = specification.recipe, specification.accelerator
+    libraries = LIBRARIES[framework] + (CUDA_LIBRARIES if accelerator == "cuda" else 0)
+    parameters = parameter_count(recipe, size.vocabulary_size)
+    batch = max(
+        recipe.global_batch_size(devices), recipe.evaluation_batch_size, recipe.test_batch_size
+    )
+    logits = batch * recipe.sequence_length * size.vocabulary_size
+    arrays = 4 * (COPIES * parameters * devices + LOGITS * logits + 2 * sum(size.tokens.values()))
+    return math.ceil((libraries + arrays / 1e6) * attempt)
+
+
+def runtime_minutes(
+    specification: Specification, devices: int, size: CorpusSize, attempt: int = 1
+) -> int:
+    """Time limit to ask for [minutes]; twice as long at the second attempt, and so on.
+
+    A pass over n tokens in batches takes n times the multiplications of one token, and the latency
+    of every time step of every layer, on the replicas one after another in the worst case. The
+    latter counts for batches of one sequence, as when the test split is scored.
+    """
+    recipe, accelerator = specification.recipe, specification.accelerator
+
+    def seconds(split: str, batch_size: int, work: int) -> float:
+        tokens = size.tokens[split]
+        multiplications = 2 * weights_per_token(recipe, size.vocabulary_size) * tokens
+        latency = STEP_LATENCY[accelerator] * recipe.layers * devices * tokens / batch_size
+        return work * (multiplications / FLOPS[accelerator]) + latency
+
+    epoch = seconds("train", recipe.global_batch_size(devices), 1 + BACKWARD)
+    epoch += seconds("valid", recipe.evaluation_batch_size, 1)
+    test = seconds("test", recipe.test_batch_size, 1)
+    return math.ceil((START_UP + recipe.epochs * epoch + test) * attempt / 60)
+
+
+def weights_per_token(recipe: Recipe, vocabulary_size: int) -> int:
+    """Weights that every token is multiplied by: all matrices but the embedding's rows."""
+    shapes = parameter_shapes(recipe, vocabulary_size)
+    return sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "embedding")

@@ -1,0 +1,68 @@
+"""Whether a cell was given exactly its devices: by whoever started it, before a framework looks.
+
+With one GPU too few a cell would measure another run; with one too many it would take a GPU that it
+does not use, or that is another's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ptbench.configuration.models import Accelerator
+from ptbench.errors import PtbenchError
+
+# Slurm's lists of the GPUs of a step and of its job, should it not set CUDA's own.
+LISTS = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+
+
+def check_devices(
+    devices: int, accelerator: Accelerator, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Make sure that a cell has its devices.
+
+    In a Slurm job the list of GPUs must have `devices` entries, no more and no fewer, also where
+    the CPU trains on a job that asked for GPUs. Elsewhere it must not have fewer: a cell on one's
+    own machine takes the first ones.
+
+    Args:
+        devices: data-parallel replicas of the cell.
+        accelerator: kind of device that is to train.
+        environment: environment variables.
+
+    Raises:
+        PtbenchError: if they are others.
+    """
+    name = next((name for name in LISTS if name in environment), None)
+    in_slurm = "SLURM_JOB_ID" in environment
+    if name is None:
+        if in_slurm and accelerator == "cuda":
+            raise PtbenchError(
+                f"Slurm job {environment['SLURM_JOB_ID']} was given no GPU where the cell needs "
+                f"{devices}: let set-resources in slurm/profile.yaml ask for them as this site "
+                "wants it, with gpu or gres"
+            )
+        return
+    granted = device_list(environment[name])
+    if in_slurm:
+        if len(granted) != devices:
+            raise PtbenchError(
+                f"Slurm job {environment['SLURM_JOB_ID']} was given {len(granted)} GPUs "
+                f"({name}={environment[name]}) where the cell needs exactly {devices}: let "
+                "set-resources in slurm/profile.yaml ask for as many as the cell has devices"
+            )
+    elif accelerator == "cuda" and len(granted) < devices:
+        raise PtbenchError(
+            f"{name}={environment[name]} shows {len(granted)} GPUs and the cell needs {devices}: "
+            "unset it, or name more"
+        )
+
+
+def device_list(text: str) -> list[str]:
+    """The devices of a list as CUDA reads it: comma-separated, up to the first that is invalid."""
+    devices: list[str] = []
+    for entry in map(str.strip, text.split(",")):
+        if not entry or entry in ("-1", "NoDevFiles"):
+            break
+        devices.append(entry)
+    return devices

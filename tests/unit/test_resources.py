@@ -37,6 +37,16 @@ def test_the_weights_of_a_token_are_those_of_zaremba_s_small_model() -> None:
     assert weights_per_token(ZAREMBA_SMALL, 10_000) == 2_651_600
 
 
+def test_every_mixture_multiplies_by_the_output_matrix_and_a_tied_one_counts_too() -> None:
+    plain = weights_per_token(ZAREMBA_SMALL, 10_000)
+    output = 10_000 * 200 + 10_000
+    mixed = ZAREMBA_SMALL.model_copy(update={"mixtures": 3})
+    latents_and_prior = 200 * 600 + 600 + 200 * 3
+    assert weights_per_token(mixed, 10_000) == plain + 2 * output + latents_and_prior
+    tied = ZAREMBA_SMALL.model_copy(update={"tie_weights": True})
+    assert weights_per_token(tied, 10_000) == plain
+
+
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_time_and_memory_grow_with_the_attempt(accelerator: str) -> None:
     spec = specification(accelerator)

@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
-from ptbench.backends.contract import parameter_count, parameter_shapes
+from ptbench.backends.contract import parameter_shapes
 from ptbench.configuration.models import Accelerator, Recipe, Specification
 
 # Multiplications and additions a second that a cell reaches at least. On one thread of a busy
@@ -70,11 +68,12 @@ def memory_megabytes(
     """Main memory to ask for [MB]; twice as much at the second attempt, and so on."""
     recipe, accelerator = specification.recipe, specification.accelerator
     libraries = LIBRARIES[framework] + (CUDA_LIBRARIES if accelerator == "cuda" else 0)
-    parameters = parameter_count(recipe, size.vocabulary_size)
+    shapes = parameter_shapes(recipe, size.vocabulary_size)
+    parameters = sum(map(math.prod, shapes.values()))  # the zeros of a sparse model too
     batch = max(
         recipe.global_batch_size(devices), recipe.evaluation_batch_size, recipe.test_batch_size
     )
-    logits = batch * recipe.sequence_length * size.vocabulary_size
+    logits = batch * recipe.sequence_length * size.vocabulary_size * max(recipe.mixtures, 1)
     arrays = 4 * (COPIES * parameters * devices + LOGITS * logits + 2 * sum(size.tokens.values()))
     return math.ceil((libraries + arrays / 1e6) * attempt)
 
@@ -103,6 +102,10 @@ def runtime_minutes(
 
 
 def weights_per_token(recipe: Recipe, vocabulary_size: int) -> int:
-    """Weights that every token is multiplied by: all matrices but the embedding's rows."""
+    """Weights that a token is multiplied by: the output's in every mixture, the embedding's not."""
     shapes = parameter_shapes(recipe, vocabulary_size)
-    return sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "embedding")
+    embedding = math.prod(shapes.pop("embedding"))
+    output = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("softmax."))
+    others = sum(map(math.prod, shapes.values())) - output
+    tied = embedding if recipe.tie_weights else 0
+    return others + (output + tied) * max(recipe.mixtures, 1)

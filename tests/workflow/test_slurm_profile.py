@@ -1,0 +1,98 @@
+"""What `snakemake --profile slurm` would submit, by dry runs; tests/slurm/ submits it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.workflow.conftest import ROOT, Project
+
+from ptbench.configuration.loading import WORKFLOW, load_experiments, load_study, read_yaml
+
+PROFILE = ROOT / "slurm" / "profile.yaml"
+REPRODUCTION = ROOT / "slurm" / "reproduction.yaml"
+
+
+def test_the_two_profiles_share_no_key() -> None:
+    """Snakemake loads the default one on top of any other, and its keys win."""
+    default = yaml.safe_load((ROOT / "profiles" / "default" / "config.yaml").read_text())
+    assert not default.keys() & yaml.safe_load(PROFILE.read_text()).keys()
+
+
+def test_the_full_study_has_every_experiment_on_penn_treebank() -> None:
+    _, experiments = load_experiments(WORKFLOW / "experiments")
+    on_ptb = {
+        name
+        for name in experiments
+        for planned in load_study({"experiments": name}).experiments.values()
+        if planned.specifications[0].recipe.corpus == "ptb"
+    }
+    assert set(read_yaml(REPRODUCTION)["experiments"]) == on_ptb
+
+
+@pytest.fixture(scope="module")
+def plan(project: Project) -> str:
+    """The dry run of the full study, with a corpus in place, so that sizes are known."""
+    corpus = project.folder / "results/corpora/ptb/corpus.json"
+    corpus.parent.mkdir(parents=True)
+    corpus.write_text(
+        '{"tokens": {"train": 929589, "valid": 73760, "test": 82430}, "vocabulary_size": 10000}'
+    )
+    return project.snakemake("--profile", "slurm", "-n").stdout
+
+
+def jobs(plan: str) -> dict[str, str]:
+    """What a dry run says of every cell."""
+    return {
+        match[1]: block
+        for block in plan.split("\n\n")
+        if (match := re.search(r"output: results/cells/(\S+)/metrics.json", block))
+    }
+
+
+def test_the_profile_runs_the_full_study(plan: str) -> None:
+    planned = jobs(plan)
+    assert len(planned) == len(load_study(read_yaml(REPRODUCTION)).cells)
+    assert "zaremba-large/mxnet/devices-4/seed-5" in planned
+
+
+def test_every_cell_asks_for_its_gpus_its_time_and_its_memory(plan: str) -> None:
+    for cell, block in jobs(plan).items():
+        resources = dict(re.findall(r"(\w+)=([^,\n]+)", block.partition("resources: ")[2]))
+        assert resources["gpu"] == re.search(r"devices-(\d+)", cell)[1]
+        assert resources["nodes"] == "1"
+        assert resources["slurm_extra"].startswith("--signal=USR1@120")
+        assert int(resources["mem_mb"]) > 4000
+        assert int(resources["runtime"]) > 15
+
+
+def test_larger_models_ask_for_more(plan: str) -> None:
+    planned = jobs(plan)
+    for key in ("mem_mb", "runtime"):
+        asked = [
+            int(re.search(rf"\b{key}=(\d+)", planned[f"{recipe}/jax/devices-1/seed-1"])[1])
+            for recipe in ("zaremba-small", "zaremba-medium", "zaremba-large")
+        ]
+        assert asked == sorted(set(asked))
+
+
+def test_before_the_corpus_is_there_the_sizes_are_yet_to_be_told(
+    project: Project, plan: str, tmp_path: Path
+) -> None:
+    assert "runtime=<TBD>" not in plan
+    kept = shutil.move(project.folder / "results/corpora", tmp_path)
+    assert "runtime=<TBD>" in project.snakemake("--profile", "slurm", "-n").stdout
+    shutil.move(kept, project.folder / "results")
+
+
+def test_another_configuration_may_be_run_on_the_cluster(project: Project) -> None:
+    """As for a quick look before the full study."""
+    answer = project.snakemake(
+        "--profile", "slurm", "--configfile", "config.yaml", "--config", "seeds=1", "-n"
+    )
+    planned = jobs(answer.stdout)
+    assert len(planned) == 10
+    assert all(cell.startswith("demo-lstm/") for cell in planned)

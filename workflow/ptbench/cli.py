@@ -112,6 +112,19 @@ def validate(arguments: argparse.Namespace) -> None:
     print(f"{len(study.cells)} cells in all")
 
 
+def benchmark(arguments: argparse.Namespace) -> None:
+    """Measure the training speed of every framework side by side."""
+    from ptbench.measurement.benchmark import all_competitors, run_benchmark, show
+
+    competitors = all_competitors(arguments.frameworks, arguments.implementations)
+    show(
+        run_benchmark(
+            arguments.models, competitors, arguments.environments, arguments.accelerator,
+            arguments.threads, arguments.rounds, arguments.seconds, arguments.output,
+        )
+    )  # fmt: skip
+
+
 def load(path: Path) -> Study:
     """The study of a configuration file."""
     from ptbench.configuration.loading import load_study, read_yaml
@@ -178,6 +191,13 @@ def redirected(path: Path) -> Iterator[TextIO]:
         terminal.close()
 
 
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     main = argparse.ArgumentParser(prog="ptbench", description=__doc__.split("\n")[0])
@@ -222,6 +242,21 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(schema)
     sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")
+
+    sub = command(benchmark)
+    names = ("pytorch", "tensorflow", "keras", "mxnet", "jax")
+    models, implementations = ("small", "medium", "mos"), ("stock", "tuned")
+    sub.add_argument("--models", nargs="+", choices=models, default=models)
+    sub.add_argument("--frameworks", nargs="+", choices=names, default=names)
+    sub.add_argument(
+        "--implementations", nargs="+", choices=implementations, default=implementations
+    )
+    sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+    sub.add_argument("--threads", type=positive, default=2, help="CPU threads of each")
+    sub.add_argument("--rounds", type=positive, default=5, help="turns of each")
+    sub.add_argument("--seconds", type=float, default=4.0, help="least length of a turn")
+    sub.add_argument("--environments", type=Path, default=Path("results/environments"))
+    sub.add_argument("--output", type=Path, default=Path("results/benchmark"))
 
     sub = command(validate)
     sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))

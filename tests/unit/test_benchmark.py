@@ -1,0 +1,117 @@
+"""The speed benchmark's arithmetic, and the processes that it measures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptbench.configuration.models import Recipe
+from ptbench.errors import PtbenchError
+from ptbench.measurement.benchmark import (
+    MODELS,
+    VOCABULARY_SIZE,
+    Competitor,
+    Result,
+    Worker,
+    all_competitors,
+    run_benchmark,
+)
+from ptbench.measurement.products import Product, bound, flops_per_token, training_products
+
+TINY = Recipe(batch_size=2, sequence_length=3, embedding_size=4, hidden_size=5, layers=1)
+
+
+# By hand: each weight takes part in three products of 2 operations for each token.
+@pytest.mark.parametrize(
+    ("model", "megaflops"),
+    [
+        ("small", 6 * (2 * 2 * 200 * 800 + 200 * 10_000) / 1e6),
+        ("medium", 6 * (2 * 2 * 650 * 2600 + 650 * 10_000) / 1e6),
+        ("mos", 6 * (2 * 2 * 650 * 2600 + 650 * 6510 + 10 * 650 * 10_000) / 1e6),
+    ],
+)
+def test_a_token_costs_six_operations_for_each_weight_that_it_meets(
+    model: str, megaflops: float
+) -> None:
+    assert flops_per_token(MODELS[model], VOCABULARY_SIZE) / 1e6 == pytest.approx(megaflops)
+
+
+def test_recurrent_products_are_counted_step_by_step_and_their_weights_gradient_at_once() -> None:
+    assert training_products(TINY, 7) == {
+        Product(6, 4, 20): 1, Product(6, 20, 4): 1, Product(4, 6, 20): 1,  # the layer's input
+        Product(2, 5, 20): 3, Product(2, 20, 5): 3, Product(5, 6, 20): 1,  # its recurrence
+        Product(6, 5, 7): 1, Product(6, 7, 5): 1, Product(5, 6, 7): 1,  # the softmax
+    }  # fmt: skip
+
+
+def test_a_factorised_or_tied_output_has_its_projection_s_products() -> None:
+    for changes in ({"output_rank": 3}, {"tie_weights": True}):
+        recipe = TINY.model_copy(update=changes)
+        rank = 3 if "output_rank" in changes else 4
+        products = training_products(recipe, 7)
+        assert Product(6, 5, rank) in products
+        assert Product(6, rank, 7) in products
+
+
+def test_the_bound_is_the_tokens_of_a_step_over_the_time_of_its_products() -> None:
+    rates = dict.fromkeys(training_products(TINY, 7), 1e6)
+    assert bound(TINY, 7, rates) == pytest.approx(1e6 / flops_per_token(TINY, 7))
+    slow = rates | {Product(6, 5, 7): 1e3}
+    seconds = 6 / bound(TINY, 7, rates) + Product(6, 5, 7).flops * (1e-3 - 1e-6)
+    assert bound(TINY, 7, slow) == pytest.approx(6 / seconds)
+
+
+def test_a_row_has_the_median_and_its_fraction_of_the_bound() -> None:
+    result = Result("small", Competitor("jax", "tuned"), [90.0, 100.0, 140.0], 400.0, 2 * 10**6, {})
+    row = result.row()
+    assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (90, 100, 140)
+    assert row["fraction_of_bound"] == 0.25
+    assert row["peak_memory_mb"] == 2
+
+
+def test_keras_own_fit_is_measured_beside_keras() -> None:
+    labels = [c.label for c in all_competitors(["keras", "jax"], ["stock", "tuned"])]
+    assert labels == ["keras stock", "keras tuned", "jax stock", "jax tuned", "keras fit"]
+    assert [c.label for c in all_competitors(["jax"], ["stock"])] == ["jax stock"]
+
+
+def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_path: Path) -> None:
+    task = {
+        "kind": "backend", "framework": "numpy", "accelerator": "cpu", "threads": 1,
+        "vocabulary_size": 7, "recipe": TINY.model_dump(mode="json"),
+    }  # fmt: skip
+    with Worker(Path(sys.executable), task, tmp_path / "log") as worker:
+        assert worker.answer() == {}
+        measured = worker.ask(seconds=0.2)
+    assert measured["seconds"] >= 0.2
+    assert measured["tokens"] > 0
+    assert measured["tokens"] % 6 == 0
+    assert 0 < measured["nll"] < 3  # nats; log 7 = 1.95 for a uniform guess
+    assert measured["peak_memory_bytes"] > 10**7
+
+
+def test_a_worker_measures_products(tmp_path: Path) -> None:
+    task = {"kind": "products", "class": "ptbench.measurement.products:NumpyProducts", "threads": 1}
+    with Worker(Path(sys.executable), task, tmp_path / "log") as worker:
+        worker.answer()
+        rate = worker.ask(product=Product(64, 64, 64), seconds=0.05)
+    assert 1e6 < rate < 1e14
+
+
+def test_a_worker_that_fails_says_why_in_one_sentence(tmp_path: Path) -> None:
+    task = {"kind": "products", "class": "ptbench.no_such:Thing", "threads": 1}
+    with (
+        Worker(Path(sys.executable), task, tmp_path / "log") as worker,
+        pytest.raises(PtbenchError, match=r"benchmark of products ended with status 1: .*no_such"),
+    ):
+        worker.answer()
+
+
+def test_a_missing_environment_is_named_with_the_command_that_builds_it(tmp_path: Path) -> None:
+    with pytest.raises(PtbenchError, match=r"no environment jax-cpu: build it with .*environments"):
+        run_benchmark(
+            ["small"], [Competitor("jax", "stock")], tmp_path, "cpu", 1, 1, 1.0, tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from tests.support.remote import Backends
 
 from ptbench.configuration.models import FRAMEWORKS
+
+# How long an example takes says something of the machine, not of the code.
+hypothesis.settings.register_profile("ptbench", deadline=None)
+hypothesis.settings.load_profile("ptbench")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -16,16 +17,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptbench.configuration.corpora import CORPUS_DEFINITION, CorpusDefinition, FolderCorpus
+from ptbench.configuration.models import TokenSource
 from ptbench.corpus import CorpusError
 from ptbench.corpus.prepare import first_lines, prepare
+from ptbench.corpus.sources import Integers, Source
 from ptbench.corpus.store import open_corpus, read_vocabulary
 
 ROOT = Path(__file__).parents[2]
 PTB = ROOT.parent / "shared" / "data" / "ptb"
+ENDS = ["npy", "txt", "index.npy"]
 BUILT_IN = yaml.safe_load((ROOT / "workflow" / "corpora.yaml").read_text(encoding="utf-8"))[
     "corpora"
 ]
-PARTS = ["corpus.json", "test.npy", "train.npy", "valid.npy", "vocabulary.txt"]
+PARTS = sorted(
+    ["corpus.json", "vocabulary.txt"]
+    + [f"{split}.{end}" for split in ("train", "valid", "test") for end in ENDS]
+)
 TEXTS = {
     "train": b"the cat sat\nthe dog\n<unk> sat\n",
     "valid": b"the dog sat\nthe yak sat\n",
@@ -51,13 +58,20 @@ def prepared(corpus: CorpusDefinition, folder: Path, subset: int | None = None) 
     return folder / "out"
 
 
-def test_a_corpus_comes_back_from_the_store_as_it_was(tmp_path: Path) -> None:
+def identifiers(source: Source) -> list[int]:
+    """All tokens of a split."""
+    tokens: list[int] = source.reader().read(len(source)).tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("source", get_args(TokenSource))
+def test_a_corpus_comes_back_from_the_store_as_it_was(tmp_path: Path, source: TokenSource) -> None:
     folder = prepared(folder_corpus(tmp_path / "raw"), tmp_path)
-    corpus, words = open_corpus(folder), read_vocabulary(folder)
+    corpus, words = open_corpus(folder, source), read_vocabulary(folder)
     # Counts 3 3 3 2 2 ... in train: the 2, <eos> 3, sat 2; then one each, by name.
     assert words == ["<eos>", "sat", "the", "<unk>", "cat", "dog"]
     assert corpus.vocabulary_size == 6
-    as_text = {s: " ".join(words[i] for i in getattr(corpus, s)) for s in TEXTS}
+    as_text = {s: " ".join(words[i] for i in identifiers(getattr(corpus, s))) for s in TEXTS}
     assert as_text == {
         "train": "the cat sat <eos> the dog <eos> <unk> sat <eos>",
         "valid": "the dog sat <eos> the <unk> sat <eos>",
@@ -67,12 +81,27 @@ def test_a_corpus_comes_back_from_the_store_as_it_was(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == PARTS
 
 
-def test_arrays_are_memory_mapped_integers(tmp_path: Path) -> None:
-    corpus = open_corpus(prepared(folder_corpus(tmp_path / "raw"), tmp_path))
-    for tokens in (corpus.train, corpus.valid, corpus.test):
-        assert isinstance(tokens, np.memmap)
-        assert tokens.dtype == np.int32
-        assert not tokens.flags.writeable
+def test_integers_are_in_memory_or_mapped_from_their_file_as_asked(tmp_path: Path) -> None:
+    folder = prepared(folder_corpus(tmp_path / "raw"), tmp_path)
+    for source, mapped in {"memory": False, "memory_map": True}.items():
+        train = open_corpus(folder, cast("TokenSource", source)).train
+        assert isinstance(train, Integers)
+        assert train.tokens.dtype == np.int32
+        assert isinstance(train.tokens.base, np.memmap) == mapped
+
+
+def test_a_corpus_needs_nothing_outside_its_folder(tmp_path: Path) -> None:
+    folder = prepared(folder_corpus(tmp_path / "raw"), tmp_path)
+    expected = identifiers(open_corpus(folder).train)
+    shutil.rmtree(tmp_path / "raw")
+    moved = folder.rename(tmp_path / "elsewhere")
+    for source in get_args(TokenSource):
+        assert identifiers(open_corpus(moved, source).train) == expected
+
+
+def test_the_text_of_a_subset_is_that_of_its_lines(tmp_path: Path) -> None:
+    folder = prepared(folder_corpus(tmp_path / "raw", train=b"a <unk>\nb\nc\n"), tmp_path, subset=2)
+    assert (folder / "train.txt").read_bytes() == b"a <unk>\nb\n"
 
 
 def test_corpus_json_has_the_facts(tmp_path: Path) -> None:
@@ -92,7 +121,7 @@ def test_corpus_json_has_the_facts(tmp_path: Path) -> None:
     assert facts["sha256"] == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in PARTS[1:]
     }
-    assert facts["seconds"].keys() == {"load", "preprocess"}
+    assert facts["seconds"].keys() == {"load", "preprocess", "index"}
     assert all(0 < seconds < 60 for seconds in facts["seconds"].values())
     assert "floor_perplexity" not in facts
 
@@ -285,6 +314,24 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+def test_a_corpus_prepared_without_its_text_cannot_be_streamed(tmp_path: Path) -> None:
+    folder = prepared(folder_corpus(tmp_path / "raw"), tmp_path)
+    (folder / "valid.txt").unlink()
+    with pytest.raises(CorpusError, match=r"lacks .*valid\.txt; remove .*corpus\.json and run"):
+        open_corpus(folder, "stream")
+    open_corpus(folder)
+
+
+@pytest.mark.parametrize(
+    "text", [b"the dog sat\nthe yak sat", b"the dog sat\nthe yak_sat\n"], ids=["length", "words"]
+)
+def test_a_text_that_was_changed_is_not_streamed(tmp_path: Path, text: bytes) -> None:
+    folder = prepared(folder_corpus(tmp_path / "raw"), tmp_path)
+    (folder / "valid.txt").write_bytes(text)
+    with pytest.raises(CorpusError, match=r"valid\.txt has"):
+        identifiers(open_corpus(folder, "stream").valid)
+
+
 needs_ptb = pytest.mark.skipif(
     not PTB.is_dir(), reason="the Penn Treebank is licensed text and not beside this checkout"
 )
@@ -307,7 +354,11 @@ def test_the_penn_treebank_has_its_published_counts(tmp_path: Path) -> None:
     # The most frequent words, as in the TensorFlow PTB tutorial, which sorts in the same way.
     assert words[:5] == ["the", "<unk>", "<eos>", "N", "of"]
     first_line = (PTB / "ptb.valid.txt").read_text().split("\n")[0].split()
-    assert [words[i] for i in corpus.valid[: len(first_line) + 1]] == [*first_line, "<eos>"]
+    first = corpus.valid.reader().read(len(first_line) + 1)
+    assert [words[i] for i in first] == [*first_line, "<eos>"]
+    streamed = open_corpus(folder, "stream")
+    for split in TEXTS:
+        assert identifiers(getattr(streamed, split)) == identifiers(getattr(corpus, split))
 
 
 @needs_ptb

@@ -19,6 +19,7 @@ PROTOCOL = 1
 Framework = Literal["pytorch", "tensorflow", "keras", "mxnet", "jax"]
 Accelerator = Literal["cpu", "cuda"]
 Kernel = Literal["fused", "cell", "block", "sparse"]
+TokenSource = Literal["memory", "memory_map", "stream"]
 FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 
 # Kernels that each framework has for its LSTM; only fused and cell are for other cells too.
@@ -68,7 +69,7 @@ class Recipe(Model):
         "windows: successive windows of the text are the rows of a batch, each from a zero state; "
         "sentences: one sentence a row, padded, each from a zero state.",
     )
-    source: Literal["memory", "memory_map", "stream"] = Field(
+    source: TokenSource = Field(
         "memory",
         description="Where tokens come from: integers in memory; integers mapped from their file; "
         "or the text, tokenised as it is read. The batches are the same.",

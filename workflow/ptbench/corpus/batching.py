@@ -1,6 +1,7 @@
-"""Token streams as batches. Imports NumPy alone: runs in every framework's environment.
+"""Tokens as batches. Imports NumPy alone: runs in every framework's environment.
 
-Three ways to feed a model, one class each. All are deterministic in the epoch's number, yield
+Three ways to feed a model, one class each, and one that prepares another's batches ahead. All are
+deterministic in the epoch's number, hold no more of the text than the batch they make needs, yield
 arrays that are new and the reader's own to keep, and fill up what is incomplete with masked tokens,
 so that shapes repeat and compiled frameworks compile once for each.
 """
@@ -8,13 +9,17 @@ so that shapes repeat and compiled frameworks compile once for each.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+import itertools
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Tokens = npt.NDArray[np.integer[Any]]
+from ptbench.corpus.sources import Integers, Source, Tokens
 
 
 class Batch(NamedTuple):
@@ -28,7 +33,7 @@ class Batch(NamedTuple):
 class Feed(abc.ABC):
     """A split as batches, epoch after epoch."""
 
-    carries_state: ClassVar[bool]  # whether a batch continues the text of the one before it
+    carries_state: bool  # whether a batch continues the text of the one before it
 
     batch_size: int
     predicted_tokens: int  # tokens with a mask of 1 in one epoch
@@ -41,14 +46,40 @@ class Feed(abc.ABC):
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, counted from 1, without the first `start` of them."""
 
+    @abc.abstractmethod
     def shapes(self) -> list[Batch]:
-        """One batch of every shape there is, to compile with."""
-        return [next(self.epoch(1))]
+        """A batch of every shape there is, to compile with; its words mean nothing."""
 
 
-def _check(tokens: Tokens) -> None:
-    if len(tokens) < 2:
-        raise ValueError(f"a split of {len(tokens)} tokens predicts nothing; it needs 2")
+def _source(tokens: Tokens | Source) -> Source:
+    source = tokens if isinstance(tokens, Source) else Integers(tokens)
+    if len(source) < 2:
+        raise ValueError(f"a split of {len(source)} tokens predicts nothing; it needs 2")
+    return source
+
+
+def _batch(steps: int, before: Tokens, rows: Sequence[Tokens]) -> Batch:
+    """The batch that predicts each row's tokens, the first of them from the one `before` it.
+
+    Args:
+        steps: at least the length of the longest row.
+        before: [batch].
+        rows: at most as many.
+    """
+    text = np.zeros((len(before), steps + 1), np.int32)
+    counts = np.zeros(len(before), np.int64)
+    text[:, 0] = before
+    for index, row in enumerate(rows):
+        counts[index] = len(row)
+        text[index, 1 : 1 + len(row)] = row
+    mask = np.arange(steps)[:, None] < counts
+    inputs = np.multiply(text[:, :-1].T, mask, order="C")
+    return Batch(inputs, text[:, 1:].T.copy(), mask.astype(np.float32))
+
+
+def _blank(steps: int, batch_size: int) -> Batch:
+    inputs, targets = np.zeros((2, steps, batch_size), np.int32)
+    return Batch(inputs, targets, np.ones((steps, batch_size), np.float32))
 
 
 class ParallelStreams(Feed):
@@ -62,32 +93,34 @@ class ParallelStreams(Feed):
 
     carries_state = True
 
-    def __init__(self, tokens: Tokens, batch_size: int, sequence_length: int) -> None:
+    def __init__(self, tokens: Tokens | Source, batch_size: int, sequence_length: int) -> None:
         """Args: tokens: [tokens], at least two of them."""
-        _check(tokens)
-        self.predicted_tokens = len(tokens) - 1
-        stream_length = -(-self.predicted_tokens // batch_size)
-        self.windows = -(-stream_length // sequence_length)
+        self._source = _source(tokens)
+        self.predicted_tokens = len(self._source) - 1
+        self._stream_length = -(-self.predicted_tokens // batch_size)
+        self.windows = -(-self._stream_length // sequence_length)
         self.batch_size, self.sequence_length = batch_size, sequence_length
-
-        # Laid out once, [time, batch]: slices of it are the windows.
-        padded = np.zeros((3, batch_size * stream_length), np.int32)
-        padded[0, : self.predicted_tokens] = tokens[:-1]
-        padded[1, : self.predicted_tokens] = tokens[1:]
-        padded[2, : self.predicted_tokens] = 1
-        self._streams = np.zeros((3, self.windows * sequence_length, batch_size), np.int32)
-        self._streams[:, :stream_length] = padded.reshape(3, batch_size, stream_length).swapaxes(
-            1, 2
-        )
 
     def __len__(self) -> int:
         return self.windows
 
     def epoch(self, number: int = 1, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002
-        for window in range(start, self.windows):
-            rows = slice(window * self.sequence_length, (window + 1) * self.sequence_length)
-            inputs, targets, mask = self._streams[:, rows]
-            yield Batch(inputs.copy(), targets.copy(), mask.astype(np.float32))
+        # A reader for each stream, and how many of its tokens are still to be predicted.
+        begin = np.arange(self.batch_size) * self._stream_length
+        end = np.minimum(begin + self._stream_length, self.predicted_tokens)
+        begin = np.minimum(begin + start * self.sequence_length, end)
+        readers = [self._source.reader(at) for at in begin.tolist()]
+        left = (end - begin).tolist()
+        before = np.concatenate([reader.read(1) for reader in readers])
+        for _ in range(start, self.windows):
+            counts = [min(count, self.sequence_length) for count in left]
+            rows = [reader.read(count) for reader, count in zip(readers, counts, strict=True)]
+            yield _batch(self.sequence_length, before, rows)
+            left = [count - len(row) for count, row in zip(left, rows, strict=True)]
+            before = np.array([row[-1] if len(row) else 0 for row in rows])
+
+    def shapes(self) -> list[Batch]:
+        return [_blank(self.sequence_length, self.batch_size)]
 
 
 class Windows(Feed):
@@ -104,20 +137,23 @@ class Windows(Feed):
     carries_state = False
 
     def __init__(
-        self, tokens: Tokens, batch_size: int, sequence_length: int, wraps: bool = False
+        self,
+        tokens: Tokens | Source,
+        batch_size: int,
+        sequence_length: int,
+        wraps: bool = False,
     ) -> None:
         """Args: tokens: [tokens], at least two of them."""
-        _check(tokens)
+        self._source = _source(tokens)
         self.batch_size, self.sequence_length, self.wraps = batch_size, sequence_length, wraps
-        self._tokens = tokens
-        predictions = len(tokens) - 1
+        predictions = len(self._source) - 1
         if wraps:
             self._windows = predictions // sequence_length
-            self._batches = len(tokens) // (batch_size * sequence_length)
+            self._batches = len(self._source) // (batch_size * sequence_length)
             if not self._windows or not self._batches:
                 raise ValueError(
-                    f"a split of {len(tokens)} tokens has not one batch of {batch_size} windows of "
-                    f"{sequence_length}; lower batch_size or sequence_length"
+                    f"a split of {len(self._source)} tokens has not one batch of {batch_size} "
+                    f"windows of {sequence_length}; lower batch_size or sequence_length"
                 )
             self.predicted_tokens = self._batches * batch_size * sequence_length
         else:
@@ -128,18 +164,28 @@ class Windows(Feed):
     def __len__(self) -> int:
         return self._batches
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        before = (number - 1) * self._batches if self.wraps else 0
-        for index in range(start, self._batches):
-            window = (before + index) * self.batch_size + np.arange(self.batch_size)
-            if self.wraps:
-                window %= self._windows
-            # position of each input in the text, [time, batch]
-            at = np.arange(self.sequence_length)[:, None] + window * self.sequence_length
-            mask = at < len(self._tokens) - 1
-            at = np.where(mask, at, 0)
-            inputs, targets = (self._tokens[at + shift] * mask for shift in (0, 1))
-            yield Batch(inputs.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32))
+    def epoch(self, number: int = 1, start: int = 0) -> Iterator[Batch]:
+        passed = (number - 1) * self._batches if self.wraps else 0
+        windows = self._read((passed + start) * self.batch_size)
+        for _ in range(start, self._batches):
+            before, rows = zip(*itertools.islice(windows, self.batch_size), strict=True)
+            padded = np.zeros(self.batch_size, np.int32)
+            padded[: len(before)] = before
+            yield _batch(self.sequence_length, padded, rows)
+
+    def _read(self, number: int) -> Iterator[tuple[int, Tokens]]:
+        """Windows from that number on, counted over all epochs; each with the token before it."""
+        while self.wraps or number < self._windows:
+            place = number % self._windows
+            reader = self._source.reader(place * self.sequence_length)
+            before = int(reader.read(1)[0])
+            for _ in range(place, self._windows):
+                row = reader.read(self.sequence_length)
+                yield before, row
+                before, number = int(row[-1]), number + 1
+
+    def shapes(self) -> list[Batch]:
+        return [_blank(self.sequence_length, self.batch_size)]
 
 
 class Sentences(Feed):
@@ -148,49 +194,103 @@ class Sentences(Feed):
     Sentences of similar length share a batch: their lengths are rounded up to a multiple of
     `BUCKET`, and batches come in the order in which they fill up, incomplete ones at the end.
     Every token is predicted once, the first of the split after an `<eos>` too.
+
+    Their number follows from all the lengths, so the split is read through once beforehand.
     """
 
     carries_state = False
     BUCKET = 8  # tokens; 11 shapes for PTB, whose longest sentence has 83
 
-    def __init__(self, tokens: Tokens, batch_size: int, end_of_sentence: int) -> None:
+    def __init__(self, tokens: Tokens | Source, batch_size: int, end_of_sentence: int) -> None:
         """Args: tokens: [tokens]; end_of_sentence: the identifier that ends a sentence."""
-        _check(tokens)
+        self._source = _source(tokens)
         self.batch_size, self._end = batch_size, end_of_sentence
-        self._tokens = np.concatenate([[end_of_sentence], tokens]).astype(np.int32)
-        self.predicted_tokens = len(tokens)
-        ends = np.flatnonzero(self._tokens == end_of_sentence)
-        if ends[-1] != len(self._tokens) - 1:
-            ends = np.append(ends, len(self._tokens) - 1)
-        starts, lengths = ends[:-1], np.diff(ends)
-        filling: dict[int, list[int]] = {}
-        self._plan: list[tuple[int, list[int]]] = []  # (steps, first inputs' positions)
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            steps = -(-length // self.BUCKET) * self.BUCKET
-            rows = filling.setdefault(steps, [])
-            rows.append(start)
-            if len(rows) == batch_size:
-                self._plan.append((steps, filling.pop(steps)))
-        self._plan += sorted(filling.items())
-        self._lengths = dict(zip(starts.tolist(), lengths.tolist(), strict=True))
+        self.predicted_tokens = len(self._source)
+        sentences = Counter(self._steps(sentence) for sentence in self._sentences())
+        self._batches = {steps: -(-count // batch_size) for steps, count in sentences.items()}
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return sum(self._batches.values())
 
     def epoch(self, number: int = 1, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002
-        for steps, rows in self._plan[start:]:
-            yield self._batch(steps, rows)
+        before = np.full(self.batch_size, self._end, np.int32)
+        for steps, rows in itertools.islice(self._rows(), start, None):
+            yield _batch(steps, before, rows)
 
-    def _batch(self, steps: int, rows: list[int]) -> Batch:
-        first = np.zeros(self.batch_size, np.int64)
-        length = np.zeros(self.batch_size, np.int64)
-        first[: len(rows)] = rows
-        length[: len(rows)] = [self._lengths[row] for row in rows]
-        time = np.arange(steps)[:, None]
-        mask = time < length
-        at = np.where(mask, first + time, 0)
-        inputs, targets = (np.where(mask, self._tokens[at + shift], 0) for shift in (0, 1))
-        return Batch(inputs.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32))
+    def _rows(self) -> Iterator[tuple[int, list[Tokens]]]:
+        """The steps and the sentences of each batch."""
+        filling: dict[int, list[Tokens]] = {}
+        for sentence in self._sentences():
+            steps = self._steps(sentence)
+            rows = filling.setdefault(steps, [])
+            rows.append(sentence)
+            if len(rows) == self.batch_size:
+                yield steps, filling.pop(steps)
+        yield from sorted(filling.items(), key=lambda item: item[0])
+
+    def _sentences(self) -> Iterator[Tokens]:
+        """The tokens of each sentence with the `<eos>` that ends it, if the last one has it."""
+        reader = self._source.reader()
+        begun = np.zeros(0, np.int32)
+        while len(tokens := reader.read(4096)):
+            begin = 0
+            for end in (np.flatnonzero(tokens == self._end) + 1).tolist():
+                yield np.concatenate([begun, tokens[begin:end]])
+                begin, begun = end, begun[:0]
+            begun = np.concatenate([begun, tokens[begin:]])
+        if len(begun):
+            yield begun
+
+    def _steps(self, sentence: Tokens) -> int:
+        return -(-len(sentence) // self.BUCKET) * self.BUCKET
 
     def shapes(self) -> list[Batch]:
-        return [self._batch(*item) for item in dict(self._plan).items()]
+        return [_blank(steps, self.batch_size) for steps in sorted(self._batches)]
+
+
+class Prefetched(Feed):
+    """Another feed, whose batches a thread prepares ahead of the one in use."""
+
+    def __init__(self, feed: Feed, ahead: int) -> None:
+        """Args: ahead: the most batches that wait to be used."""
+        self._feed, self._ahead = feed, ahead
+        self.carries_state = feed.carries_state
+        self.batch_size, self.predicted_tokens = feed.batch_size, feed.predicted_tokens
+
+    def __len__(self) -> int:
+        return len(self._feed)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """As the feed's own, whose errors it raises.
+
+        The thread ends with the epoch, or once the iterator is closed.
+        """
+        places = threading.Semaphore(self._ahead)
+        ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
+        closed = threading.Event()
+
+        def prepare() -> None:
+            try:
+                batches = self._feed.epoch(number, start)
+                while places.acquire() and not closed.is_set():
+                    ready.put(batch := next(batches, None))
+                    if batch is None:
+                        return
+            except BaseException as error:  # whatever it is, the reader must not wait for ever
+                ready.put(error)
+
+        thread = threading.Thread(target=prepare, name="prefetch", daemon=True)
+        thread.start()
+        try:
+            while (batch := ready.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise batch
+                places.release()
+                yield batch
+        finally:
+            closed.set()
+            places.release()  # the thread may be waiting for one
+            thread.join()
+
+    def shapes(self) -> list[Batch]:
+        return self._feed.shapes()

@@ -1,7 +1,8 @@
 """From a corpus' definition to its prepared form: integers, vocabulary and facts.
 
 A prepared corpus is a folder with `train.npy`, `valid.npy` and `test.npy` (int32 [tokens], to be
-memory-mapped), `vocabulary.txt` (one word a line; the line's number, from 0, is the word's
+memory-mapped), the text they were made of (`train.txt` and so on, with `train.index.npy` to begin
+reading it anywhere), `vocabulary.txt` (one word a line; the line's number, from 0, is the word's
 identifier) and `corpus.json`, which is written last. `store.py` opens it.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from ptbench.configuration.corpora import (
     SPLITS,
@@ -31,6 +33,7 @@ from ptbench.configuration.corpora import (
 )
 from ptbench.corpus import CorpusError, synthetic
 from ptbench.corpus.fetch import fetch, sha256
+from ptbench.corpus.sources import index_text
 from ptbench.corpus.vocabulary import (
     END_OF_SENTENCE,
     Encoder,
@@ -58,8 +61,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepares a corpus and returns what corpus.json says of it.
 
-    Two clocks: `load` reads and checks the raw text, or generates it; `preprocess` makes words,
-    vocabulary and integers of it. Downloading counts in neither.
+    Three clocks: `load` reads and checks the raw text, or generates it; `preprocess` makes words,
+    vocabulary and integers of it; `index` is what `source: stream` alone needs besides the
+    vocabulary. Downloading and writing count in none.
 
     Args:
         name: the corpus', for messages and corpus.json.
@@ -92,6 +96,9 @@ def prepare(
     for split in SPLITS:
         tokens[split], outside[split] = encoder.encode(words[split], texts[split].source)
     preprocessed = time.perf_counter()
+    raw = {split: text.content.encode() for split, text in texts.items()}
+    indices = {split: index_text(content) for split, content in raw.items()}
+    indexed = time.perf_counter()
 
     unigram_entropy = entropy(np.bincount(tokens["train"]))
     description = {
@@ -106,10 +113,14 @@ def prepare(
         "unigram_perplexity": math.exp(unigram_entropy),
         **facts,
         "raw_sha256": {split: texts[split].raw_sha256 for split in SPLITS},
-        "seconds": {"load": loaded - started, "preprocess": preprocessed - loaded},
+        "seconds": {
+            "load": loaded - started,
+            "preprocess": preprocessed - loaded,
+            "index": indexed - preprocessed,
+        },
     }
     try:
-        _store(output_folder, tokens, vocabulary, description)
+        _store(output_folder, tokens, raw, indices, vocabulary, description)
     except OSError as error:
         raise CorpusError(
             f"corpus {name} cannot be written to {output_folder}: {error.strerror or error}"
@@ -217,6 +228,8 @@ def _checked_words(text: Text) -> list[str]:
 def _store(
     folder: Path,
     tokens: Mapping[Split, Identifiers],
+    texts: Mapping[Split, bytes],
+    indices: Mapping[Split, npt.NDArray[np.int64]],
     vocabulary: list[str],
     description: dict[str, Any],
 ) -> None:
@@ -226,6 +239,8 @@ def _store(
         partial = Path(name)
         for split, identifiers in tokens.items():
             np.save(partial / f"{split}.npy", identifiers)
+            np.save(partial / f"{split}.index.npy", indices[split])
+            (partial / f"{split}.txt").write_bytes(texts[split])
         lines = "".join(f"{word}\n" for word in vocabulary)
         (partial / "vocabulary.txt").write_text(lines, encoding="utf-8")
         files = sorted(partial.iterdir())

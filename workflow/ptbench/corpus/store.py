@@ -1,4 +1,4 @@
-"""A prepared corpus, opened: memory-mapped tokens and what is known of them.
+"""A prepared corpus, opened: its tokens and what is known of them.
 
 Runs in every framework's environment: NumPy and the standard library alone. `prepare.py` writes
 what is read here.
@@ -12,28 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ptbench.configuration.models import TokenSource
 from ptbench.corpus import CorpusError
-from ptbench.corpus.vocabulary import END_OF_SENTENCE
+from ptbench.corpus.sources import Integers, Source, Text
+from ptbench.corpus.vocabulary import END_OF_SENTENCE, Encoder
 
 SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Three splits of token identifiers, each [tokens]."""
+    """Three splits and their vocabulary."""
 
-    train: npt.NDArray[np.int32]
-    valid: npt.NDArray[np.int32]
-    test: npt.NDArray[np.int32]
+    train: Source
+    valid: Source
+    test: Source
     vocabulary_size: int
     end_of_sentence: int  # identifier of `<eos>`
     description: dict[str, Any]  # the content of corpus.json
 
 
-def open_corpus(folder: Path) -> Corpus:
-    """The corpus that was prepared in a folder; its tokens are read from disk as they are used.
+def open_corpus(folder: Path, source: TokenSource = "memory") -> Corpus:
+    """The corpus that was prepared in a folder, its tokens read from where the recipe says.
 
     Raises:
         CorpusError: if it is not there, or its parts do not belong together.
@@ -42,20 +43,40 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         size, tokens = description["vocabulary_size"], description["tokens"]
-        end_of_sentence = read_vocabulary(folder).index(END_OF_SENTENCE)
-        splits = [np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS]
+        vocabulary = read_vocabulary(folder)
+        end_of_sentence = vocabulary.index(END_OF_SENTENCE)
+        splits: list[Source]
+        if source == "stream":
+            encoder = Encoder(vocabulary)
+            splits = [_text(folder, split, tokens[split], encoder) for split in SPLITS]
+        else:
+            splits = [_integers(folder, split, tokens[split], source) for split in SPLITS]
     except FileNotFoundError as error:
+        if (folder / "corpus.json").exists():
+            raise CorpusError(f"the corpus in {folder} lacks {error.filename}; {again}") from None
         raise CorpusError(f"there is no prepared corpus in {folder}: no {error.filename}") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise CorpusError(f"the corpus in {folder} is damaged ({error}); {again}") from error
-    for split, array in zip(SPLITS, splits, strict=True):
-        if array.dtype != np.int32 or array.shape != (tokens[split],):
-            raise CorpusError(
-                f"{folder / f'{split}.npy'} holds {array.dtype} {list(array.shape)} where "
-                f"corpus.json has int32 [{tokens[split]}]; {again}"
-            )
     train, valid, test = splits
     return Corpus(train, valid, test, size, end_of_sentence, description)
+
+
+def _integers(folder: Path, split: str, tokens: int, source: TokenSource) -> Integers:
+    path = folder / f"{split}.npy"
+    array = np.load(path, mmap_mode="r")
+    if array.dtype != np.int32 or array.shape != (tokens,):
+        raise ValueError(
+            f"{path} holds {array.dtype} {list(array.shape)} where corpus.json has int32 [{tokens}]"
+        )
+    return Integers(np.array(array) if source == "memory" else array)
+
+
+def _text(folder: Path, split: str, tokens: int, encoder: Encoder) -> Text:
+    path, index = folder / f"{split}.txt", np.load(folder / f"{split}.index.npy", mmap_mode="r")
+    size = path.stat().st_size
+    if index.dtype != np.int64 or index.ndim != 2 or index[-1].tolist() != [size, tokens]:
+        raise ValueError(f"{path} has {size} bytes, and its index and corpus.json do not fit them")
+    return Text(path, index, encoder)
 
 
 def read_vocabulary(folder: Path) -> list[str]:

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import psutil
 from safetensors.numpy import save_file
 
 from ptbench.backends.contract import Backend, parameter_count
 from ptbench.backends.registry import backend_class
 from ptbench.configuration.models import PROTOCOL, Cell, Recipe, Specification
-from ptbench.corpus.batching import Feed, ParallelStreams, Sentences, Windows
+from ptbench.corpus.batching import Feed, ParallelStreams, Prefetched, Sentences, Windows
+from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.measurement.clocks import Clocks
@@ -66,7 +65,7 @@ def run_cell(
     if specification.variant != cell.variant:
         raise PtbenchError(f"the specification is of {specification.variant}, not {cell.variant}")
     with clocks("load"):
-        corpus = open_corpus(paths.corpus)
+        corpus = open_corpus(paths.corpus, recipe.source)
         splits = feed(corpus, recipe, cell.devices)
     with clocks("start_up"):
         backend = create_backend(cell, specification, corpus.vocabulary_size, threads)
@@ -129,12 +128,15 @@ def feed(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
         PtbenchError: if a split is too short for one batch.
     """
 
-    def split(tokens: npt.NDArray[np.int32], batch_size: int, training: bool = False) -> Feed:
+    def split(tokens: Source, batch_size: int, training: bool = False) -> Feed:
+        fed: Feed
         if recipe.feeding == "windows":
-            return Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
-        if recipe.feeding == "sentences":
-            return Sentences(tokens, batch_size, corpus.end_of_sentence)
-        return ParallelStreams(tokens, batch_size, recipe.sequence_length)
+            fed = Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
+        elif recipe.feeding == "sentences":
+            fed = Sentences(tokens, batch_size, corpus.end_of_sentence)
+        else:
+            fed = ParallelStreams(tokens, batch_size, recipe.sequence_length)
+        return Prefetched(fed, recipe.prefetch) if recipe.prefetch else fed
 
     try:
         return Splits(

@@ -151,7 +151,7 @@ def test_text_in_the_drawings_stays_text(figures: tuple[Path, tuple[FigureFile, 
     for file in files:
         root = ElementTree.parse(folder / f"{file.name}.svg")
         words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-        assert {"PyTorch", "TensorFlow", "MXNet", "JAX", "tiny, 1 device"} <= words
+        assert {"PyTorch", "TensorFlow", "MXNet", "JAX", "tiny, 1 device, stock"} <= words
 
 
 def test_no_drawing_fetches_anything_or_carries_a_date(

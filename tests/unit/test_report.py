@@ -184,7 +184,7 @@ def test_figures_follow_the_page_colours_and_have_words(page: Page) -> None:
     styles = " ".join(a.get("style") or "" for _, a in page.elements)
     assert "var(--pytorch)" in styles
     assert "#c0392b" not in styles
-    assert page.text.count("Median tokens per second. tiny, 1 device: PyTorch") == 1
+    assert page.text.count("Median tokens per second. tiny, 1 device, stock: PyTorch") == 1
 
 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_latex_has_booktabs_rules_and_escapes_names(analysis: Analysis) -> None:
         assert rule in text
     header, *body = [line for line in text.splitlines() if line.endswith(r"\\")]
     group, *body = body
-    assert group == r"\multicolumn{7}{l}{\textit{tiny+dropout=0.5, 1 device}} \\"
+    assert group == r"\multicolumn{7}{l}{\textit{tiny+dropout=0.5, 1 device, stock}} \\"
     assert len(body) == 3
     assert {line.count(" & ") for line in [header, *body]} == {6}
     assert r"95 \% interval" in header
@@ -149,3 +149,15 @@ def test_latex_escapes_every_special_character() -> None:
 )
 def test_numbers_are_written_as_people_read_them(written: str, expected: str) -> None:
     assert written == expected
+
+
+def test_every_table_says_which_implementation_it_shows(tmp_path: Path) -> None:
+    variants = ("tiny", "tiny+implementation=tuned")
+    experiment = plan(variants=variants, implementations={variants[1]: "tuned"})
+    write_results(tmp_path, experiment)
+    analysis = analysis_of(experiment, tmp_path)
+    for record in records(tables.results_csv(analysis)):
+        assert record["implementation"] == ("tuned" if "tuned" in record["variant"] else "stock")
+    assert "tiny, 1 device, stock" in tables.latex(analysis)
+    assert "1 device, tuned" in tables.latex(analysis)
+    assert "| tuned" in tables.markdown(analysis)

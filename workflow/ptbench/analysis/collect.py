@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ptbench.analysis.plan import ExperimentPlan
-from ptbench.configuration.models import FRAMEWORKS, Cell
+from ptbench.configuration.models import FRAMEWORKS, Cell, Implementation
 from ptbench.errors import PtbenchError
 from ptbench.training.records import Epoch, Metrics, Score, perplexity, read_history, read_metrics
 
@@ -79,6 +79,7 @@ class Row:
     variant: str
     framework: str
     devices: int
+    implementation: Implementation
     cells: tuple[CellResult, ...]
 
     @property
@@ -141,7 +142,13 @@ def collect_rows(plan: ExperimentPlan, results_folder: Path) -> list[Row]:
         )
     order = sorted(rows, key=lambda k: (variants.index(k[0]), k[1], FRAMEWORKS.index(k[2])))  # type: ignore[arg-type]
     return [
-        Row(variant, framework, devices, tuple(sorted(rows[key], key=lambda c: c.cell.seed)))
+        Row(
+            variant,
+            framework,
+            devices,
+            plan.implementations.get(variant, "stock"),
+            tuple(sorted(rows[key], key=lambda c: c.cell.seed)),
+        )
         for key in order
         for variant, devices, framework in [key]
     ]

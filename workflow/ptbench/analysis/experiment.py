@@ -23,7 +23,7 @@ from ptbench.analysis.statistics import (
     quartiles,
     summarise_perplexity,
 )
-from ptbench.configuration.models import Cell, Framework, Model
+from ptbench.configuration.models import Cell, Framework, Implementation, Model
 from ptbench.training.records import Seconds
 
 Split = Literal["train", "valid", "test"]
@@ -50,6 +50,7 @@ class RowResult(Model):
     variant: str = Field(description="Name of the variant.")
     framework: Framework = Field(description="Framework.")
     devices: int = Field(description="Data-parallel replicas.")
+    implementation: Implementation = Field(description="stock or tuned, as the recipe says.")
     n_ok: int = Field(description="Seeds that ended well.")
     n_planned: int = Field(description="Seeds planned.")
     usable: bool = Field(description="False if two or more seeds failed, or all did.")
@@ -184,6 +185,7 @@ def _row_result(row: Row) -> RowResult:
         variant=row.variant,
         framework=row.framework,
         devices=row.devices,
+        implementation=row.implementation,
         n_ok=len(row.ok),
         n_planned=len(row.cells),
         usable=row.usable,

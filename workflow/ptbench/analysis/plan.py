@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from ptbench.analysis.statistics import DEFAULT_MARGIN
-from ptbench.configuration.models import Cell, Model, Name
+from ptbench.configuration.models import Cell, Implementation, Model, Name
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
@@ -26,6 +26,9 @@ class ExperimentPlan(Model):
     description: str = Field("", description="One paragraph on what is compared and why.")
     corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
     cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs.")
+    implementations: dict[str, Implementation] = Field(
+        {}, description="Of each variant whose implementation is not stock."
+    )
     metric: Metric = Field("test_perplexity", description="What the frameworks are compared by.")
     equivalence_margin: float = Field(
         DEFAULT_MARGIN, gt=0, description="Largest difference that does not matter [nats/token]."
@@ -47,6 +50,11 @@ def plan_experiment(study: Study, name: str) -> ExperimentPlan:
         description=planned.definition.description,
         corpus_folder=planned.specifications[0].recipe.corpus_folder,
         cells=planned.cells,
+        implementations={
+            specification.variant: specification.recipe.implementation
+            for specification in planned.specifications
+            if specification.recipe.implementation != "stock"
+        },
         metric=planned.definition.metric,
         equivalence_margin=study.config.equivalence_margin,
     )

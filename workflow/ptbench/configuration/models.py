@@ -19,6 +19,7 @@ PROTOCOL = 1
 Framework = Literal["pytorch", "tensorflow", "keras", "mxnet", "jax"]
 Accelerator = Literal["cpu", "cuda"]
 Kernel = Literal["fused", "cell", "block", "sparse"]
+Implementation = Literal["stock", "tuned"]
 TokenSource = Literal["memory", "memory_map", "stream"]
 FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 
@@ -93,7 +94,7 @@ class Recipe(Model):
         "oneDNN); cell: explicit time steps; block: TensorFlow's BlockLSTM; sparse: products "
         "with the kept weights alone.",
     )
-    implementation: Literal["stock", "tuned"] = Field(
+    implementation: Implementation = Field(
         "stock",
         description="stock: the framework's layers as its documentation would have them written; "
         "tuned: the fastest that its public means allow.",

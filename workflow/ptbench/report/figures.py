@@ -38,6 +38,7 @@ from ptbench.report.formatting import (
     format_perplexity,
     format_seconds,
     framework_name,
+    group_key,
     group_title,
 )
 from ptbench.report.palette import (
@@ -134,10 +135,7 @@ def save(figure: Figure, stem: Path) -> None:
 
 
 def _groups(rows: Sequence[RowResult]) -> list[tuple[tuple[str, int], list[RowResult]]]:
-    return [
-        (key, list(group))
-        for key, group in groupby(rows, key=lambda row: (row.variant, row.devices))
-    ]
+    return [(key, list(group)) for key, group in groupby(rows, key=group_key)]
 
 
 def _separate(figure: Figure) -> None:
@@ -157,9 +155,9 @@ def _list_axes(
     _separate(figure)
     grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
     drawn = []
-    for index, ((variant, devices), rows) in enumerate(groups):
+    for index, ((variant, _), rows) in enumerate(groups):
         axes = figure.add_subplot(grid[index])
-        axes.set_title(group_title(variant, devices))
+        axes.set_title(group_title(rows[0]))
         axes.set_yticks(range(len(rows)), [framework_name(row.framework) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
@@ -384,7 +382,8 @@ def draw_learning_curves(rows: Sequence[Row]) -> Figure:
         ],
         columns=["variant", "devices", "framework", "seed", "epoch", "nll"],
     )
-    facets = list(dict.fromkeys((row.variant, row.devices) for row in rows))
+    titles = {group_key(row): group_title(row) for row in rows}
+    facets = list(titles)
     columns = 1 if len(facets) <= 4 else 2
     count = math.ceil(len(facets) / columns)
     width = WIDTH if columns == 1 else 2 * WIDTH * 0.8
@@ -392,7 +391,7 @@ def draw_learning_curves(rows: Sequence[Row]) -> Figure:
     _separate(figure)
     for index, (variant, devices) in enumerate(facets):
         axes = figure.add_subplot(count, columns, index + 1)
-        axes.set_title(group_title(variant, devices))
+        axes.set_title(titles[variant, devices])
         part = data[(data.variant == variant) & (data.devices == devices)]
         _draw_curves(axes, part)
         axes.set_ylabel("Validation perplexity" if index % columns == 0 else "")
@@ -494,9 +493,9 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def _describe(analysis: Analysis, text: Callable[[RowResult], str]) -> str:
     parts = [
-        f"{group_title(*key)}: "
+        f"{group_title(rows[0])}: "
         + ", ".join(f"{framework_name(row.framework)} {text(row)}" for row in rows)
-        for key, rows in _groups(analysis.rows)
+        for _, rows in _groups(analysis.rows)
     ]
     return "; ".join(parts) + "."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 FRAMEWORK_NAMES = {
     "pytorch": "PyTorch",
@@ -29,9 +30,26 @@ def framework_name(framework: str) -> str:
     return FRAMEWORK_NAMES.get(framework, framework)
 
 
-def group_title(variant: str, devices: int) -> str:
+class Group(Protocol):
+    """What rows that differ by framework alone have in common."""
+
+    @property
+    def variant(self) -> str: ...
+    @property
+    def devices(self) -> int: ...
+    @property
+    def implementation(self) -> str: ...
+
+
+def group_title(group: Group) -> str:
     """Heading of the rows that differ by framework alone."""
-    return f"{variant}, {devices} device" + ("" if devices == 1 else "s")
+    devices = f"{group.devices} device" + ("" if group.devices == 1 else "s")
+    return f"{group.variant}, {devices}, {group.implementation}"
+
+
+def group_key(group: Group) -> tuple[str, int]:
+    """What tells groups apart; the variant decides the implementation."""
+    return group.variant, group.devices
 
 
 def format_perplexity(value: float | None) -> str:

@@ -38,6 +38,7 @@ from ptbench.report.formatting import (
     NOTHING,
     align_plus_minus,
     framework_name,
+    group_key,
     group_title,
 )
 from ptbench.report.palette import (
@@ -157,7 +158,7 @@ def render_report(
         interval=format_interval,
         quartile_range=_quartile_range,
         invalid_mark=invalid_mark,
-        group_title=lambda row: group_title(row.variant, row.devices),
+        group_title=group_title,
         published_value=_published_value,
         ours=_ours,
         address=lambda path: quote(path, safe="/+=,.-_"),
@@ -226,8 +227,9 @@ def _tables(analysis: Analysis) -> tuple[Table, ...]:
     columns = (rows, column([row.test for row in rows]), column([row.valid for row in rows]))
     lines = [Line(*values) for values in zip(*columns, strict=True)]
     return tuple(
-        Table(group_title(*key), tuple(group))
-        for key, group in groupby(lines, key=lambda line: (line.row.variant, line.row.devices))
+        Table(group_title(group[0].row), group)
+        for _, each in groupby(lines, key=lambda line: group_key(line.row))
+        for group in [tuple(each)]
     )
 
 
@@ -239,9 +241,10 @@ def _quartile_range(quartiles: Quartiles | None) -> str:
 
 
 def _matrices(analysis: Analysis) -> tuple[Matrix, ...]:
+    titles = {group_key(row): group_title(row) for row in analysis.rows}
     return tuple(
         Matrix(
-            title=group_title(*key),
+            title=titles[key],
             frameworks=tuple(
                 row.framework for row in analysis.rows if (row.variant, row.devices) == key
             ),

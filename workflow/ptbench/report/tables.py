@@ -43,6 +43,7 @@ def _result_record(row: RowResult) -> dict[str, Any]:
         "variant": row.variant,
         "framework": row.framework,
         "devices": row.devices,
+        "implementation": row.implementation,
         "n_ok": row.n_ok,
         "n_planned": row.n_planned,
         "usable": str(row.usable).lower(),
@@ -170,6 +171,7 @@ def printed_columns(analysis: Analysis) -> list[Column]:
     return [
         Column("Variant", [row.variant for row in rows], right_aligned=False),
         Column("Devices", [str(row.devices) for row in rows]),
+        Column("Implementation", [row.implementation for row in rows], right_aligned=False),
         Column("Framework", [framework_name(row.framework) for row in rows], right_aligned=False),
         Column("Seeds ok", seeds),
         *_perplexity_columns("Valid", [row.valid for row in rows]),
@@ -285,7 +287,7 @@ def latex(analysis: Analysis) -> str:
     """
     columns = [c for c in printed_columns(analysis) if c.header in LATEX_COLUMNS]
     body: list[str] = []
-    titles = [group_title(row.variant, row.devices) for row in analysis.rows]
+    titles = [group_title(row) for row in analysis.rows]
     for title, indices in groupby(range(len(titles)), key=titles.__getitem__):
         body.append(r"\addlinespace" if body else r"\midrule")
         body.append(rf"\multicolumn{{{len(columns)}}}{{l}}{{\textit{{{escape_latex(title)}}}}} \\")

@@ -112,6 +112,19 @@ def validate(arguments: argparse.Namespace) -> None:
     print(f"{len(study.cells)} cells in all")
 
 
+def features(arguments: argparse.Namespace) -> None:
+    """Write which features each framework has built in, as its backend says."""
+    from ptbench.backends.contract import Feature
+    from ptbench.configuration.models import FRAMEWORKS
+    from ptbench.report.features import declared_features, features_markdown
+    from ptbench.training.records import write_atomically
+
+    declared: dict[str, list[Feature]] = {
+        framework: declared_features(framework, arguments.environments) for framework in FRAMEWORKS
+    }
+    write_atomically(arguments.output, features_markdown(declared))
+
+
 def benchmark(arguments: argparse.Namespace) -> None:
     """Measure the training speed of every framework side by side."""
     from ptbench.measurement.benchmark import all_competitors, run_benchmark, show
@@ -242,6 +255,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(schema)
     sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")
+
+    sub = command(features)
+    sub.add_argument("--environments", type=Path, default=Path("results/environments"))
+    sub.add_argument("--output", type=Path, default=Path("docs/features.md"))
 
     sub = command(benchmark)
     names = ("pytorch", "tensorflow", "keras", "mxnet", "jax")

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptbench.backends.contract import parameter_count
 from ptbench.configuration import loading
-from ptbench.configuration.loading import load_study
+from ptbench.configuration.loading import load_experiments, load_study
 from ptbench.configuration.models import Recipe, Specification, parse_cell_path, variant_name
 from ptbench.configuration.schemas import schemas
 from ptbench.errors import ConfigurationError
@@ -319,3 +320,24 @@ def test_the_schemas_are_those_of_the_models() -> None:
             f"workflow/schemas/{name} is out of date; run: "
             "uv run ptbench schema --output workflow/schemas"
         )
+
+
+EXPERIMENTS = load_experiments(ROOT / "workflow" / "experiments")[1]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_be_planned_in_the_frameworks_it_names(name: str) -> None:
+    planned = load_study({"experiments": [name]}).experiments[name]
+    assert {cell.framework for cell in planned.cells} == set(EXPERIMENTS[name].frameworks)
+    assert len({cell.variant for cell in planned.cells}) >= len(EXPERIMENTS[name].variants)
+
+
+def test_the_recipes_of_the_documents_are_those_of_their_tables() -> None:
+    recipes = load_experiments(ROOT / "workflow" / "experiments")[0]
+    millions = {
+        "zaremba-small": "4.652", "zaremba-medium": "19.775", "zaremba-large": "66.022",
+        "zhang-bm": "41.520", "zhang-bmlg": "41.520",
+        "singh-lstm1": "16.395", "singh-lstm2": "19.780", "singh-mos": "24.018",
+    }  # fmt: skip
+    for name, published in millions.items():
+        assert f"{parameter_count(recipes[name], 10_000) / 1e6:.3f}" == published, name

@@ -56,7 +56,9 @@ def train(arguments: argparse.Namespace) -> None:
     specification = read_specification(arguments.specification)
     paths = Paths(arguments.corpus, arguments.output, arguments.checkpoints)
     with Log(arguments.log) as log:
-        metrics = run_cell(cell, specification, paths, arguments.threads, log.say)
+        metrics = run_cell(
+            cell, specification, paths, arguments.threads, log.say, arguments.checkpoint_minutes
+        )
         shown = f"test perplexity {metrics.test.perplexity:.2f}" if metrics.test else metrics.reason
         seconds = f"{metrics.seconds.total:.0f} s"
         log.say(f"[{cell.path}] {metrics.status}: {shown}, {seconds}{cells_done(paths.output)}")
@@ -239,6 +241,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--corpus", type=Path, required=True, help="folder of the prepared corpus")
     sub.add_argument("--output", type=Path, required=True, help="folder of the cell's results")
     sub.add_argument("--checkpoints", type=Path, required=True, help="folder of its parameters")
+    sub.add_argument(
+        "--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"
+    )
     sub.add_argument("--threads", type=int, default=1, help="CPU threads")
     sub.add_argument("--log", type=Path, help="file for all output; progress is also shown")
 
@@ -281,13 +286,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; a PtbenchError is one message on standard error and exit status 2."""
+    """Run one command; a PtbenchError is one message on standard error and its exit status."""
     arguments = parser().parse_args(argv)
     try:
         arguments.function(arguments)
     except PtbenchError as error:
         print(f"ptbench: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except OSError as error:  # a full disk, a folder that may not be written to
         if error.filename is None and error.errno is None:
             raise

@@ -41,3 +41,5 @@ rule train:
         " --specification {params.specification:q} --corpus {params.corpus:q}"
         " --output {params.folder:q} --checkpoints {params.checkpoints:q}"
         " --threads {threads} --log {log:q}"
+        # not in params: how often it saves is no reason to train again
+        f" --checkpoint-minutes {study.config.checkpoint_minutes}"

@@ -150,6 +150,9 @@ class Config(Model):
     threads: Whole = Field(
         1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
     )
+    checkpoint_minutes: float = Field(
+        10, gt=0, description="Time between checkpoints within an epoch [minutes]."
+    )
     equivalence_margin: float = Field(
         0.02, gt=0, lt=1, description="Largest difference of mean nll that does not matter [nats]."
     )

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
-from safetensors.numpy import save_file
 
 from ptbench.backends.contract import Backend, parameter_count
 from ptbench.backends.registry import backend_class
@@ -21,9 +22,10 @@ from ptbench.configuration.models import PROTOCOL, Cell, Recipe, Specification
 from ptbench.corpus.batching import Feed, ParallelStreams, Prefetched, Sentences, Windows
 from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
-from ptbench.errors import PtbenchError
+from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.measurement.clocks import Clocks
 from ptbench.measurement.provenance import cells_at_once, peak_memory_bytes, provenance
+from ptbench.training.checkpoints import Checkpoints, Identity, write_arrays
 from ptbench.training.devices import check_devices
 from ptbench.training.initialization import draw_parameters
 from ptbench.training.loop import Progress, Run, Splits, train
@@ -36,7 +38,7 @@ class Paths:
 
     corpus: Path  # folder, read
     output: Path  # folder: metrics.json, history.csv, recipe.yaml, provenance.json
-    checkpoints: Path  # folder: best.safetensors
+    checkpoints: Path  # folder: best.safetensors, and while it runs what it can go on from
 
 
 def run_cell(
@@ -45,8 +47,10 @@ def run_cell(
     paths: Paths,
     threads: int,
     say: Callable[[str], None] = print,
+    checkpoint_minutes: float = 10.0,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Metrics:
-    """Train and score one cell and write its files.
+    """Train and score one cell and write its files, from its last checkpoint if it has one.
 
     Args:
         cell: which run.
@@ -54,8 +58,11 @@ def run_cell(
         paths: where to read and write.
         threads: CPU threads, shared by all replicas.
         say: receives a line of progress now and then.
+        checkpoint_minutes: between two checkpoints within an epoch.
+        interrupted: whether the process has been told to end.
 
     Raises:
+        InterruptionError: if it has been, and had not finished.
         PtbenchError: if the specification, the corpus or the devices do not allow the run.
     """
     check_devices(cell.devices, specification.accelerator)
@@ -81,26 +88,80 @@ def run_cell(
     if len(facts["devices"]) != cell.devices:
         raise PtbenchError(f"{cell.path} got {len(facts['devices'])} devices, not {cell.devices}")
 
-    run = train(backend, recipe, splits, clocks, watcher(cell, say))
+    checkpoints = Checkpoints(
+        paths.checkpoints,
+        identity(cell, specification, corpus, facts),
+        lambda: clocks.seconds | {"total": clocks.seconds["total"] + seconds_so_far()},
+        checkpoint_minutes,
+        interrupted,
+        say=say,
+    )
+    with clocks("start_up"):
+        resumed = checkpoints.latest(
+            lambda: backend.snapshot(backend.initial_state(splits.train.batch_size, training=True))
+        )
+    if resumed:
+        for clock, seconds in resumed.seconds.items():
+            clocks.seconds[clock] += seconds
+        say(f"[{cell.path}] goes on {checkpoints.position}")
+    saved = resumed.saved if resumed else None
+    try:
+        run = train(backend, recipe, splits, clocks, watcher(cell, say), checkpoints, saved)
+    except InterruptionError:
+        where = checkpoints.position or "before its first step"
+        raise InterruptionError(
+            f"{cell.path} was told to end and did, {where}; the same command goes on from there"
+        ) from None
 
     paths.output.mkdir(parents=True, exist_ok=True)
     with clocks("checkpointing"):
-        if run.best_parameters is not None:
-            paths.checkpoints.mkdir(parents=True, exist_ok=True)
-            temporary = paths.checkpoints / ".best.safetensors"
-            save_file(run.best_parameters, temporary)
-            temporary.replace(paths.checkpoints / "best.safetensors")
+        if run.best_parameters is not None and run.best is not None:
+            write_arrays(
+                paths.checkpoints / "best.safetensors",
+                run.best_parameters,
+                {
+                    "cell": cell.path,
+                    "specification": specification.text(),
+                    "vocabulary_size": str(corpus.vocabulary_size),
+                    "epoch": str(run.best.epoch),
+                },
+            )
     facts["cells_at_once"] = max(facts["cells_at_once"], cells_at_once())
     facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     peak = peak_memory_bytes()  # while the replicas' processes still live
     backend.close()
-    clocks.seconds["total"] = time.time() - psutil.Process().create_time()
+    clocks.seconds["total"] += seconds_so_far()
     metrics = summarize(cell, specification, corpus.vocabulary_size, splits, run, clocks, peak)
     write_atomically(paths.output / "recipe.yaml", recipe_yaml(specification))
     write_atomically(paths.output / "history.csv", history_csv(run.history))
     write_atomically(paths.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
     write_atomically(paths.output / "metrics.json", metrics.model_dump_json(indent=2) + "\n")
+    checkpoints.clear()
     return metrics
+
+
+def identity(
+    cell: Cell, specification: Specification, corpus: Corpus, facts: Mapping[str, Any]
+) -> Identity:
+    """What a checkpoint must have in common with this run to be of use to it."""
+    return Identity(
+        cell=cell.path,
+        fingerprint=specification.fingerprint,
+        corpus=digest(corpus),
+        vocabulary_size=corpus.vocabulary_size,
+        framework=f"{facts['framework_package']} {facts['framework_version']}",
+    )
+
+
+def digest(corpus: Corpus) -> str:
+    """Twelve hexadecimal digits that change with the corpus' text, wherever that came from."""
+    facts = [corpus.description.get(key) for key in ("raw_sha256", "subset", "tokens")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def seconds_so_far() -> float:
+    """Age of this process [s]."""
+    return time.time() - psutil.Process().create_time()
 
 
 def read_specification(text: str) -> Specification:

@@ -1,7 +1,8 @@
 """The training loop: framework-neutral, and ignorant of files.
 
 Epoch by epoch: train on every batch in order, validate, remember the best parameters; at the end
-score the test split once with those. `cell.py` calls it and writes the results down.
+score the test split once with those. `cell.py` calls it and writes the results down, and a `Keeper`
+is given what it needs to go on where it was, should the process end.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ptbench.backends.contract import Backend, Parameters, Scalar
+import numpy.typing as npt
+
+from ptbench.backends.contract import Backend, Parameters, Scalar, State
 from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import Feed
+from ptbench.errors import InterruptionError
 from ptbench.measurement.clocks import Clocks
 from ptbench.training.records import Epoch, Score, perplexity, score
 from ptbench.training.schedules import Stop, learning_rate, rolls_back, stop
@@ -47,15 +51,45 @@ class Progress:
 
 
 @dataclass
+class Sums:
+    """What the epoch under way has added up so far."""
+
+    steps: int = 0
+    nll: float = 0.0  # summed [nats]
+    gradient_norm: float = 0.0  # summed over steps
+    learning_rate: float = 0.0  # of the last step
+    tokens: int = 0
+    timed_tokens: int = 0  # without those of steps that compile
+    compile_seconds: float = 0.0
+    training_seconds: float = 0.0
+
+    def add_seconds(self, clock: str, seconds: float) -> None:
+        if clock == "compile":
+            self.compile_seconds += seconds
+        else:
+            self.training_seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of warm steps; a corpus shorter than the warm-up has none, and what there is counts."""
+        if self.timed_tokens:
+            return self.timed_tokens / self.training_seconds
+        return self.tokens / self.compile_seconds
+
+
+@dataclass
 class Run:
-    """What training gave."""
+    """What training gave so far."""
 
     history: list[Epoch] = field(default_factory=list)
-    best: Epoch | None = None
+    best: Epoch | None = None  # of the lowest validation nll
     best_parameters: Parameters | None = None
+    sums: Sums | None = None  # of the epoch under way; None between two
     test: Score | None = None
     diverged: str | None = None  # why, if it did
     stopped: Stop | None = None  # why training ended, if it did not diverge
+    state: State = None  # the recurrent one, where the epoch under way is
+    steps_here: int = 0  # training steps of this process, the first of which compile
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -70,14 +104,27 @@ class Run:
         return statistics.median(totals) if totals else None
 
 
-class TrainedEpoch(NamedTuple):
-    """What one pass over the training split gave."""
+@dataclass
+class Saved:
+    """All that a run needs to go on in another process, bit for bit."""
 
-    nll: float  # summed [nats]
-    gradient_norm: float  # mean over steps
-    learning_rate: float  # of the last step
-    seconds: float  # of training, steps that compile included
-    tokens_per_second: float  # steps that compile left out
+    run: Run
+    snapshot: dict[str, npt.NDArray[Any]]  # the backend's own
+
+
+class Keeper:
+    """What lets a run outlive its process; this one does not. See `checkpoints.py`."""
+
+    def interrupted(self) -> bool:
+        """Whether the process has been told to end. Asked at every step, so it must be quick."""
+        return False
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint within an epoch."""
+        return False
+
+    def save(self, saved: Saved) -> None:
+        """Keep this; called outside all clocks but that of checkpointing."""
 
 
 def train(
@@ -86,39 +133,80 @@ def train(
     splits: Splits,
     clocks: Clocks,
     watch: Callable[[Progress], None],
+    keeper: Keeper | None = None,
+    saved: Saved | None = None,
 ) -> Run:
     """Train `backend` as the recipe says and score it.
 
     A loss that is not finite, or a perplexity above the recipe's limit, ends the run early; it is
     then diverged, which is a result, and keeps the history of its whole epochs.
+
+    Args:
+        backend: new, on its devices.
+        recipe: what to do.
+        splits: on what.
+        clocks: where the time goes.
+        watch: is told of progress.
+        keeper: is given a checkpoint after every epoch, and when it wants one within.
+        saved: goes on from there, to the same end as a run that never stopped.
+
+    Raises:
+        InterruptionError: once the keeper says so; what had been done has been saved.
     """
+    keeper = keeper or Keeper()
     run = Run()
-    warm_up_evaluation(backend, splits, clocks)
+    warm_up_evaluation(backend, splits, clocks, keeper)
+    if saved:
+        run = saved.run
+        with clocks("start_up"):
+            run.state = backend.restore(saved.snapshot)
+
+    def keep() -> None:
+        with clocks("checkpointing"):
+            keeper.save(Saved(run, backend.snapshot(run.state)))
+
+    def pause() -> None:
+        if keeper.interrupted():
+            keep()
+            raise InterruptionError
+        if keeper.due():
+            keep()
+
+    run.stopped = stop(recipe, run.history) if run.history else None
     while run.stopped is None:
         number = len(run.history) + 1
-        if rolls_back(recipe, run.history) and run.best_parameters is not None:
-            backend.load_parameters(run.best_parameters)
-        trained = train_epoch(backend, recipe, splits.train, run.history, clocks, watch)
-        run.diverged = divergence(recipe, "training", number, trained.nll, splits.train)
+        if run.sums is None:
+            if rolls_back(recipe, run.history) and run.best_parameters is not None:
+                backend.load_parameters(run.best_parameters)
+            run.sums = Sums()
+            run.state = backend.initial_state(splits.train.batch_size, training=True)
+        train_epoch(backend, recipe, splits.train, run, clocks, watch, keeper, pause)
+        sums = run.sums
+        run.diverged = divergence(recipe, "training", number, sums.nll, splits.train)
         if run.diverged:
             return run
-        valid, evaluation_seconds = evaluate(backend, splits.valid, clocks)
-        train_nll = trained.nll / splits.train.predicted_tokens
+        try:
+            valid, evaluation_seconds = evaluate(backend, splits.valid, clocks, keeper)
+        except InterruptionError:
+            keep()
+            raise
+        train_nll = sums.nll / splits.train.predicted_tokens
         epoch = Epoch(
             epoch=number,
-            learning_rate=trained.learning_rate,
+            learning_rate=sums.learning_rate,
             train_nll=train_nll,
             train_perplexity=perplexity(train_nll),
             valid_nll=valid.nll,
             valid_perplexity=valid.perplexity,
-            gradient_norm=trained.gradient_norm,
-            tokens_per_second=trained.tokens_per_second,
-            training_seconds=trained.seconds,
+            gradient_norm=sums.gradient_norm / max(sums.steps, 1),
+            tokens_per_second=sums.tokens_per_second,
+            training_seconds=sums.compile_seconds + sums.training_seconds,
             evaluation_seconds=evaluation_seconds,
         )
         run.history.append(epoch)
+        run.sums = None
         watch(Progress(number, recipe.epochs, 1.0, epoch.train_perplexity,
-                       trained.tokens_per_second, finished=epoch))  # fmt: skip
+                       epoch.tokens_per_second, finished=epoch))  # fmt: skip
         valid_nll = valid.nll * valid.tokens
         run.diverged = divergence(recipe, "validation", number, valid_nll, splits.valid)
         if run.diverged:
@@ -127,10 +215,13 @@ def train(
             run.best = epoch
             with clocks("checkpointing"):
                 run.best_parameters = backend.parameters()
+        keep()
         run.stopped = stop(recipe, run.history)
+        if keeper.interrupted():
+            raise InterruptionError
     assert run.best_parameters is not None  # a valid_nll that is not finite has diverged
     backend.load_parameters(run.best_parameters)
-    run.test, _ = evaluate(backend, splits.test, clocks)
+    run.test, _ = evaluate(backend, splits.test, clocks, keeper)
     return run
 
 
@@ -145,67 +236,83 @@ def divergence(recipe: Recipe, split: str, epoch: int, nll_sum: float, feed: Fee
     return None
 
 
-def warm_up_evaluation(backend: Backend, splits: Splits, clocks: Clocks) -> None:
+def warm_up_evaluation(backend: Backend, splits: Splits, clocks: Clocks, keeper: Keeper) -> None:
     """Let the framework compile its evaluation on its own clock; nothing is kept."""
     with clocks("compile"):
         for feed in (splits.valid, splits.test):
             state = backend.initial_state(feed.batch_size, training=False)
             for batch in feed.shapes():
                 float(backend.evaluate_step(*batch, state).nll)
+                if keeper.interrupted():
+                    raise InterruptionError
 
 
 def train_epoch(
     backend: Backend,
     recipe: Recipe,
     feed: Feed,
-    history: list[Epoch],
+    run: Run,
     clocks: Clocks,
     watch: Callable[[Progress], None],
-) -> TrainedEpoch:
-    """One pass over the training split. Stops early at a loss that is not finite."""
-    nll_sum = norm_sum = 0.0
-    tokens = steps = timed_tokens = 0
+    keeper: Keeper,
+    pause: Callable[[], None],
+) -> None:
+    """What is left of a pass over the training split, added to `run.sums`.
+
+    Calls `pause` wherever the run may be saved: after each fetch, off all clocks. Stops early at a
+    loss that is not finite.
+    """
+    sums = run.sums
+    assert sums is not None
     pending: list[tuple[Scalar, Scalar]] = []
-    clock_before = dict(clocks.seconds)
     reported = time.perf_counter()
-    number, rate = len(history) + 1, 0.0
-    zero_state = state = backend.initial_state(feed.batch_size, training=True)
-    batches = feed.epoch(number)
-    while steps < len(feed) and math.isfinite(nll_sum):
+    number = len(run.history) + 1
+    zero_state = backend.initial_state(feed.batch_size, training=True)
+    batches = feed.epoch(number, sums.steps)
+    while sums.steps < len(feed):
         # A run of steps that ends in a fetch, all on one clock.
-        warming = backend.step < WARM_UP_STEPS
-        length = WARM_UP_STEPS if warming else FETCH_EVERY
-        with clocks("compile" if warming else "training"):
-            for batch in itertools.islice(batches, length):
-                rate = learning_rate(recipe, history, (steps + 1) / len(feed))
-                result = backend.train_step(*batch, state, rate)
-                state = result.state if feed.carries_state else zero_state
+        warming = run.steps_here < WARM_UP_STEPS
+        clock = "compile" if warming else "training"
+        before = clocks.seconds[clock]
+        with clocks(clock):
+            for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
+                rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
+                result = backend.train_step(*batch, run.state, rate)
+                run.state = result.state if feed.carries_state else zero_state
                 pending.append((result.nll, result.gradient_norm))
                 count = int(batch.mask.sum())
-                tokens += count
-                timed_tokens += 0 if warming else count
-                steps += 1
-            nll_sum += sum(float(nll) for nll, _ in pending)
-            norm_sum += sum(float(norm) for _, norm in pending)
+                sums.learning_rate = rate
+                sums.tokens += count
+                sums.timed_tokens += 0 if warming else count
+                sums.steps += 1
+                run.steps_here += 1
+                if keeper.interrupted():
+                    break
+            # One by one: where a run was interrupted must not show in how its sums are rounded.
+            for nll, norm in pending:
+                sums.nll += float(nll)
+                sums.gradient_norm += float(norm)
             pending.clear()
-        if timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
+        sums.add_seconds(clock, clocks.seconds[clock] - before)
+        if not math.isfinite(sums.nll):
+            return
+        if sums.timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
             reported = time.perf_counter()
-            seconds = clocks.seconds["training"] - clock_before.get("training", 0.0)
-            watch(Progress(number, recipe.epochs, steps / len(feed),
-                           perplexity(nll_sum / tokens), timed_tokens / seconds))  # fmt: skip
-    if math.isfinite(nll_sum) and tokens != feed.predicted_tokens:
-        raise AssertionError(f"trained on {tokens} of {feed.predicted_tokens} tokens")
-    spent = {
-        clock: clocks.seconds[clock] - clock_before.get(clock, 0.0)
-        for clock in ("compile", "training")
-    }
-    # A corpus shorter than the warm-up has no warm speed; what there is, is reported.
-    speed = timed_tokens / spent["training"] if timed_tokens else tokens / spent["compile"]
-    return TrainedEpoch(nll_sum, norm_sum / max(steps, 1), rate, sum(spent.values()), speed)
+            watch(Progress(number, recipe.epochs, sums.steps / len(feed),
+                           perplexity(sums.nll / sums.tokens), sums.tokens_per_second))  # fmt: skip
+        pause()
+    if sums.tokens != feed.predicted_tokens:
+        raise AssertionError(f"trained on {sums.tokens} of {feed.predicted_tokens} tokens")
 
 
-def evaluate(backend: Backend, feed: Feed, clocks: Clocks) -> tuple[Score, float]:
-    """Score of a split, every predicted token counted once, and the seconds it took."""
+def evaluate(
+    backend: Backend, feed: Feed, clocks: Clocks, keeper: Keeper | None = None
+) -> tuple[Score, float]:
+    """Score of a split, every predicted token counted once, and the seconds it took.
+
+    Raises:
+        InterruptionError: once the keeper says so.
+    """
     before = clocks.seconds["evaluation"]
     nll_sum, tokens = 0.0, 0
     pending: list[Scalar] = []
@@ -216,6 +323,8 @@ def evaluate(backend: Backend, feed: Feed, clocks: Clocks) -> tuple[Score, float
             state = state if feed.carries_state else zero_state
             pending.append(nll)
             tokens += int(batch.mask.sum())
+            if keeper and keeper.interrupted():
+                raise InterruptionError
             if len(pending) == FETCH_EVERY:
                 nll_sum += sum(map(float, pending))
                 pending.clear()

@@ -56,15 +56,25 @@ class Epoch(Model):
 
 
 class Seconds(Model):
-    """Where a run's time went; the clocks do not overlap. Each stops on a synchronised device."""
+    """Where a run's time went; the clocks do not overlap. Each stops on a synchronised device.
+
+    A run of several attempts counts all that its result was made of: each attempt up to the
+    checkpoint that the next one went on from. What was lost after it counts nowhere.
+    """
 
     load: float = Field(0.0, description="Opening and batching the prepared corpus [s].")
     start_up: float = Field(0.0, description="Importing the framework, building the model [s].")
-    compile: float = Field(0.0, description="First steps of each kind, not counted as speed [s].")
+    compile: float = Field(
+        0.0, description="First steps of each kind and attempt, not counted as speed [s]."
+    )
     training: float = Field(0.0, description="Training steps after the first [s].")
     evaluation: float = Field(0.0, description="Validation and test [s].")
-    checkpointing: float = Field(0.0, description="Saving parameters [s].")
-    total: float = Field(0.0, description="From the start of the process to its end [s].")
+    checkpointing: float = Field(0.0, description="Saving parameters and checkpoints [s].")
+    total: float = Field(
+        0.0,
+        description="From the start of the process to its end [s]; of an attempt that was "
+        "interrupted, to the checkpoint that the next one went on from.",
+    )
 
 
 class Metrics(Model):

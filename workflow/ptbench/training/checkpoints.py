@@ -1,0 +1,290 @@
+"""Checkpoints: a run's whole state on disk, so that killing its process loses minutes, not the run.
+
+A cell's folder holds `last.safetensors` and `previous.safetensors`, each what the backend's
+snapshot gives, the best parameters so far as `best.{name}`, and in its header where the run is. At
+every instant one of them is whole. What cannot be used is renamed `*.rejected-N` and never deleted.
+Beside them, once the run is over, `best.safetensors` has the model that was scored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ptbench.configuration.models import Model
+from ptbench.errors import PtbenchError
+from ptbench.training.loop import Keeper, Run, Saved, Sums
+from ptbench.training.records import Epoch
+
+FORMAT = 1  # of the header; raised when what is in a checkpoint changes its meaning
+NAMES = ("last.safetensors", "previous.safetensors")
+BEST = "best."
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Identity(Model):
+    """What a run and its checkpoints must agree on, or numbers of two runs would be mixed."""
+
+    cell: str = Field(description="Path of the cell.")
+    fingerprint: str = Field(description="Of the specification.")
+    corpus: str = Field(description="Of the corpus' tokens.")
+    vocabulary_size: int = Field(description="Word types.")
+    framework: str = Field(description="Package and version.")
+
+
+class Header(Model):
+    """What a checkpoint's header says, in JSON."""
+
+    format: int = Field(FORMAT, description="Version of this description.")
+    identity: Identity = Field(description="Whose checkpoint it is.")
+    history: list[Epoch] = Field(description="The finished epochs.")
+    sums: Sums | None = Field(description="Of the epoch under way; null between two.")
+    seconds: dict[str, float] = Field(description="The run's clocks [s].")
+    written: float = Field(description="When [s since 1970], by this machine's clock.")
+
+
+class RejectedError(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+class Resumed(NamedTuple):
+    """A run as it was saved."""
+
+    saved: Saved
+    seconds: dict[str, float]
+
+
+class Checkpoints(Keeper):
+    """The checkpoints of one cell, as the training loop writes them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        seconds: Callable[[], Mapping[str, float]],
+        minutes: float = 10.0,
+        interrupted: Callable[[], bool] = lambda: False,
+        check: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Nothing is written until there is something to save.
+
+        Args:
+            folder: the cell's own.
+            identity: of this run.
+            seconds: the clocks, as they are when it is called.
+            minutes: between two checkpoints within an epoch.
+            interrupted: whether the process has been told to end.
+            check: raises PtbenchError if this process may not write here any more.
+            say: receives a line about anything unusual.
+        """
+        self.folder, self.identity, self.seconds = folder, identity, seconds
+        self.minutes, self.told_to_end, self.check, self.say = minutes, interrupted, check, say
+        self.saved_at = time.monotonic()
+        self.position: str | None = None  # of what is on disk
+
+    def interrupted(self) -> bool:
+        return self.told_to_end()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * self.minutes
+
+    def save(self, saved: Saved) -> None:
+        """Write `last`; what was `last` becomes `previous`.
+
+        Raises:
+            PtbenchError: if it cannot be written; the one before it is still there.
+        """
+        self.check()
+        run = saved.run
+        header = Header(
+            identity=self.identity,
+            history=run.history,
+            sums=run.sums and dataclasses.replace(run.sums),
+            seconds=dict(self.seconds()),
+            written=time.time(),
+        )
+        best = {BEST + name: array for name, array in (run.best_parameters or {}).items()}
+        last, previous = (self.folder / name for name in NAMES)
+        write_arrays(last, saved.snapshot | best, {"checkpoint": to_json(header)}, former=previous)
+        self.saved_at = time.monotonic()
+        self.position = describe(header)
+
+    def latest(self, template: Callable[[], Arrays]) -> Resumed | None:
+        """The newest checkpoint that can be used; those that cannot are set aside, and said so.
+
+        Args:
+            template: gives a snapshot of this very run at its beginning.
+        """
+        for path in (self.folder / name for name in NAMES):
+            try:
+                if not path.exists():
+                    continue
+                header, arrays, best = self.read(path)
+                expected = shapes(template())
+                if shapes(arrays) != expected or (header.history and not best):
+                    raise RejectedError("its arrays are not those of this model")
+            except RejectedError as reason:
+                aside = set_aside(path)
+                self.say(f"{path} is no checkpoint of this run: {reason}; it is now {aside.name}")
+                continue
+            except OSError as error:
+                raise PtbenchError(f"{path}: cannot be read: {error.strerror}") from error
+            self.position = describe(header)
+            lowest = min(header.history, key=lambda epoch: epoch.valid_nll, default=None)
+            run = Run(header.history, lowest, best or None, header.sums)
+            return Resumed(Saved(run, arrays), header.seconds)
+        return None
+
+    def read(self, path: Path) -> tuple[Header, Arrays, Arrays]:
+        """Header, snapshot and best parameters of a checkpoint of this run.
+
+        Raises:
+            RejectedError: if it is damaged, or another's.
+        """
+        arrays, metadata = read_arrays(path)
+        try:
+            content = json.loads(metadata["checkpoint"])
+            version = content["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RejectedError("its header is not that of a checkpoint") from error
+        if version != FORMAT:
+            raise RejectedError(f"it has format {version}, and this ptbench reads format {FORMAT}")
+        try:
+            header = Header.model_validate(content)
+        except ValidationError as error:
+            raise RejectedError("its header is not that of a checkpoint") from error
+        ours, theirs = self.identity.model_dump(), header.identity.model_dump()
+        for name, value in theirs.items():
+            if value != ours[name]:
+                raise RejectedError(f"its {name} is {value}, not {ours[name]}")
+        best = {name[len(BEST) :]: a for name, a in arrays.items() if name.startswith(BEST)}
+        rest = {name: array for name, array in arrays.items() if not name.startswith(BEST)}
+        return header, rest, best
+
+    def clear(self) -> None:
+        """Delete what a finished run does not need; what was set aside stays."""
+        for name in NAMES:
+            for path in (self.folder / name, temporary_of(self.folder / name)):
+                path.unlink(missing_ok=True)
+
+
+def describe(header: Header) -> str:
+    """Where a run is, for people."""
+    number = len(header.history) + 1
+    if header.sums is None:
+        return f"after epoch {number - 1}"
+    return f"in epoch {number}, after step {header.sums.steps}"
+
+
+def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each array."""
+    return {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+
+
+def to_json(model: Model) -> str:
+    """JSON by Python's own writer, whose floats are read back as the very same numbers."""
+    return json.dumps(model.model_dump())
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to the first `*.rejected-N` that is free."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.rejected-{number}")).exists():
+        number += 1
+    return path.rename(aside)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return path.with_name(f".{path.name}")
+
+
+def write_arrays(
+    path: Path,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+    former: Path | None = None,
+) -> None:
+    """Write a whole safetensors file or none, with a checksum over all that is in it.
+
+    Args:
+        path: is replaced at once, after all has reached the disk.
+        arrays: by name.
+        metadata: for the file's header.
+        former: what `path` was is renamed to this, replacing what is there.
+
+    Raises:
+        PtbenchError: if it cannot be written; what was at `path` is still there.
+    """
+    temporary = temporary_of(path)
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    sealed = {**metadata, "sha256": checksum(contiguous, metadata)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, temporary, sealed)
+        flush(temporary)
+        if former and path.exists():
+            path.replace(former)
+        temporary.replace(path)
+        flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PtbenchError(
+            f"{path} cannot be written ({reason}); make room, or let it be written to, and run the "
+            "same command again: it goes on from the last checkpoint"
+        ) from error
+
+
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and metadata of a file that `write_arrays` wrote.
+
+    Raises:
+        RejectedError: if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise RejectedError(f"it cannot be read ({error})") from error
+    if metadata.pop("sha256", None) != checksum(arrays, metadata):
+        raise RejectedError("its checksum is wrong")
+    return arrays, metadata
+
+
+def checksum(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, types, shapes, numbers and metadata."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

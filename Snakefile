@@ -31,6 +31,10 @@ rule all:
 
 # Not rules: what these make, the rules merely use, so its age must not decide what is run again.
 onstart:
+    try:
+        refuse_duplicates(Path.cwd())
+    except PtbenchError as error:
+        raise WorkflowError(str(error))
     study.write(Path("results/study.json"))
     if not USES_CONDA:
         shell(

@@ -14,7 +14,8 @@ from ptbench.configuration.resources import (
     memory_megabytes,
     runtime_minutes,
 )
-from ptbench.errors import ConfigurationError
+from ptbench.errors import ConfigurationError, PtbenchError
+from ptbench.slurm import refuse_duplicates
 
 try:
     study = load_study(config)

@@ -1,0 +1,115 @@
+"""A Slurm for the tests, and studies that run on it as a user's would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.slurm.testbed import Testbed, UnavailableError
+from tests.workflow.conftest import Project
+
+EXPERIMENT = """
+recipes:
+  tiny:
+    corpus: synthetic
+    subset: 100
+    layers: 1
+    hidden_size: 8
+    embedding_size: 8
+    batch_size: 20
+    sequence_length: 10
+    dropout: 0.2
+    optimizer: adam
+    learning_rate: 0.003
+    schedule: constant
+    epochs: {epochs}
+experiments:
+  tiny:
+    title: A tiny model on a cluster
+    variants: [tiny]
+    devices: {devices}
+    seeds: {seeds}
+    frameworks: {frameworks}
+"""
+
+
+class Study(Project):
+    """A clone whose `slurm/` has been fitted to the testbed, as a user fits it to a cluster."""
+
+    def __init__(
+        self,
+        folder: Path,
+        frameworks: list[str],
+        devices: list[int],
+        seeds: list[int],
+        epochs: int = 2,
+    ) -> None:
+        super().__init__(folder)
+        (self.folder / "workflow/experiments/tiny.yaml").write_text(
+            EXPERIMENT.format(frameworks=frameworks, devices=devices, seeds=seeds, epochs=epochs)
+        )
+        (self.folder / "slurm/reproduction.yaml").write_text("experiments: [tiny]\n")
+        self.profile("slurm-init-seconds-before-status-checks: 40", 3)
+        self.profile("latency-wait: 60", 5)
+        self.cells = [
+            f"tiny/{framework}/devices-{count}/seed-{seed}"
+            for framework in frameworks
+            for count in devices
+            for seed in seeds
+        ]
+
+    def profile(self, old: str, value: object) -> None:
+        """Give a key of the profile, named with the value it has, another value."""
+        self.replace("slurm/profile.yaml", old, f"{old.partition(': ')[0]}: {value}")
+
+    def run(self, expect: int | None = 0) -> str:
+        """Run `snakemake --profile slurm` to its end; what it said."""
+        answer = self.snakemake("--profile", "slurm", expect=expect)
+        return answer.stdout + answer.stderr
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start `snakemake --profile slurm`; its output goes to the file `said`."""
+        with (self.folder / "said").open("ab") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", "snakemake", "--profile", "slurm"],
+                cwd=self.folder, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": str(self.folder / "workflow")},
+            )  # fmt: skip
+
+    def file(self, cell: str, name: str = "metrics.json") -> Path:
+        """A file of a cell's results."""
+        return self.folder / "results/cells" / cell / name
+
+    def facts(self, cell: str) -> dict[str, Any]:
+        """The provenance of a finished cell."""
+        facts: dict[str, Any] = json.loads(self.file(cell, "provenance.json").read_text())
+        return facts
+
+    def finished(self) -> dict[str, tuple[int, bytes]]:
+        """Time and content of the metrics of every finished cell."""
+        files = {cell: self.file(cell) for cell in self.cells}
+        return {
+            cell: (file.stat().st_mtime_ns, file.read_bytes())
+            for cell, file in files.items()
+            if file.exists()
+        }
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Iterator[Testbed]:
+    """A running Slurm; tests are skipped, with the reason, where there can be none."""
+    try:
+        made = Testbed.start()
+    except UnavailableError as reason:
+        pytest.skip(f"no Slurm here: {reason}")
+    # an interrupted test run, too, must leave no daemon and no configuration behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    yield made
+    made.stop()

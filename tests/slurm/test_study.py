@@ -1,0 +1,97 @@
+"""A study through a real Slurm, from the login node to the report."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+
+import pytest
+from tests.slurm.conftest import Study
+from tests.slurm.testbed import GPUS, NODES, Testbed
+
+from ptbench.training.records import read_metrics
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def study(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Eight cells that want 24 GPUs, run to the report on the testbed's eight."""
+    made = Study(tmp_path_factory.mktemp("study"), ["pytorch", "mxnet"], [2, 4], [1, 2])
+    made.said = made.run()
+    assert testbed.ask("squeue", "-h") == ""
+    return made
+
+
+def test_every_cell_ends_in_the_report(study: Study) -> None:
+    assert all(read_metrics(study.file(cell)).status == "ok" for cell in study.cells)
+    page = (study.folder / "results/report/index.html").read_text()
+    for cell in study.cells:
+        assert f"cells/{cell}/" in page
+
+
+def test_cells_ran_as_jobs_and_the_rest_where_snakemake_did(study: Study) -> None:
+    jobs = {study.facts(cell)["slurm_job"] for cell in study.cells}
+    assert len(jobs) == len(study.cells)
+    assert None not in jobs
+    assert {study.facts(cell)["slurm_node"] for cell in study.cells} == set(NODES)
+    assert study.said.count("has been submitted with SLURM jobid") == len(study.cells)
+
+
+def test_jobs_queue_for_gpus_and_see_disjoint_devices(study: Study) -> None:
+    """Two jobs on one node at one time share no device, and each sees what it asked for."""
+    runs = []
+    for cell in study.cells:
+        facts = study.facts(cell)
+        devices = set(facts["cuda_visible_devices"].split(","))
+        assert f"devices-{len(devices)}" in cell
+        assert devices <= {str(index) for index in range(GPUS)}
+        times = [datetime.datetime.fromisoformat(facts[key]) for key in ("started", "finished")]
+        runs.append((facts["slurm_node"], *times, devices))
+    overlapping = 0
+    for (node, began, ended, devices), other in itertools.combinations(runs, 2):
+        if node == other[0] and began < other[2] and other[1] < ended:
+            overlapping += 1
+            assert not devices & other[3]
+    assert overlapping  # or nothing was shown
+    assert max(began for _, began, _, _ in runs) >= min(ended for _, _, ended, _ in runs)
+
+
+def test_when_all_is_done_nothing_is_submitted(study: Study) -> None:
+    before = study.finished()
+    said = study.run()
+    assert "Nothing to be done" in said
+    assert "submitted" not in said
+    assert study.finished() == before
+
+
+def test_one_cell_by_its_path_is_run_again_alone(study: Study) -> None:
+    again = study.cells[0]
+    study.file(again).unlink()
+    before = study.finished()
+    answer = study.snakemake("--profile", "slurm", f"results/cells/{again}/metrics.json")
+    said = answer.stdout + answer.stderr
+    assert said.count("has been submitted with SLURM jobid") == 1
+    assert study.file(again).exists()
+    assert {cell: study.finished()[cell] for cell in before} == before
+
+
+def test_a_cell_refuses_a_job_with_other_devices_than_it_has(study: Study) -> None:
+    """As where a site's way to ask for GPUs was mistaken."""
+    cell = study.cells[0]
+    study.file(cell).unlink()
+    asked = "gpu: int(wildcards.devices)"
+    study.replace("slurm/profile.yaml", asked, "gpu: int(wildcards.devices) + 1")
+    study.profile("retries: 2", 0)
+    target = f"results/cells/{cell}/metrics.json"
+    answer = study.snakemake("--profile", "slurm", target, expect=1)
+    assert not study.file(cell).exists()
+    log = (study.folder / f"results/logs/cells/{cell}.log").read_text()
+    assert "was given 3 GPUs" in log + answer.stdout + answer.stderr
+    study.replace("slurm/profile.yaml", f"{asked} + 1", asked)
+    # the other spelling
+    study.replace("slurm/profile.yaml", asked, 'gres: f"gpu:{wildcards.devices}"')
+    study.snakemake("--profile", "slurm", target)
+    assert len(study.facts(cell)["cuda_visible_devices"].split(",")) == 2
+    assert json.loads(study.file(cell).read_text())["status"] == "ok"

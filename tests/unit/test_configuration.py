@@ -330,6 +330,8 @@ def test_every_experiment_can_be_planned_in_the_frameworks_it_names(name: str) -
     planned = load_study({"experiments": [name]}).experiments[name]
     assert {cell.framework for cell in planned.cells} == set(EXPERIMENTS[name].frameworks)
     assert len({cell.variant for cell in planned.cells}) >= len(EXPERIMENTS[name].variants)
+    for cell in planned.cells:  # or no rule of the workflow would make it
+        assert parse_cell_path(cell.path) == cell
 
 
 def test_the_recipes_of_the_documents_are_those_of_their_tables() -> None:

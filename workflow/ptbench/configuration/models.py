@@ -35,7 +35,7 @@ KERNELS: dict[Framework, tuple[Kernel, ...]] = {
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 # A recipe's name followed by its overrides, as `Recipe.variant` writes it.
-VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9.-]+)*"
+VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9_.-]+)*"
 
 
 class Model(BaseModel):

@@ -69,10 +69,17 @@ class Study(Project):
         """Give a key of the profile, named with the value it has, another value."""
         self.replace("slurm/profile.yaml", old, f"{old.partition(': ')[0]}: {value}")
 
-    def run(self, expect: int | None = 0) -> str:
-        """Run `snakemake --profile slurm` to its end; what it said."""
-        answer = self.snakemake("--profile", "slurm", expect=expect)
-        return answer.stdout + answer.stderr
+    def run(self, *arguments: str, expect: int | None = 0) -> str:
+        """Run `snakemake --profile slurm` to its end; what it said, which goes to `said` too."""
+        answer = self.snakemake("--profile", "slurm", *arguments, expect=expect)
+        text = answer.stdout + answer.stderr
+        with (self.folder / "said").open("a") as said:
+            said.write(text)
+        return text
+
+    def said(self) -> str:
+        """What all runs so far said."""
+        return (self.folder / "said").read_text()
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start `snakemake --profile slurm`; its output goes to the file `said`."""

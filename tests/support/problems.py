@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rnn_relu, two biases": {"cell": "rnn_relu", "recurrent_bias": True},
     "sparse lstm": {"kept_weights": 0.3, "weight_decay": 0.1},
     "sparse gru": {"kept_weights": 0.3, "cell": "gru"},
-    "tied": {"tie_weights": True, "last_hidden_size": 12, "softmax_bias": False},
+    "tied": {"tie_weights": True, "last_hidden_size": 12, "softmax_bias": False, "clip_norm": 0.3},
     "tied behind a projection": {"tie_weights": True},
     "factorised": {"output_rank": 5},
     "mixture": {"mixtures": 3},

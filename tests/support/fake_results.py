@@ -136,13 +136,13 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
 
 
 def write_diverged(results: Path, cell: Cell) -> None:
-    """A run whose loss left the recipe's limit in its second epoch."""
+    """A run whose loss left the recipe's limit in its first epoch."""
     result = metrics(
         cell,
         5.0,
         status="diverged",
-        reason="training perplexity 2.1e+07 above the recipe's limit 1e+06 in epoch 2",
-        epochs=2,
+        reason="training perplexity 2.1e+07 above the recipe's limit 1e+06 in epoch 1",
+        epochs=0,
         best_epoch=None,
         train=None,
         valid=None,

@@ -177,6 +177,11 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
         raise AnalysisError(
             f"{folder / 'metrics.json'} is the result of another cell, {metrics.cell.path}"
         )
+    if len(history) != metrics.epochs:
+        raise AnalysisError(
+            f"{folder / 'history.csv'} has {len(history)} epochs where metrics.json has "
+            f"{metrics.epochs}; delete the cell's metrics.json and run the workflow again"
+        )
     if metrics.status == "ok":
         scores = (metrics.train, metrics.valid, metrics.test)
         if any(score is None or not math.isfinite(score.nll) for score in scores):

@@ -281,7 +281,7 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
         ConfigurationError: for anything that cannot be run.
     """
     # Not strictly, because Snakemake's --config gives the numbers within a list as strings.
-    settings = parse(Config, dict(config), source, strict=False)
+    settings = parse(Config, config, source, strict=False)
     recipes, experiments = load_experiments(WORKFLOW / "experiments")
     built_in = parse_file(CorpusFile, WORKFLOW / "corpora.yaml").corpora
     corpora = {**built_in, **settings.corpora}
@@ -461,11 +461,11 @@ def read_yaml(path: Path) -> Any:
 
 def parse(model: type[M], content: Any, source: str, strict: bool = True) -> M:
     """A model from plain values; every problem in one ConfigurationError."""
-    if not isinstance(content, dict):
+    if not isinstance(content, Mapping):
         raise ConfigurationError(f"{source}: must be a mapping of keys to values")
     try:
         # As JSON, because strictly read JSON takes a list for a tuple but not true for 1.
-        return model.model_validate_json(json.dumps(content, default=str), strict=strict)
+        return model.model_validate_json(json.dumps(dict(content), default=str), strict=strict)
     except ValidationError as error:
         sentences = dict.fromkeys(
             sentence(model, problem, source)

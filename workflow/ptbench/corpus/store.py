@@ -44,6 +44,8 @@ def open_corpus(folder: Path, source: TokenSource = "memory") -> Corpus:
         description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         size, tokens = description["vocabulary_size"], description["tokens"]
         vocabulary = read_vocabulary(folder)
+        if len(vocabulary) != size:
+            raise ValueError(f"vocabulary.txt has {len(vocabulary)} words, corpus.json {size}")
         end_of_sentence = vocabulary.index(END_OF_SENTENCE)
         splits: list[Source]
         if source == "stream":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.problems import same
 
 from ptbench.backends.contract import Parameters, State, Tokens, TrainStep
 from ptbench.backends.numpy_oracle import NumpyOracle
 from ptbench.configuration.models import Recipe
-from ptbench.corpus.batching import ParallelStreams, Windows
+from ptbench.corpus.batching import ParallelStreams, Prefetched, Sentences, Windows
 from ptbench.measurement.clocks import Clocks
 from ptbench.training.loop import Progress, Run, Splits, evaluate, train
 
@@ -128,3 +132,67 @@ def test_equal_runs_have_equal_histories_but_for_the_clock() -> None:
         return [epoch.model_dump(exclude=clocked) for epoch in result.history]
 
     assert history() == history()
+
+
+def sentences() -> Splits:
+    """Sentences of three lengths, the longest of which comes last."""
+    tokens = np.concatenate([[*[1] * length, 0] for length in [*[3, 11] * 20, *[20] * 4]])
+    return Splits(*(Sentences(tokens, 4, end_of_sentence=0) for _ in range(3)))
+
+
+SENTENCES = Recipe(
+    **SIZES, epochs=2, feeding="sentences", optimizer="adam", learning_rate=0.01, dropout=0.3
+)
+
+
+def test_a_step_of_every_shape_compiles_on_its_own_clock_before_training() -> None:
+    running: list[str] = []
+    first: dict[tuple[int, ...], str] = {}
+
+    class Known(Clocks):
+        @contextlib.contextmanager
+        def __call__(self, phase: str) -> Iterator[None]:
+            running.append(phase)
+            with super().__call__(phase):
+                yield
+            running.pop()
+
+    class Compiles(Recorder):
+        def train_step(self, *arguments: Any) -> TrainStep:
+            first.setdefault(arguments[0].shape, running[-1])
+            return super().train_step(*arguments)
+
+    train(Compiles(SENTENCES, VOCABULARY), SENTENCES, sentences(), Known(), lambda _: None)
+    assert first == {(8, 4): "compile", (16, 4): "compile", (24, 4): "compile"}
+
+
+def test_compiling_every_shape_leaves_no_trace_in_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def result() -> tuple[list[float], dict[str, Any]]:
+        trained, backend, _ = run(SENTENCES, sentences())
+        numbers = [n for e in trained.history for n in (e.train_nll, e.valid_nll, e.gradient_norm)]
+        assert backend.step == 2 * len(sentences().train)
+        return numbers, backend.snapshot(backend.initial_state(4, training=True))
+
+    numbers, after = result()
+    monkeypatch.setattr("ptbench.training.loop.warm_up_training", lambda *_: None)
+    expected, expected_after = result()
+    assert numbers == expected
+    assert same(after, expected_after)
+
+
+def test_a_run_that_fails_or_ends_early_leaves_no_thread_that_prepares_batches() -> None:
+    class Breaks(Recorder):
+        def train_step(self, *arguments: Any) -> TrainStep:
+            if self.step == 5:
+                raise RuntimeError("the step failed")
+            return super().train_step(*arguments)
+
+    ahead = Splits(*(Prefetched(feed, 2) for feed in splits()))
+    recipe = Recipe(**SIZES, epochs=1)
+    with pytest.raises(RuntimeError, match="the step failed"):
+        train(Breaks(recipe, VOCABULARY), recipe, ahead, Clocks(), lambda _: None)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []
+    run(recipe, ahead)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []

@@ -23,6 +23,7 @@ from ptbench.configuration.corpora import FolderCorpus
 from ptbench.configuration.models import Cell, Recipe, Specification
 from ptbench.corpus.batching import (
     Batch,
+    Batches,
     Feed,
     ParallelStreams,
     Prefetched,
@@ -202,7 +203,7 @@ class Scribbled(Feed):
     def __len__(self) -> int:
         return len(self.feed)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Batches:
         for batch in self.feed.epoch(number, start):
             for array in (batch.inputs, batch.targets):
                 noise = self.random.integers(0, 6, array.shape)
@@ -255,7 +256,7 @@ class Aliased(Feed):
     def __len__(self) -> int:
         return len(self.feed)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Batches:
         buffers = Batch(*(np.empty_like(array) for array in self.feed.shapes()[0]))
         for batch in self.feed.epoch(number, start):
             for buffer, array in zip(buffers, batch, strict=True):
@@ -294,7 +295,7 @@ class Counted(Feed):
     def __len__(self) -> int:
         return len(self.feed)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Batches:
         for batch in self.feed.epoch(number, start):
             if self.made == self.failing:
                 raise OSError("the disk has gone")
@@ -325,7 +326,7 @@ def test_as_many_batches_as_asked_for_are_prepared_ahead_and_no_more(ahead: int)
         assert wait_for(lambda used=used: feed.made == used + ahead)  # type: ignore[misc]
     time.sleep(0.05)
     assert feed.made == 4 + ahead
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
 
 
 def test_the_thread_ends_with_the_epoch() -> None:
@@ -338,12 +339,12 @@ def test_the_thread_ends_when_the_reader_stops_early_or_fails() -> None:
     batches = Prefetched(feed, 2).epoch(1)
     next(batches)
     assert threads()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert not threads()
     made = feed.made
 
     def fail() -> None:
-        with contextlib.closing(Prefetched(feed, 2).epoch(1)) as batches:  # type: ignore[type-var]
+        with contextlib.closing(Prefetched(feed, 2).epoch(1)) as batches:
             for _ in batches:
                 raise RuntimeError("the step failed")
 

@@ -13,7 +13,7 @@ import itertools
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,9 @@ class Batch(NamedTuple):
     mask: npt.NDArray[np.float32]  # [time, batch], 0 where there is no token to predict
 
 
+Batches = Generator[Batch, None, None]
+
+
 class Feed(abc.ABC):
     """A split as batches, epoch after epoch."""
 
@@ -43,7 +46,7 @@ class Feed(abc.ABC):
         """Batches in an epoch."""
 
     @abc.abstractmethod
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Batches:
         """The batches of an epoch, counted from 1, without the first `start` of them."""
 
     @abc.abstractmethod
@@ -104,7 +107,7 @@ class ParallelStreams(Feed):
     def __len__(self) -> int:
         return self.windows
 
-    def epoch(self, number: int = 1, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002
+    def epoch(self, number: int = 1, start: int = 0) -> Batches:  # noqa: ARG002
         # A reader for each stream, and how many of its tokens are still to be predicted.
         begin = np.arange(self.batch_size) * self._stream_length
         end = np.minimum(begin + self._stream_length, self.predicted_tokens)
@@ -164,7 +167,7 @@ class Windows(Feed):
     def __len__(self) -> int:
         return self._batches
 
-    def epoch(self, number: int = 1, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int = 1, start: int = 0) -> Batches:
         passed = (number - 1) * self._batches if self.wraps else 0
         windows = self._read((passed + start) * self.batch_size)
         for _ in range(start, self._batches):
@@ -212,7 +215,7 @@ class Sentences(Feed):
     def __len__(self) -> int:
         return sum(self._batches.values())
 
-    def epoch(self, number: int = 1, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002
+    def epoch(self, number: int = 1, start: int = 0) -> Batches:  # noqa: ARG002
         before = np.full(self.batch_size, self._end, np.int32)
         for steps, rows in itertools.islice(self._rows(), start, None):
             yield _batch(steps, before, rows)
@@ -260,7 +263,7 @@ class Prefetched(Feed):
     def __len__(self) -> int:
         return len(self._feed)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Batches:
         """As the feed's own, whose errors it raises.
 
         The thread ends with the epoch, or once the iterator is closed.

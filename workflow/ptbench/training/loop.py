@@ -7,6 +7,7 @@ is given what it needs to go on where it was, should the process end.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -156,6 +157,7 @@ def train(
     keeper = keeper or Keeper()
     run = Run()
     warm_up_evaluation(backend, splits, clocks, keeper)
+    warm_up_training(backend, splits.train, clocks, keeper)
     if saved:
         run = saved.run
         with clocks("start_up"):
@@ -247,6 +249,25 @@ def warm_up_evaluation(backend: Backend, splits: Splits, clocks: Clocks, keeper:
                     raise InterruptionError
 
 
+def warm_up_training(backend: Backend, feed: Feed, clocks: Clocks, keeper: Keeper) -> None:
+    """Let the framework compile a training step of every shape, if there are several.
+
+    Sentences come in one for each length, and each compiles when it first comes, which may be late
+    in an epoch. A single shape compiles in the first steps of the run. The model stays as it was.
+    """
+    shapes = feed.shapes()
+    if len(shapes) == 1:
+        return
+    with clocks("compile"):
+        state = backend.initial_state(feed.batch_size, training=True)
+        before = backend.snapshot(state)
+        for batch in shapes:
+            float(backend.train_step(*batch, state, 0.0).nll)
+            if keeper.interrupted():
+                raise InterruptionError
+        backend.restore(before)
+
+
 def train_epoch(
     backend: Backend,
     recipe: Recipe,
@@ -268,39 +289,41 @@ def train_epoch(
     reported = time.perf_counter()
     number = len(run.history) + 1
     zero_state = backend.initial_state(feed.batch_size, training=True)
-    batches = feed.epoch(number, sums.steps)
-    while sums.steps < len(feed):
-        # A run of steps that ends in a fetch, all on one clock.
-        warming = run.steps_here < WARM_UP_STEPS
-        clock = "compile" if warming else "training"
-        before = clocks.seconds[clock]
-        with clocks(clock):
-            for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
-                rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
-                result = backend.train_step(*batch, run.state, rate)
-                run.state = result.state if feed.carries_state else zero_state
-                pending.append((result.nll, result.gradient_norm))
-                count = int(batch.mask.sum())
-                sums.learning_rate = rate
-                sums.tokens += count
-                sums.timed_tokens += 0 if warming else count
-                sums.steps += 1
-                run.steps_here += 1
-                if keeper.interrupted():
-                    break
-            # One by one: where a run was interrupted must not show in how its sums are rounded.
-            for nll, norm in pending:
-                sums.nll += float(nll)
-                sums.gradient_norm += float(norm)
-            pending.clear()
-        sums.add_seconds(clock, clocks.seconds[clock] - before)
-        if not math.isfinite(sums.nll):
-            return
-        if sums.timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
-            reported = time.perf_counter()
-            watch(Progress(number, recipe.epochs, sums.steps / len(feed),
-                           perplexity(sums.nll / sums.tokens), sums.tokens_per_second))  # fmt: skip
-        pause()
+    # Closed at once, whatever happens: a thread may be preparing batches.
+    with contextlib.closing(feed.epoch(number, sums.steps)) as batches:
+        while sums.steps < len(feed):
+            # A run of steps that ends in a fetch, all on one clock.
+            warming = run.steps_here < WARM_UP_STEPS
+            clock = "compile" if warming else "training"
+            before = clocks.seconds[clock]
+            with clocks(clock):
+                for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
+                    rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
+                    result = backend.train_step(*batch, run.state, rate)
+                    run.state = result.state if feed.carries_state else zero_state
+                    pending.append((result.nll, result.gradient_norm))
+                    count = int(batch.mask.sum())
+                    sums.learning_rate = rate
+                    sums.tokens += count
+                    sums.timed_tokens += 0 if warming else count
+                    sums.steps += 1
+                    run.steps_here += 1
+                    if keeper.interrupted():
+                        break
+                # One by one: where a run was interrupted must not show in how its sums are rounded.
+                for nll, norm in pending:
+                    sums.nll += float(nll)
+                    sums.gradient_norm += float(norm)
+                pending.clear()
+            sums.add_seconds(clock, clocks.seconds[clock] - before)
+            if not math.isfinite(sums.nll):
+                return
+            if sums.timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
+                reported = time.perf_counter()
+                mean = perplexity(sums.nll / sums.tokens)
+                fraction = sums.steps / len(feed)
+                watch(Progress(number, recipe.epochs, fraction, mean, sums.tokens_per_second))
+            pause()
     if sums.tokens != feed.predicted_tokens:
         raise AssertionError(f"trained on {sums.tokens} of {feed.predicted_tokens} tokens")
 
@@ -316,9 +339,9 @@ def evaluate(
     before = clocks.seconds["evaluation"]
     nll_sum, tokens = 0.0, 0
     pending: list[Scalar] = []
-    with clocks("evaluation"):
+    with clocks("evaluation"), contextlib.closing(feed.epoch(1)) as batches:
         zero_state = state = backend.initial_state(feed.batch_size, training=False)
-        for batch in feed.epoch(1):
+        for batch in batches:
             nll, state = backend.evaluate_step(*batch, state)
             state = state if feed.carries_state else zero_state
             pending.append(nll)

@@ -1,0 +1,190 @@
+"""What follows the last recurrent layer: latents and prior, output matrix, and the loss.
+
+Stock computes all logits and lets autograd differentiate; tuned goes through them in chunks of
+tokens and forms the gradients on the way, so that no more than one chunk's logits exist at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ptbench.backends.contract import parameter_shapes
+from ptbench.backends.pytorch.layers import Stored
+from ptbench.configuration.models import Recipe
+
+IGNORED = -100  # target that cross_entropy leaves out (its default ignore_index)
+CHUNK = 2**23  # logits at a time: few enough for memory, enough for products at full speed
+
+
+class Dropout(nn.Dropout):
+    """Drops units of [time, batch, ...] anew at every time step, or the same at all (locked)."""
+
+    def __init__(self, rate: float, kind: str) -> None:
+        super().__init__(rate)
+        self.locked = kind == "locked"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.locked:
+            return super().forward(x)
+        return x * super().forward(torch.ones_like(x[:1])) if self.training and self.p else x
+
+
+class Head(nn.Module):
+    """From the last layer's output to the next word.
+
+    Args:
+        embedding: the matrix that is the output matrix, too, if the recipe ties them.
+    """
+
+    def __init__(self, recipe: Recipe, vocabulary_size: int, embedding: nn.Parameter) -> None:
+        super().__init__()
+        self.recipe = recipe
+        shapes = parameter_shapes(recipe, vocabulary_size)
+
+        def linear(name: str, bias: bool) -> Any:
+            return nn.Linear(*shapes[name], bias=bias) if name in shapes else None
+
+        self.latent = linear("latent.weight", bias=True)
+        self.prior = linear("prior.weight", bias=False)
+        self.latent_dropout = Dropout(recipe.latent_dropout, recipe.dropout_kind)
+        self.projection = linear("softmax.projection", bias=False)
+        features = shapes.get("softmax.weight", shapes["embedding"])[1]
+        self.softmax = nn.Linear(features, vocabulary_size, bias=recipe.softmax_bias)
+        if recipe.tie_weights:
+            self.softmax.weight = embedding
+        self.loss = tuned_nll if recipe.implementation == "tuned" else stock_nll
+
+    def canonical(self) -> dict[str, Stored]:
+        names = {}
+        if self.latent is not None:
+            names["latent.weight"] = Stored(self.latent.weight, transposed=True)
+            names["latent.bias"] = Stored(self.latent.bias)
+        if self.prior is not None:
+            names["prior.weight"] = Stored(self.prior.weight, transposed=True)
+        if self.projection is not None:
+            names["softmax.projection"] = Stored(self.projection.weight, transposed=True)
+        if not self.recipe.tie_weights:
+            names["softmax.weight"] = Stored(self.softmax.weight)
+        if self.softmax.bias is not None:
+            names["softmax.bias"] = Stored(self.softmax.bias)
+        return names
+
+    def features(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the output matrix multiplies, [time, batch, mixtures or 1, features], and the
+        logarithm of the prior, [time, batch, mixtures], if there are mixtures.
+        """
+        if self.latent is None:
+            features, log_prior = v[:, :, None], None
+        else:
+            latents = torch.tanh(self.latent(v)).unflatten(-1, (self.recipe.mixtures, -1))
+            features = self.latent_dropout(latents)
+            log_prior = functional.log_softmax(self.prior(v), dim=-1)
+        return (features if self.projection is None else self.projection(features)), log_prior
+
+    def nll(self, v: Tensor, targets: Tensor) -> Tensor:
+        """Summed negative log-likelihood of the targets [time, batch] that are not IGNORED."""
+        features, log_prior = self.features(v)
+        features, targets = features.flatten(0, 1), targets.flatten()
+        log_prior = None if log_prior is None else log_prior.flatten(0, 1)
+        return self.loss(features, log_prior, targets, self.softmax.weight, self.softmax.bias)
+
+    def log_probabilities(self, v: Tensor) -> Tensor:
+        """[time, batch, vocabulary]; one time step at a time, for mixtures are large."""
+        features, log_prior = self.features(v)
+        steps = []
+        for t, x in enumerate(features):
+            log_p = functional.log_softmax(self.softmax(x), dim=-1)
+            if log_prior is not None:
+                log_p = log_prior[t, :, :, None] + log_p
+            steps.append(torch.logsumexp(log_p, dim=1))
+        return torch.stack(steps)
+
+
+def stock_nll(
+    features: Tensor, log_prior: Tensor | None, targets: Tensor, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Args: features: [tokens, mixtures or 1, features]; log_prior: [tokens, mixtures]."""
+    logits = functional.linear(features, weight, bias)
+    if log_prior is None:
+        return functional.cross_entropy(
+            logits[:, 0], targets, reduction="sum", ignore_index=IGNORED
+        )
+    mixtures = logits.shape[1]
+    nll_of_components = functional.cross_entropy(
+        logits.flatten(0, 1), targets.repeat_interleave(mixtures), reduction="none",
+        ignore_index=IGNORED,
+    )  # fmt: skip
+    log_p = torch.logsumexp(log_prior - nll_of_components.unflatten(0, (-1, mixtures)), dim=-1)
+    return -(log_p * (targets != IGNORED)).sum()
+
+
+def tuned_nll(
+    features: Tensor, log_prior: Tensor | None, targets: Tensor, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same."""
+    return FusedLoss.apply(features, log_prior, targets, weight, bias, torch.is_grad_enabled())
+
+
+class FusedLoss(torch.autograd.Function):
+    """`stock_nll` in chunks of tokens, each one's gradients formed while its logits are at hand.
+
+    d nll / d logits_k = posterior_k (softmax_k - one_hot(target)), and d nll / d log prior =
+    - posterior, the posterior of a mixture being its share of the target's probability.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, log_prior: Tensor | None, targets: Tensor, weight: Tensor,
+        bias: Tensor | None, differentiate: bool,
+    ) -> Tensor:  # fmt: skip
+        tokens, mixtures, _ = features.shape
+        real = (targets != IGNORED).to(features.dtype)
+        targets = targets.clamp(min=0)
+        nll = features.new_zeros(())
+        d_features = torch.empty_like(features)
+        d_log_prior = None if log_prior is None else torch.empty_like(log_prior)
+        d_weight = d_bias = None
+        size = max(CHUNK // (mixtures * len(weight)), 1)
+        for chunk in (slice(start, start + size) for start in range(0, tokens, size)):
+            x = features[chunk].flatten(0, 1)
+            z = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+            torch.log_softmax(z, -1, out=z)
+            column = targets[chunk].repeat_interleave(mixtures)[:, None]
+            log_joint = z.gather(1, column).view(-1, mixtures)
+            at_target = log_joint.exp()
+            if log_prior is not None:
+                log_joint += log_prior[chunk]
+            log_p = torch.logsumexp(log_joint, -1)
+            nll -= log_p @ real[chunk]
+            if not differentiate:
+                continue
+            posterior = (log_joint - log_p[:, None]).exp_().mul_(real[chunk, None])
+            d_z = z.exp_().mul_(posterior.view(-1, 1))
+            d_z.scatter_(1, column, (posterior * (at_target - 1)).view(-1, 1))
+            torch.mm(d_z, weight, out=d_features[chunk].flatten(0, 1))
+            if d_log_prior is not None:
+                torch.neg(posterior, out=d_log_prior[chunk])
+            if d_weight is None:
+                d_weight = d_z.T @ x
+                d_bias = None if bias is None else d_z.sum(0)
+            else:
+                d_weight.addmm_(d_z.T, x)
+                if d_bias is not None:
+                    d_bias += d_z.sum(0)
+        ctx.gradients = d_features, d_log_prior, d_weight, d_bias
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_nll: Tensor) -> tuple[Tensor | None, ...]:
+        d_features, d_log_prior, d_weight, d_bias = (
+            None if gradient is None else gradient.mul_(d_nll) for gradient in ctx.gradients
+        )
+        return d_features, d_log_prior, None, d_weight, d_bias, None

@@ -1,0 +1,125 @@
+"""The language model: embedding, recurrent layers, head, dropout between them, and their start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ptbench.backends.contract import GATES, Parameters, kept_weights, parameter_shapes
+from ptbench.backends.pytorch.heads import Dropout, Head
+from ptbench.backends.pytorch.layers import LayerState, Stored, layer_class
+from ptbench.configuration.models import Recipe
+from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
+
+
+class LanguageModel(nn.Module):
+    """See the contract. Starts by `initialization: native`."""
+
+    def __init__(self, recipe: Recipe, vocabulary_size: int, seed: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.shapes = parameter_shapes(recipe, vocabulary_size)
+        self.kept = kept_weights(recipe, vocabulary_size, seed)
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(vocabulary_size, recipe.embedding_size)
+        self.layers = nn.ModuleList()
+        inputs = recipe.embedding_size
+        for index, width in enumerate(recipe.widths):
+            prefix = f"rnn.{index}."
+            kept = {n.removeprefix(prefix): m for n, m in self.kept.items() if n.startswith(prefix)}
+            self.layers.append(layer_class(recipe)(inputs, width, recipe, kept))
+            inputs = width
+        self.head = Head(recipe, vocabulary_size, self.embedding.weight)
+        self.dropout = nn.ModuleList(Dropout(p, recipe.dropout_kind) for p in recipe.unit_dropout)
+        self.recurrent_dropout = nn.Dropout(recipe.recurrent_dropout)
+        if recipe.initialization_scheme != "framework_defaults":
+            torch.manual_seed(seed)
+            self.initialize()
+        self.load(self.arrays(self.canonical_parameters()))  # without the weights left out
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, state: list[LayerState], words: Tensor | None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Summed nll of the targets that are not IGNORED, and the last state; see `run`."""
+        v, state = self.run(inputs, state, words)
+        return self.head.nll(v, targets), state
+
+    def log_probabilities(
+        self, inputs: Tensor, state: list[LayerState]
+    ) -> tuple[Tensor, list[LayerState]]:
+        """[time, batch, vocabulary] of each next word, and the last state."""
+        v, state = self.run(inputs, state, None)
+        return self.head.log_probabilities(v), state
+
+    def run(
+        self, inputs: Tensor, state: list[LayerState], words: Tensor | None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """The last layer's (dropped) outputs [time, batch, width], and the last state.
+
+        Args:
+            inputs: [time, batch].
+            state: of every layer.
+            words: what multiplies each word's row of the embedding, [vocabulary, 1]; None: 1.
+        """
+        x = self.embedding(inputs)
+        x = self.dropout[0](x if words is None else x * words[inputs])
+        last = []
+        for layer, before, dropout in zip(self.layers, state, self.dropout[1:], strict=True):
+            mask = None
+            if self.training and self.recipe.recurrent_dropout:
+                mask = self.recurrent_dropout(torch.ones_like(before[0]))
+            x, after = layer(x, before, mask)
+            last.append(after)
+            x = dropout(x)
+        return x, last
+
+    def canonical(self) -> dict[str, Stored]:
+        """Each trained parameter by its canonical name, in canonical order."""
+        names = {"embedding": Stored(self.embedding.weight)}
+        for index, layer in enumerate(self.layers):
+            names |= {f"rnn.{index}.{kind}": p for kind, p in layer.canonical().items()}
+        return names | self.head.canonical()
+
+    def canonical_parameters(self) -> dict[str, Tensor]:
+        return {name: stored.parameter for name, stored in self.canonical().items()}
+
+    def arrays(self, tensors: Mapping[str, Tensor]) -> Parameters:
+        """Copies, as the contract shapes them, of tensors of their parameters' shapes."""
+        stored = self.canonical()
+        return {n: stored[n].canonical(t, self.shapes[n]) for n, t in tensors.items()}
+
+    @torch.no_grad()
+    def load(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace all parameters; weights that the recipe leaves out become zero."""
+        for name, stored in self.canonical().items():
+            array = parameters[name] * self.kept.get(name, np.float32(1))
+            stored.parameter.copy_(stored.stored(array))
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """`uniform` or `keras_defaults`, by PyTorch's own draws."""
+        for name, stored in self.canonical().items():
+            parameter = stored.parameter
+            if is_zero_at_first(self.recipe, name):
+                nn.init.zeros_(parameter)
+                if (
+                    self.recipe.cell == "lstm"
+                    and name.startswith("rnn.")
+                    and name.endswith(".bias")
+                ):
+                    forget = GATES["lstm"].index("forget")
+                    parameter.unflatten(0, (4, -1))[forget] = self.recipe.forget_bias
+            elif self.recipe.initialization_scheme == "uniform":
+                scale = self.recipe.initialization_scale
+                nn.init.uniform_(parameter, -scale, scale)
+            elif name == "embedding":
+                nn.init.uniform_(parameter, -KERAS_EMBEDDING_SCALE, KERAS_EMBEDDING_SCALE)
+            else:
+                recurrent = name.endswith(".recurrent")
+                draw = nn.init.orthogonal_ if recurrent else nn.init.xavier_uniform_
+                parameter.copy_(stored.stored(draw(torch.empty(self.shapes[name])).numpy()))

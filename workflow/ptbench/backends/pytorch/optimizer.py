@@ -1,0 +1,62 @@
+"""torch.optim's optimizers, whose own definitions are the contract's, and their slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from ptbench.backends.contract import OPTIMIZER_SLOTS, Parameters
+from ptbench.backends.pytorch.model import LanguageModel
+from ptbench.configuration.models import Recipe
+
+# torch.optim's names of the contract's slots
+SLOTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq", "mean_square": "square_avg"}
+
+
+def optimizer_of(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
+    """The recipe's; tuned ones pass over each parameter once, where torch.optim has such a loop."""
+    common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "rmsprop":
+        eps = recipe.optimizer_epsilon
+        return torch.optim.RMSprop(parameters, alpha=recipe.rmsprop_decay, eps=eps, **common)
+    common["fused"] = recipe.implementation == "tuned"
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **common)
+    betas = recipe.adam_beta1, recipe.adam_beta2
+    return torch.optim.Adam(parameters, betas=betas, eps=recipe.optimizer_epsilon, **common)
+
+
+def slots(optimizer: torch.optim.Optimizer, model: LanguageModel) -> Parameters:
+    """The optimizer's arrays, `{slot}.{parameter}`, each a copy in canonical shape.
+
+    torch.optim makes them, zero, in its first step.
+    """
+    arrays: Parameters = {}
+    for slot in OPTIMIZER_SLOTS[model.recipe.optimizer]:
+        kept = {
+            name: optimizer.state[p].get(SLOTS[slot], torch.zeros_like(p))
+            for name, p in model.canonical_parameters().items()
+        }
+        arrays |= {f"{slot}.{name}": array for name, array in model.arrays(kept).items()}
+    return arrays
+
+
+def load_slots(
+    optimizer: torch.optim.Optimizer, model: LanguageModel,
+    arrays: Mapping[str, npt.NDArray[Any]], step: int,
+) -> None:  # fmt: skip
+    """Replace the optimizer's arrays, named as `slots` does, and its count of steps."""
+    if not arrays:
+        return
+    state: dict[int, dict[str, Any]] = {}
+    for index, (name, stored) in enumerate(model.canonical().items()):
+        state[index] = {
+            SLOTS[slot]: stored.stored(arrays[f"{slot}.{name}"])
+            for slot in OPTIMIZER_SLOTS[model.recipe.optimizer]
+        }
+        state[index]["step"] = torch.tensor(float(step))
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,144 @@
+"""The model and its optimizer on one device: what a training step does there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ptbench.backends.contract import (
+    Mask,
+    Parameters,
+    Tokens,
+    TrainStep,
+    device_columns,
+    objective_divisor,
+    state_names,
+)
+from ptbench.backends.pytorch.heads import IGNORED
+from ptbench.backends.pytorch.layers import LayerState
+from ptbench.backends.pytorch.model import LanguageModel
+from ptbench.backends.pytorch.optimizer import load_slots, optimizer_of, slots
+from ptbench.backends.pytorch.settings import Settings
+from ptbench.configuration.models import Accelerator, Recipe
+
+
+class Replica:
+    """Rank 0 of 1 where there is but one device."""
+
+    def __init__(
+        self, recipe: Recipe, vocabulary_size: int, seed: int, accelerator: Accelerator,
+        threads: int, rank: int, devices: int,
+    ) -> None:  # fmt: skip
+        self.recipe, self.vocabulary_size = recipe, vocabulary_size
+        self.seed, self.rank, self.devices = seed, rank, devices
+        self.step = 0
+        self.settings = Settings(recipe, accelerator, threads, devices)
+        self.device = (
+            torch.device(accelerator, rank) if accelerator == "cuda" else torch.device("cpu")
+        )
+        self.model = LanguageModel(recipe, vocabulary_size, seed).to(self.device)
+        self.trained = list(self.model.canonical_parameters().values())
+        self.words = torch.Generator(self.device)
+        self.parallel: nn.Module = self.model
+        if devices > 1:
+            device_ids = [self.device] if accelerator == "cuda" else None
+            self.parallel = DistributedDataParallel(  # buffers never change
+                self.model, device_ids=device_ids, broadcast_buffers=False
+            )
+        self.optimizer = optimizer_of(recipe, self.trained)
+
+    def initial_state(self, batch_size: int) -> list[LayerState]:
+        names = state_names(self.recipe)
+        return self.load_state({n: np.zeros((batch_size, w), np.float32) for n, w in names.items()})
+
+    def nll(
+        self, model: nn.Module, inputs: Tokens, targets: Tokens, mask: Mask,
+        state: list[LayerState], words: Tensor | None = None,
+    ) -> tuple[Tensor, list[LayerState]]:  # fmt: skip
+        """Summed negative log-likelihood of the real tokens, and the last state."""
+        real_targets = self.tensor(np.where(mask > 0, targets, IGNORED))
+        return model(self.tensor(inputs), real_targets, state, words)
+
+    def backward(
+        self, inputs: Tokens, targets: Tokens, mask: Mask, state: list[LayerState]
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Put the objective's gradient, summed over replicas, into every parameter's grad."""
+        self.settings.apply()
+        words = self.draw_words()
+        divisor = objective_divisor(self.recipe, mask)
+        mine = device_columns(mask.shape[1], self.devices)[self.rank]
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        nll, state = self.nll(
+            self.parallel, inputs[:, mine], targets[:, mine], mask[:, mine], state, words
+        )
+        # DistributedDataParallel averages over the replicas; the objective is their sum.
+        (nll * (self.devices / divisor)).backward()
+        nll = nll.detach()
+        if self.devices > 1:
+            torch.distributed.all_reduce(nll)
+        return nll, state
+
+    def draw_words(self) -> Tensor | None:
+        """Seed the step's dropout; draw which words all replicas drop."""
+        if self.recipe.drops:
+            entropy = np.random.SeedSequence([self.seed, self.step, self.rank])
+            torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        if not self.recipe.word_dropout:
+            return None
+        entropy = np.random.SeedSequence([self.seed, self.step], spawn_key=(1,))
+        self.words.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        keep = 1 - self.recipe.word_dropout
+        words = torch.empty(self.vocabulary_size, 1, device=self.device)
+        return words.bernoulli_(keep, generator=self.words).div_(keep)
+
+    def train_step(
+        self, inputs: Tokens, targets: Tokens, mask: Mask, state: list[LayerState],
+        learning_rate: float,
+    ) -> TrainStep:  # fmt: skip
+        nll, state = self.backward(inputs, targets, mask, state)
+        limit = self.recipe.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        self.step += 1
+        return TrainStep(nll, norm, state)
+
+    def gradients(self) -> Parameters:
+        """What `backward` has left."""
+        parameters = self.model.canonical_parameters()
+        return self.model.arrays({name: p.grad for name, p in parameters.items()})
+
+    def parameters(self) -> Parameters:
+        return self.model.arrays(self.model.canonical_parameters())
+
+    def slots(self) -> Parameters:
+        return slots(self.optimizer, self.model)
+
+    def load_slots(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        load_slots(self.optimizer, self.model, arrays, self.step)
+
+    def state_arrays(self, state: list[LayerState]) -> dict[str, npt.NDArray[np.float32]]:
+        """A copy of this replica's state under the contract's names."""
+        tensors = [tensor for layer in state for tensor in layer]
+        names = state_names(self.recipe)
+        return {n: t.cpu().numpy().copy() for n, t in zip(names, tensors, strict=True)}
+
+    def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> list[LayerState]:
+        """The state from arrays that are this replica's columns."""
+        kinds = ("h", "c") if self.recipe.cell == "lstm" else ("h",)
+        return [
+            tuple(torch.from_numpy(arrays[f"state.{n}.{k}"].copy()).to(self.device) for k in kinds)
+            for n in range(self.recipe.layers)
+        ]
+
+    def tensor(self, tokens: npt.NDArray[Any]) -> Tensor:
+        """A copy on the device, as the integers that PyTorch's losses want."""
+        return torch.from_numpy(tokens).to(self.device, torch.int64, non_blocking=True)

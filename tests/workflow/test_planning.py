@@ -60,7 +60,7 @@ def test_a_comment_in_code_or_configuration_re_runs_nothing(finished: Project) -
         ("workflow/experiments/tiny.yaml", "recipes:"),
         ("config.yaml", "experiments:"),
         ("workflow/ptbench/training/loop.py", "import math"),
-        ("workflow/ptbench/backends/pytorch.py", "import torch "),
+        ("workflow/ptbench/backends/pytorch/model.py", "import torch"),
         ("workflow/rules/training.smk", "rule train:"),
         ("Snakefile", "rule all:"),
     ]:

@@ -65,13 +65,15 @@ class KeptProduct(nn.Module):
 
     def matrix(self, weights: Tensor) -> Tensor:
         """W in CSR format."""
-        return torch.sparse_csr_tensor(self.starts, self.columns, weights, self.shape)
+        return torch.sparse_csr_tensor(
+            self.starts, self.columns, weights, self.shape, check_invariants=False
+        )
 
     def matrices(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """W and W^T in CSR format."""
         transposed = torch.sparse_csr_tensor(
             self.starts_of_transpose, self.columns_of_transpose, weights[self.of_transpose],
-            self.shape[::-1],
+            self.shape[::-1], check_invariants=False,
         )  # fmt: skip
         return self.matrix(weights), transposed
 

@@ -50,7 +50,7 @@ class Replica:
         if devices > 1:
             device_ids = [self.device] if accelerator == "cuda" else None
             self.parallel = DistributedDataParallel(  # buffers never change
-                self.model, device_ids=device_ids, broadcast_buffers=False
+                self.model, device_ids=device_ids, forward_sync_buffers=False
             )
         self.optimizer = optimizer_of(recipe, self.trained)
 

@@ -33,6 +33,7 @@ from ptbench.training import loop
 from ptbench.training.checkpoints import Checkpoints, Header, Identity, read_arrays, to_json
 from ptbench.training.loop import Run, Splits, Sums, train
 from ptbench.training.records import Epoch
+from ptbench.training.signals import Signals
 
 CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
 IDENTITY = Identity(
@@ -326,9 +327,15 @@ def test_a_run_told_to_end_has_saved_every_step_it_took(
             taken += 1
 
     backend, clocks = Counts(recipe, VOCABULARY, seed=3), Clocks()
-    keeper = Checkpoints(
-        tmp_path, IDENTITY, lambda: clocks.seconds, interrupted=lambda: taken > step
-    )
+
+    class Told(Signals):
+        def __init__(self) -> None:  # real ones are for a process of their own
+            self.received = None
+
+        def interrupted(self) -> bool:
+            return taken > step
+
+    keeper = Checkpoints(tmp_path, IDENTITY, lambda: clocks.seconds, signals=Told())
     with pytest.raises(InterruptionError) as caught:
         train(backend, recipe, splits(recipe), clocks, lambda _: None, keeper)
     assert caught.value.status == 75

@@ -25,12 +25,12 @@ def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["corpus", "--study", "x", "--downloads", "y", "--output", "z"], 2, "x: cannot be read"),
         (
             ["train", "--cell", "a/b", "--specification", "{}", "--corpus", "c", "--output", "o",
-             "--checkpoints", "p"],
+             "--attempts", "a", "--checkpoints", "p"],
             2, "--cell a/b is not variant/framework/devices-N/seed-N",
         ),
         (
             ["train", "--cell", "v/jax/devices-1/seed-1", "--specification", "{}", "--corpus", "c",
-             "--output", "o", "--checkpoints", "p"],
+             "--output", "o", "--attempts", "a", "--checkpoints", "p"],
             2, "the specification cannot be read",
         ),
     ],

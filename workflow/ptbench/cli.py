@@ -42,10 +42,16 @@ def corpus(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train and score one cell."""
+    from ptbench.training.signals import Signals, end_children
+
+    signals = Signals()  # before anything that starts a thread
+
+    import faulthandler
+
     from pydantic import ValidationError
 
     from ptbench.configuration.models import parse_cell_path
-    from ptbench.training.cell import Paths, read_specification, run_cell
+    from ptbench.training.cell import Paths, attempt_at, read_specification, run_cell
 
     try:
         cell = parse_cell_path(arguments.cell)
@@ -54,14 +60,32 @@ def train(arguments: argparse.Namespace) -> None:
             f"--cell {arguments.cell} is not variant/framework/devices-N/seed-N"
         ) from error
     specification = read_specification(arguments.specification)
-    paths = Paths(arguments.corpus, arguments.output, arguments.checkpoints)
-    with Log(arguments.log) as log:
-        metrics = run_cell(
-            cell, specification, paths, arguments.threads, log.say, arguments.checkpoint_minutes
-        )
-        shown = f"test perplexity {metrics.test.perplexity:.2f}" if metrics.test else metrics.reason
-        seconds = f"{metrics.seconds.total:.0f} s"
-        log.say(f"[{cell.path}] {metrics.status}: {shown}, {seconds}{cells_done(paths.output)}")
+    paths = Paths(arguments.corpus, arguments.output, arguments.attempts, arguments.checkpoints)
+    try:
+        with (
+            attempt_at(cell, specification, paths, arguments.log) as attempt,
+            Log(arguments.log) as log,
+        ):
+            faulthandler.enable()
+            signals.say, signals.abandon = log.say, attempt.abandon
+            metrics = run_cell(
+                cell,
+                specification,
+                paths,
+                arguments.threads,
+                log.say,
+                arguments.checkpoint_minutes,
+                arguments.wait_for_lock,
+                attempt,
+                signals,
+            )
+            test = metrics.test
+            shown = f"test perplexity {test.perplexity:.2f}" if test else metrics.reason
+            seconds = f"{metrics.seconds.total:.0f} s"
+            log.say(f"[{cell.path}] {metrics.status}: {shown}, {seconds}{cells_done(paths.output)}")
+    except BaseException:
+        end_children()  # replicas that wait for this one would hold up its end
+        raise
 
 
 def cells_done(cell_folder: Path) -> str:
@@ -186,6 +210,7 @@ def redirected(path: Path) -> Iterator[TextIO]:
     saved = os.dup(2)
     sys.stdout.flush()
     sys.stderr.flush()
+    path.unlink(missing_ok=True)  # not truncated: a former attempt keeps its log by another name
     with path.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -241,6 +266,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--corpus", type=Path, required=True, help="folder of the prepared corpus")
     sub.add_argument("--output", type=Path, required=True, help="folder of the cell's results")
     sub.add_argument("--checkpoints", type=Path, required=True, help="folder of its parameters")
+    sub.add_argument("--attempts", type=Path, required=True, help="folder of its attempts' records")
+    sub.add_argument(
+        "--wait-for-lock", type=float, default=0.0, metavar="SECONDS",
+        help="wait so long if another process is at the cell",
+    )  # fmt: skip
     sub.add_argument(
         "--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"
     )

@@ -41,5 +41,7 @@ rule train:
         " --specification {params.specification:q} --corpus {params.corpus:q}"
         " --output {params.folder:q} --checkpoints {params.checkpoints:q}"
         " --threads {threads} --log {log:q}"
-        # not in params: how often it saves is no reason to train again
+        # Not in params, for none of these is a reason to train again. Should the job that a killed
+        # Snakemake had submitted still be at the cell, this one waits, as long as its own job may.
+        " --attempts results/attempts/{params.cell:q} --wait-for-lock 1000000"
         f" --checkpoint-minutes {study.config.checkpoint_minutes}"

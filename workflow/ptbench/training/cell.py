@@ -25,11 +25,13 @@ from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.measurement.clocks import Clocks
 from ptbench.measurement.provenance import cells_at_once, peak_memory_bytes, provenance
+from ptbench.training.attempts import Attempt
 from ptbench.training.checkpoints import Checkpoints, Identity, write_arrays
 from ptbench.training.devices import check_devices
 from ptbench.training.initialization import draw_parameters
 from ptbench.training.loop import Progress, Run, Splits, train
 from ptbench.training.records import Metrics, Score, Seconds, history_csv, write_atomically
+from ptbench.training.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Paths:
 
     corpus: Path  # folder, read
     output: Path  # folder: metrics.json, history.csv, recipe.yaml, provenance.json
+    attempts: Path  # folder: attempt-N.json, attempt-N.log, attempt-N.failure.json
     checkpoints: Path  # folder: best.safetensors, and while it runs what it can go on from
 
 
@@ -48,9 +51,14 @@ def run_cell(
     threads: int,
     say: Callable[[str], None] = print,
     checkpoint_minutes: float = 10.0,
-    interrupted: Callable[[], bool] = lambda: False,
+    wait_for_lock: float = 0.0,
+    attempt: Attempt | None = None,
+    signals: Signals | None = None,
 ) -> Metrics:
     """Train and score one cell and write its files, from its last checkpoint if it has one.
+
+    Does nothing if the cell has been finished already, save putting back a `metrics.json` that
+    Snakemake deleted as it started a duplicate.
 
     Args:
         cell: which run.
@@ -59,12 +67,22 @@ def run_cell(
         threads: CPU threads, shared by all replicas.
         say: receives a line of progress now and then.
         checkpoint_minutes: between two checkpoints within an epoch.
-        interrupted: whether the process has been told to end.
+        wait_for_lock: longest time to wait for another process that is at it [s].
+        attempt: to be opened here, and closed by the caller if this fails.
+        signals: whether the process has been told to end.
 
     Raises:
         InterruptionError: if it has been, and had not finished.
-        PtbenchError: if the specification, the corpus or the devices do not allow the run.
+        PtbenchError: if the specification, the corpus or the devices do not allow the run, or
+            another process is at it.
     """
+    attempt = attempt or attempt_at(cell, specification, paths)
+    done = attempt.open(paths.output, wait_for_lock, say, signals.interrupted if signals else never)
+    if done:
+        if not (paths.output / "metrics.json").exists():
+            write_atomically(paths.output / "metrics.json", done.model_dump_json(indent=2) + "\n")
+        say(f"[{cell.path}] had finished already; remove its folder to train it again")
+        return done
     check_devices(cell.devices, specification.accelerator)
     began = datetime.datetime.now(datetime.UTC)
     clocks = Clocks()
@@ -90,11 +108,12 @@ def run_cell(
 
     checkpoints = Checkpoints(
         paths.checkpoints,
-        identity(cell, specification, corpus, facts),
-        lambda: clocks.seconds | {"total": clocks.seconds["total"] + seconds_so_far()},
+        identity(cell, specification, paths.corpus, corpus.vocabulary_size, facts),
+        lambda: clocks.seconds | {"total": clocks.seconds["total"] + age(attempt)},
         checkpoint_minutes,
-        interrupted,
-        say=say,
+        signals,
+        attempt.check,
+        say,
     )
     with clocks("start_up"):
         resumed = checkpoints.latest(
@@ -105,14 +124,17 @@ def run_cell(
             clocks.seconds[clock] += seconds
         say(f"[{cell.path}] goes on {checkpoints.position}")
     saved = resumed.saved if resumed else None
+    if signals:
+        signals.losable = True
     try:
         run = train(backend, recipe, splits, clocks, watcher(cell, say), checkpoints, saved)
     except InterruptionError:
         where = checkpoints.position or "before its first step"
         raise InterruptionError(
-            f"{cell.path} was told to end and did, {where}; the same command goes on from there"
+            f"{cell.path} was told to end, and did {where}; the same command goes on from there"
         ) from None
 
+    attempt.check()
     paths.output.mkdir(parents=True, exist_ok=True)
     with clocks("checkpointing"):
         if run.best_parameters is not None and run.best is not None:
@@ -127,41 +149,69 @@ def run_cell(
                 },
             )
     facts["cells_at_once"] = max(facts["cells_at_once"], cells_at_once())
+    facts["attempts"] = attempt.count
     facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     peak = peak_memory_bytes()  # while the replicas' processes still live
     backend.close()
-    clocks.seconds["total"] += seconds_so_far()
-    metrics = summarize(cell, specification, corpus.vocabulary_size, splits, run, clocks, peak)
+    clocks.seconds["total"] += age(attempt)
+    metrics = summarize(
+        cell, specification, corpus.vocabulary_size, splits, run, clocks, peak, attempt.count
+    )
     write_atomically(paths.output / "recipe.yaml", recipe_yaml(specification))
     write_atomically(paths.output / "history.csv", history_csv(run.history))
     write_atomically(paths.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
     write_atomically(paths.output / "metrics.json", metrics.model_dump_json(indent=2) + "\n")
+    attempt.finish(metrics)
     checkpoints.clear()
     return metrics
 
 
+def attempt_at(
+    cell: Cell, specification: Specification, paths: Paths, log: Path | None = None
+) -> Attempt:
+    """An attempt at the cell, not opened yet."""
+    text = digest(paths.corpus)
+    return Attempt(paths.attempts, cell.path, specification.fingerprint, text, log)
+
+
+def never() -> bool:
+    """Nobody tells this process to end."""
+    return False
+
+
 def identity(
-    cell: Cell, specification: Specification, corpus: Corpus, facts: Mapping[str, Any]
+    cell: Cell,
+    specification: Specification,
+    corpus: Path,
+    vocabulary_size: int,
+    facts: Mapping[str, Any],
 ) -> Identity:
     """What a checkpoint must have in common with this run to be of use to it."""
     return Identity(
         cell=cell.path,
         fingerprint=specification.fingerprint,
         corpus=digest(corpus),
-        vocabulary_size=corpus.vocabulary_size,
+        vocabulary_size=vocabulary_size,
         framework=f"{facts['framework_package']} {facts['framework_version']}",
     )
 
 
-def digest(corpus: Corpus) -> str:
-    """Twelve hexadecimal digits that change with the corpus' text, wherever that came from."""
-    facts = [corpus.description.get(key) for key in ("raw_sha256", "subset", "tokens")]
+def digest(corpus: Path) -> str:
+    """Twelve hexadecimal digits that change with a prepared corpus' text, wherever it came from.
+
+    Empty if there is no such corpus, which `open_corpus` will have more to say about.
+    """
+    try:
+        description = json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
+        facts = [description.get(key) for key in ("raw_sha256", "subset", "tokens")]
+    except (OSError, ValueError, AttributeError):
+        return ""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def seconds_so_far() -> float:
-    """Age of this process [s]."""
-    return time.time() - psutil.Process().create_time()
+def age(attempt: Attempt) -> float:
+    """Age of this process without what it waited for another [s]."""
+    return time.time() - psutil.Process().create_time() - attempt.waited
 
 
 def read_specification(text: str) -> Specification:
@@ -251,6 +301,7 @@ def summarize(
     run: Run,
     clocks: Clocks,
     peak: int,
+    attempts: int,
 ) -> Metrics:
     """`metrics.json` of a finished run."""
     best, last = run.best, run.history[-1] if run.history else None
@@ -281,6 +332,7 @@ def summarize(
         tokens_per_second=run.tokens_per_second,
         seconds_per_epoch=run.seconds_per_epoch,
         seconds=Seconds(**clocks.seconds),
+        attempts=attempts,
         peak_memory_bytes=peak,
     )
 

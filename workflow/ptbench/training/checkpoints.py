@@ -28,6 +28,7 @@ from ptbench.configuration.models import Model
 from ptbench.errors import PtbenchError
 from ptbench.training.loop import Keeper, Run, Saved, Sums
 from ptbench.training.records import Epoch
+from ptbench.training.signals import Signals
 
 FORMAT = 1  # of the header; raised when what is in a checkpoint changes its meaning
 NAMES = ("last.safetensors", "previous.safetensors")
@@ -77,7 +78,7 @@ class Checkpoints(Keeper):
         identity: Identity,
         seconds: Callable[[], Mapping[str, float]],
         minutes: float = 10.0,
-        interrupted: Callable[[], bool] = lambda: False,
+        signals: Signals | None = None,
         check: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -88,17 +89,17 @@ class Checkpoints(Keeper):
             identity: of this run.
             seconds: the clocks, as they are when it is called.
             minutes: between two checkpoints within an epoch.
-            interrupted: whether the process has been told to end.
+            signals: whether the process has been told to end; is told what that would cost.
             check: raises PtbenchError if this process may not write here any more.
             say: receives a line about anything unusual.
         """
         self.folder, self.identity, self.seconds = folder, identity, seconds
-        self.minutes, self.told_to_end, self.check, self.say = minutes, interrupted, check, say
+        self.minutes, self.signals, self.check, self.say = minutes, signals, check, say
         self.saved_at = time.monotonic()
         self.position: str | None = None  # of what is on disk
 
     def interrupted(self) -> bool:
-        return self.told_to_end()
+        return self.signals is not None and self.signals.interrupted()
 
     def due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.minutes
@@ -109,6 +110,10 @@ class Checkpoints(Keeper):
         Raises:
             PtbenchError: if it cannot be written; the one before it is still there.
         """
+        with self.signals.written() if self.signals else contextlib.nullcontext():
+            self._save(saved)
+
+    def _save(self, saved: Saved) -> None:
         self.check()
         run = saved.run
         header = Header(

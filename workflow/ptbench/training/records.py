@@ -96,6 +96,9 @@ class Metrics(Model):
     tokens_per_second: float | None = Field(description="Median over epochs [tokens/s].")
     seconds_per_epoch: float | None = Field(description="Median of training + validation [s].")
     seconds: Seconds = Field(description="Where the time went.")
+    attempts: int = Field(
+        1, description="Processes that worked on it; all but the last were killed or failed."
+    )
     peak_memory_bytes: int = Field(description="Largest resident memory of all processes [bytes].")
     peak_device_memory_bytes: int | None = Field(
         None, description="Largest allocation on the GPUs, by the framework's own count [bytes]."

@@ -1,0 +1,86 @@
+"""Being told to end: SIGTERM (schedulers), SIGUSR1 (Slurm, before a time limit), SIGINT (people).
+
+A thread of its own takes the signals, so that they are noticed while the main thread is deep in a
+framework's code, and interrupt no system call. They are blocked in every other thread and, because
+that is inherited, in every process that the trainer starts: replicas do not die before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from ptbench.errors import InterruptionError
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE_SECONDS = 20.0  # Slurm kills 30 s after its SIGTERM (KillWait)
+
+
+class Signals:
+    """Remembers the first signal. Make it before anything that starts threads or processes."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.say: Callable[[str], None] = print  # receives a line when a signal comes
+        self.abandon: Callable[[str], None] = no_one  # is told why, before a hard end
+        self.losable = False  # whether there is work to be saved; without it all ends at once
+        self.saving = False  # a write is under way: to cut it off would gain nothing
+        self.signals = set(SIGNALS)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells have it behind an `&`
+            self.signals.discard(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        threading.Thread(target=self._take, name="signals", daemon=True).start()
+
+    def interrupted(self) -> bool:
+        """Whether the process has been told to end."""
+        return self.received is not None
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """A block that writes what there is to lose, and is not to be cut off."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
+
+    def _take(self) -> None:
+        received = signal.Signals(signal.sigwait(self.signals))
+        self.received = received
+        if not self.losable:
+            self._end(f"{received.name} came before the first step")
+        self.say(f"{received.name}: saving, and ending")
+        time.sleep(GRACE_SECONDS)
+        while self.saving:
+            time.sleep(0.1)
+        self._end(f"{received.name}: the step under way did not end in {GRACE_SECONDS:.0f} s")
+
+    def _end(self, reason: str) -> None:
+        """End this process and those it started, whatever they are doing."""
+        try:
+            self.abandon(f"{reason}; the same command goes on from the last checkpoint")
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            end_children()
+            os._exit(InterruptionError.status)
+
+
+def no_one(reason: str) -> None:
+    """Is told, and does nothing."""
+
+
+def end_children() -> None:
+    """Kill every process that this one started. Their signals are blocked, save for this one."""
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,175 @@
+"""Real trainers in their frameworks' environments, on a text of a few thousand words, to be killed.
+
+Used by the tests beside it and by `benchmarks/soak.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ptbench import environments
+from ptbench.configuration.corpora import MarkovCorpus
+from ptbench.configuration.models import Cell, Framework, Recipe, Specification
+from ptbench.corpus.prepare import prepare
+from ptbench.training.checkpoints import read_arrays
+from ptbench.training.records import read_history, read_metrics
+
+ROOT = Path(__file__).parents[2]
+CORPUS = MarkovCorpus(
+    kind="synthetic", process="markov", seed=1, train_tokens=16_000, valid_tokens=1_500,
+    test_tokens=1_500, topics=5, openers_per_topic=2, content_words_per_topic=14,
+    function_words=16, topic_loyalty=0.97, closing_probability=0.15,
+)  # fmt: skip
+# Two to three fetches an epoch, and a checkpoint after each. What could be lost on the way: Adam's
+# moments, the carried state, the masks of dropout, what the plateau and the patience have seen.
+RECIPE = Recipe(
+    layers=1, embedding_size=16, hidden_size=16, batch_size=16, sequence_length=8,
+    test_batch_size=16, dropout=0.2, initialization_scale=0.2, optimizer="adam",
+    learning_rate=0.02, schedule="plateau", plateau_patience=0, plateau_threshold=0.05,
+    patience=2, epochs=5,
+)  # fmt: skip
+
+CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}  # of history.csv
+MEASURED = {  # of metrics.json: what a clock or a memory counter gave, and how often it was tried
+    "tokens_per_second", "seconds_per_epoch", "seconds", "attempts", "peak_memory_bytes",
+    "peak_device_memory_bytes",
+}  # fmt: skip
+
+
+def make_corpus(folder: Path) -> Path:
+    """The text, prepared."""
+    prepare("synthetic", CORPUS, None, folder / "downloads", folder / "synthetic")
+    return folder / "synthetic"
+
+
+@dataclass
+class Trainer:
+    """One cell, and the command that trains it."""
+
+    framework: Framework
+    devices: int
+    corpus: Path
+    folder: Path  # its results
+    recipe: Recipe = RECIPE
+    arguments: Sequence[str] = ("--checkpoint-minutes", "0")
+    kills: int = field(default=0, init=False)
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(variant="faults", framework=self.framework, devices=self.devices, seed=1)
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "cells" / self.cell.path
+
+    @property
+    def attempts(self) -> Path:
+        return self.folder / "attempts" / self.cell.path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints" / self.cell.path
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "logs" / f"{self.cell.path}.log"
+
+    def command(self) -> list[str | Path]:
+        """What runs `ptbench` in the framework's environment."""
+        environment = ROOT / "results" / "environments" / f"{self.framework}-cpu"
+        environments.build(self.framework, "cpu", environment)
+        return [environment / environments.PYTHON, "-m", "ptbench"]
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """The trainer, in a session of its own."""
+        specification = Specification(variant="faults", recipe=self.recipe, corpus_definition={})
+        return subprocess.Popen(
+            [
+                *self.command(), "train",
+                "--cell", self.cell.path, "--specification", specification.text(),
+                "--corpus", self.corpus, "--output", self.output,
+                "--attempts", self.attempts, "--checkpoints", self.checkpoints, "--log", self.log,
+                "--threads", str(self.devices), *self.arguments, *arguments,
+            ],
+            env={
+                **os.environ, "PYTHONPATH": "workflow", "OMP_WAIT_POLICY": "passive", **environment
+            },
+            cwd=ROOT, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def finish(self, *arguments: str) -> str:
+        """Run to the end; what it said."""
+        process = self.start(*arguments)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, f"{said}\n{self.log.read_text()[-3000:]}"
+        return said
+
+    def result(self) -> Any:
+        """All that the finished cell has and no clock wrote."""
+        best, metadata = read_arrays(self.checkpoints / "best.safetensors")
+        return (
+            [e.model_dump(exclude=CLOCKED) for e in read_history(self.output / "history.csv")],
+            read_metrics(self.output / "metrics.json").model_dump(exclude=MEASURED),
+            {name: np.asarray(array).tobytes() for name, array in best.items()},
+            metadata["epoch"],
+        )
+
+    def wait_for_checkpoint(self, process: subprocess.Popen[str]) -> bool:
+        """Wait until the process has saved something new; False if it ended before."""
+        last = self.checkpoints / "last.safetensors"
+
+        def written() -> int:
+            return last.stat().st_mtime_ns if last.exists() else 0
+
+        before = written()
+        while process.poll() is None:
+            if written() > before:
+                return True
+            time.sleep(0.005)
+        return False
+
+    def kill_until_done(
+        self, random: random.Random, kills: int, delay: float, at_start: float = 0.0
+    ) -> Iterator[str]:
+        """Kill the trainer again and again, then let it end; yields what each did.
+
+        Args:
+            random: chooses the moments.
+            kills: how often at most.
+            delay: longest time between a checkpoint and the kill [s].
+            at_start: share of kills that come at any time before the first checkpoint.
+        """
+        started: list[float] = []  # seconds to the first checkpoint
+        while self.kills < kills:
+            process = self.start()
+            began = time.monotonic()
+            if started and random.random() < at_start:
+                time.sleep(random.uniform(0, min(started)))
+            elif self.wait_for_checkpoint(process):
+                started.append(time.monotonic() - began)
+                time.sleep(random.uniform(0, delay))
+            if process.poll() is not None:
+                said, _ = process.communicate()
+                assert process.returncode == 0, f"{said}\n{self.log.read_text()[-3000:]}"
+                yield "finished"
+                return
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            process.communicate()
+            self.kills += 1
+            _, alive = psutil.wait_procs(family, timeout=30)
+            assert not alive, f"{alive} outlived the trainer that started them"
+            yield "killed"
+        self.finish()
+        yield "finished"

@@ -1,0 +1,65 @@
+"""`ptbench train` with the oracle in the framework's place: a real process that starts in a second.
+
+    TOY_SECONDS=0.01 python -m tests.support.toy_trainer train ...
+
+TOY_START is what building the model sleeps and TOY_SECONDS what a step does. At the N-th training
+step of the process TOY_FAILS=N raises an error and TOY_HANGS=N never returns. TOY_GRACE replaces
+the time that a signal leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from typing import Any
+
+from ptbench.training.signals import SIGNALS, end_children
+
+# The command does it itself before it imports NumPy, which starts threads; here that comes first.
+signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+from ptbench import cli  # noqa: E402
+from ptbench.backends.contract import Backend, TrainStep  # noqa: E402
+from ptbench.backends.numpy_oracle import NumpyOracle  # noqa: E402
+from ptbench.configuration.models import Cell, Specification  # noqa: E402
+from ptbench.training import cell as trainer  # noqa: E402
+from ptbench.training import signals  # noqa: E402
+
+
+class Toy(NumpyOracle):
+    """The oracle, slower, and as unreliable as asked for."""
+
+    steps_here = 0
+
+    def train_step(self, *arguments: Any) -> TrainStep:
+        self.steps_here += 1
+        time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+        if self.steps_here == int(os.environ.get("TOY_FAILS", "-1")):
+            print("about to fail")
+            raise RuntimeError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+        if self.steps_here == int(os.environ.get("TOY_HANGS", "-1")):
+            time.sleep(10_000)
+        return super().train_step(*arguments)
+
+    def close(self) -> None:
+        end_children()
+
+
+def create_backend(
+    cell: Cell,
+    specification: Specification,
+    vocabulary_size: int,
+    threads: int,  # noqa: ARG001
+) -> Backend:
+    # As a replica: a process that must not end before this one, and does once this one has.
+    subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    time.sleep(float(os.environ.get("TOY_START", "0")))
+    return Toy(specification.recipe, vocabulary_size, devices=cell.devices, seed=cell.seed)
+
+
+if __name__ == "__main__":
+    trainer.create_backend = create_backend  # type: ignore[assignment]
+    signals.GRACE_SECONDS = float(os.environ.get("TOY_GRACE", signals.GRACE_SECONDS))
+    cli.main()

@@ -4,6 +4,7 @@
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
 #   results/report/index.html                                          the report
+#   results/partial/index.html                                         the same on what is there (`partial`)
 #
 # Logs and benchmarks mirror these paths under results/logs and results/benchmarks.
 from snakemake.utils import min_version
@@ -36,8 +37,14 @@ onstart:
     except PtbenchError as error:
         raise WorkflowError(str(error))
     study.write(Path("results/study.json"))
-    if not USES_CONDA:
+    if not USES_CONDA and workflow.dag_settings.targets != {"partial"}:
         shell(
             "python -m ptbench environments {study.frameworks} --accelerator {ACCELERATOR}"
             " --output results/environments"
         )
+
+
+# What failed, why, and the command that runs it alone.
+onerror:
+    again = command_without_targets(sys.argv, workflow.dag_settings.targets)
+    shell("python -m ptbench status --failed --again {again:q}")

@@ -121,6 +121,47 @@ def report(arguments: argparse.Namespace) -> None:
         log.say(f"The report is at {arguments.output / 'index.html'}")
 
 
+def partial(arguments: argparse.Namespace) -> None:
+    """The report on what is there, with what is missing marked."""
+    from ptbench.analysis.plan import plan_experiment
+    from ptbench.configuration.loading import WORKFLOW, read_study
+    from ptbench.measurement.provenance import run_facts
+    from ptbench.report.experiment import analyse_experiment
+    from ptbench.report.page import RunFacts, render_report
+
+    study = read_study(arguments.study)
+    folders = []
+    for name in study.experiments:
+        folders.append(arguments.output / "experiments" / name)
+        plan = plan_experiment(study, name)
+        analyse_experiment(plan, arguments.results, WORKFLOW / "published", folders[-1])
+    page = render_report(folders, arguments.output, RunFacts(**run_facts()))
+    done = sum(
+        (arguments.results / "cells" / c.path / "metrics.json").exists() for c in study.cells
+    )
+    print(f"The report on {done} of {len(study.cells)} cells is at {page}")
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Say how far the study is: which cells are done, running, failed or missing."""
+    import shlex
+
+    from rich.console import Console
+
+    from ptbench.configuration.loading import read_study
+    from ptbench.report.status import failures, show, status_json, study_status
+
+    study = read_study(arguments.study) if arguments.study.exists() else load(arguments.config)
+    found = study_status(study, arguments.results)
+    if arguments.json:
+        print(status_json(found))
+        return
+    if not arguments.failed:
+        show(found, Console())
+    if text := failures(found, arguments.results, shlex.split(arguments.again)):
+        print(text)
+
+
 def schema(arguments: argparse.Namespace) -> None:
     """Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors."""
     from ptbench.configuration.schemas import schemas
@@ -287,6 +328,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("experiments", type=Path, nargs="+", help="folders that analyse wrote")
     sub.add_argument("--output", type=Path, required=True, help="folder of the report")
     sub.add_argument("--log", type=Path, help="file for all output")
+
+    sub = command(partial)
+    sub.add_argument("--study", type=Path, default=Path("results/study.json"))
+    sub.add_argument("--results", type=Path, default=Path("results"))
+    sub.add_argument("--output", type=Path, default=Path("results/partial"))
+
+    sub = command(status)
+    sub.add_argument("--study", type=Path, default=Path("results/study.json"))
+    sub.add_argument("--config", type=Path, default=Path("config.yaml"), help="before any run")
+    sub.add_argument("--results", type=Path, default=Path("results"))
+    sub.add_argument("--json", action="store_true", help="for machines")
+    sub.add_argument("--failed", action="store_true", help="only the cells that failed")
+    sub.add_argument("--again", default="uv run snakemake --cores 1", help="what runs the workflow")
 
     sub = command(schema)
     sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")

@@ -15,6 +15,7 @@ from ptbench.configuration.resources import (
     runtime_minutes,
 )
 from ptbench.errors import ConfigurationError, PtbenchError
+from ptbench.report.commands import command_without_targets
 from ptbench.slurm import refuse_duplicates
 
 try:

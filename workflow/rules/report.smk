@@ -20,3 +20,13 @@ rule report:
     shell:
         "python -m ptbench report {params.experiments:q} --output {params.folder:q}"
         " --log {log:q}"
+
+
+# The report on what is there, with what is missing marked. It has no output, so it is made whenever it is
+# asked for.
+rule partial:
+    localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    shell:
+        "python -m ptbench partial"

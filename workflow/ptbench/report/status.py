@@ -1,0 +1,156 @@
+"""How far a study is: the state of every planned cell, and what became of those that failed.
+
+Reads only, so it can be asked while the workflow runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from ptbench.configuration.loading import Study
+from ptbench.configuration.models import Cell, Model
+from ptbench.report.formatting import framework_name
+from ptbench.training.attempts import look
+from ptbench.training.records import read_metrics
+
+State = Literal["done", "diverged", "running", "interrupted", "failed", "missing"]
+STATES: dict[State, str] = {  # and the colour of each
+    "done": "green",
+    "diverged": "magenta",
+    "running": "cyan",
+    "interrupted": "yellow",
+    "failed": "red",
+    "missing": "dim",
+}
+
+
+class CellStatus(Model):
+    """One planned cell as it is now."""
+
+    path: str = Field(description="Its folder, relative to results/cells.")
+    cell: Cell = Field(description="Which run.")
+    state: State = Field(description="missing: nothing of it is there yet.")
+    attempts: int = Field(0, description="How often it was begun.")
+    reason: str | None = Field(None, description="Why it diverged, failed or was interrupted.")
+    log: str | None = Field(None, description="Log of its newest attempt.")
+    since: str | None = Field(None, description="When its newest attempt began (UTC).")
+    host: str | None = Field(None, description="Where that ran, or runs.")
+
+
+def cell_status(cell: Cell, results: Path) -> CellStatus:
+    """The state of a cell, from its metrics.json and its newest attempt."""
+    folder = results / "attempts" / cell.path
+    seen = look(folder)
+    facts = {}
+    if seen is not None:
+        log = folder / f"attempt-{seen.record.attempt}.log"
+        facts = {
+            "attempts": seen.record.attempt,
+            "reason": seen.record.reason,
+            "log": str(log) if log.exists() else None,
+            "since": seen.record.started or None,
+            "host": seen.record.holder.host,
+        }
+    metrics_path = results / "cells" / cell.path / "metrics.json"
+    state: State
+    if metrics_path.exists() and not (seen and seen.status == "running"):
+        try:
+            metrics = read_metrics(metrics_path)
+            state = "done" if metrics.status == "ok" else "diverged"
+            facts["reason"] = metrics.reason
+        except (OSError, ValueError):
+            state = "failed"
+            facts["reason"] = f"{metrics_path} cannot be read"
+    elif seen is None or seen.status == "finished":
+        state = "missing"  # its result was removed, so it is to be run anew
+    elif seen.status == "killed":
+        state = "failed"
+        facts["reason"] = seen.record.reason or "its process is gone without a word: killed"
+    else:
+        state = seen.status
+    return CellStatus(path=cell.path, cell=cell, state=state, **facts)
+
+
+def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
+    """The cells of every experiment; those that experiments share are in each of them."""
+    known = {cell.path: cell_status(cell, results) for cell in study.cells}
+    return {
+        name: [known[cell.path] for cell in planned.cells]
+        for name, planned in study.experiments.items()
+    }
+
+
+def distinct(status: dict[str, list[CellStatus]]) -> list[CellStatus]:
+    """Every cell once."""
+    return list({cell.path: cell for cells in status.values() for cell in cells}.values())
+
+
+def status_json(status: dict[str, list[CellStatus]]) -> str:
+    """For machines: how many cells are in each state, and each cell."""
+    cells = distinct(status)
+    counts = Counter(cell.state for cell in cells)
+    content = {
+        "planned": len(cells),
+        "states": {state: counts[state] for state in STATES},
+        "experiments": {name: [c.path for c in cells] for name, cells in status.items()},
+        "cells": [cell.model_dump(mode="json", exclude={"cell"}) for cell in cells],
+    }
+    return json.dumps(content, indent=2)
+
+
+def show(status: dict[str, list[CellStatus]], console: Console) -> None:
+    """The grid by experiment and framework, and what is to be said of single cells."""
+    table = Table("experiment", "framework", "planned", title="Cells")
+    for state, style in STATES.items():
+        table.add_column(state, justify="right", style=style)
+    for name, cells in status.items():
+        frameworks = list(dict.fromkeys(cell.cell.framework for cell in cells))
+        for index, framework in enumerate(frameworks):
+            own = [cell for cell in cells if cell.cell.framework == framework]
+            table.add_row("" if index else name, framework_name(framework), *_counts(own))
+        table.add_section()
+    table.add_row("all", "", *_counts(distinct(status)), style="bold")
+    console.print(table)
+    for cell in distinct(status):
+        if cell.state == "running":
+            console.print(
+                f"[cyan]running[/] {cell.path}: attempt {cell.attempts}, on {cell.host} "
+                f"since {cell.since}",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
+
+
+def _counts(cells: Iterable[CellStatus]) -> list[str]:
+    cells = list(cells)
+    counts = Counter(cell.state for cell in cells)
+    return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in STATES)]
+
+
+def failures(status: dict[str, list[CellStatus]], results: Path, command: Sequence[str]) -> str:
+    """Of each cell that failed or was interrupted: why, its log, and how to run it alone.
+
+    Args:
+        command: what runs the workflow, without targets.
+    """
+    paragraphs = []
+    for cell in distinct(status):
+        if cell.state not in ("failed", "interrupted"):
+            continue
+        target = str(results / "cells" / cell.path / "metrics.json")
+        times = "" if cell.attempts < 2 else f" (attempt {cell.attempts})"
+        lines = [
+            f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}",
+            f"  log:   {cell.log or 'none'}",
+            f"  again: {shlex.join([*command, '--', target])}",
+        ]
+        paragraphs.append("\n".join(lines))
+    return "\n".join(paragraphs)

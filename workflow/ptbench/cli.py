@@ -157,7 +157,7 @@ def status(arguments: argparse.Namespace) -> None:
         print(status_json(found))
         return
     if not arguments.failed:
-        show(found, Console())
+        show(found, Console(width=None if sys.stdout.isatty() else 120))
     if text := failures(found, arguments.results, shlex.split(arguments.again)):
         print(text)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -109,9 +110,12 @@ def status_json(status: dict[str, list[CellStatus]]) -> str:
 
 def show(status: dict[str, list[CellStatus]], console: Console) -> None:
     """The grid by experiment and framework, and what is to be said of single cells."""
-    table = Table("experiment", "framework", "planned", title="Cells")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("experiment", overflow="fold")
+    table.add_column("framework", no_wrap=True)
+    table.add_column("planned", justify="right", no_wrap=True)
     for state, style in STATES.items():
-        table.add_column(state, justify="right", style=style)
+        table.add_column(state, justify="right", style=style, no_wrap=True)
     for name, cells in status.items():
         frameworks = list(dict.fromkeys(cell.cell.framework for cell in cells))
         for index, framework in enumerate(frameworks):

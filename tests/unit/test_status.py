@@ -1,0 +1,101 @@
+"""How far a study is, told from what its cells have left so far."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.support.fake_results import metrics, write_cell, write_diverged
+
+from ptbench.configuration.loading import Study, load_study
+from ptbench.configuration.models import Cell
+from ptbench.errors import InterruptionError
+from ptbench.report.status import failures, show, status_json, study_status
+from ptbench.training.attempts import Attempt
+
+
+@pytest.fixture
+def study() -> Study:
+    return load_study({"frameworks": ["pytorch", "jax"], "seeds": [1, 2, 3], "devices": [1]})
+
+
+def attempt(results: Path, cell: Cell) -> Attempt:
+    made = Attempt(results / "attempts" / cell.path, cell.path, "0123456789ab", "corpus")
+    assert made.open(results / "cells" / cell.path) is None
+    return made
+
+
+def states(study: Study, results: Path) -> dict[str, str]:
+    return {cell.path: cell.state for cell in study_status(study, results)["demo"]}
+
+
+def test_cells_that_nobody_has_begun_are_missing(study: Study, tmp_path: Path) -> None:
+    assert set(states(study, tmp_path).values()) == {"missing"}
+
+
+def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: Path) -> None:
+    done, diverged, running, interrupted, failed, killed = study.cells
+    write_cell(tmp_path, metrics(done, 4.7))
+    write_diverged(tmp_path, diverged)
+    with attempt(tmp_path, running):
+        with pytest.raises(InterruptionError), attempt(tmp_path, interrupted):
+            raise InterruptionError("told to end by signal 15")
+        with pytest.raises(MemoryError), attempt(tmp_path, failed):
+            raise MemoryError("no room for 20 GiB")
+        attempt(tmp_path, killed)._ended.set()  # no more signs of life
+        record = tmp_path / "attempts" / killed.path / "attempt-1.json"
+        content = json.loads(record.read_text())
+        content["holder"]["started"] = "1"  # the process of that number is another one
+        record.write_text(json.dumps(content))
+
+        found = states(study, tmp_path)
+        assert found == {
+            done.path: "done", diverged.path: "diverged", running.path: "running",
+            interrupted.path: "interrupted", failed.path: "failed", killed.path: "failed",
+        }  # fmt: skip
+        status = study_status(study, tmp_path)
+        counts = json.loads(status_json(status))
+        assert counts["planned"] == 6
+        assert counts["states"] == {
+            "done": 1, "diverged": 1, "running": 1, "interrupted": 1, "failed": 2, "missing": 0,
+        }  # fmt: skip
+        text = failures(status, tmp_path, ["snakemake", "--cores", "1"])
+        assert f"{failed.path} failed: " in text
+        assert "no room for 20 GiB" in text
+        assert f"{interrupted.path} interrupted: " in text
+        target = tmp_path / "cells" / failed.path / "metrics.json"
+        assert f"again: snakemake --cores 1 -- {target}" in text
+        assert done.path not in text
+        assert running.path not in text
+
+
+def test_a_cell_whose_result_was_removed_is_to_be_run_anew(study: Study, tmp_path: Path) -> None:
+    cell = study.cells[0]
+    with attempt(tmp_path, cell) as made:
+        made.finish(metrics(cell, 4.7))
+    assert states(study, tmp_path)[cell.path] == "missing"
+
+
+def test_a_result_that_cannot_be_read_is_a_failure(study: Study, tmp_path: Path) -> None:
+    cell = study.cells[0]
+    write_cell(tmp_path, metrics(cell, 4.7))
+    path = tmp_path / "cells" / cell.path / "metrics.json"
+    path.write_text("{")
+    assert states(study, tmp_path)[cell.path] == "failed"
+    assert "metrics.json cannot be read" in failures(study_status(study, tmp_path), tmp_path, [])
+
+
+def test_the_grid_has_every_framework_and_state(study: Study, tmp_path: Path) -> None:
+    write_cell(tmp_path, metrics(study.cells[0], 4.7))
+    console = Console(record=True, width=120)
+    show(study_status(study, tmp_path), console)
+    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    assert lines[0] == [
+        "experiment", "framework", "planned",
+        "done", "diverged", "running", "interrupted", "failed", "missing",
+    ]  # fmt: skip
+    assert ["demo", "PyTorch", "3", "1", "·", "·", "·", "·", "2"] in lines
+    assert ["JAX", "3", "·", "·", "·", "·", "·", "3"] in lines
+    assert ["all", "6", "1", "·", "·", "·", "·", "5"] in lines

@@ -1,0 +1,97 @@
+"""A cell that fails: what is said of it, what is made without it, and how it is run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.workflow.conftest import Project
+
+CONFIG = ("--config", "frameworks=pytorch", "devices=1", "seeds=[1,2]", "subset=200")
+VARIANT = "demo-lstm+subset=200"
+CELL = f"{VARIANT}/pytorch/devices-1/seed-2"
+OTHER = f"{VARIANT}/pytorch/devices-1/seed-1"
+TARGET = f"results/cells/{CELL}/metrics.json"
+
+
+def status(project: Project) -> dict[str, int]:
+    answer = subprocess.run(
+        [sys.executable, "-m", "ptbench", "status", "--json"],
+        cwd=project.folder, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(project.folder / "workflow")},
+    )  # fmt: skip
+    return {state: n for state, n in json.loads(answer.stdout)["states"].items() if n}
+
+
+@pytest.fixture(scope="module")
+def failed(project: Project) -> tuple[Project, str]:
+    """A study of two seeds, of which the second cannot save; and what was said."""
+    obstacle = project.folder / "results" / "checkpoints" / CELL
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("a file where its folder of checkpoints should be")
+    answer = project.snakemake("--cores", "2", *CONFIG, expect=1)
+    return project, answer.stdout + answer.stderr
+
+
+def test_the_others_are_finished(failed: tuple[Project, str]) -> None:
+    project, _ = failed
+    assert (project.folder / "results" / "cells" / OTHER / "metrics.json").exists()
+    assert not (project.folder / TARGET).exists()
+
+
+def test_the_end_names_the_cell_its_reason_its_log_and_the_command(
+    failed: tuple[Project, str],
+) -> None:
+    project, said = failed
+    (line,) = re.findall(rf"^{re.escape(CELL)} failed.*: (.*)$", said, re.MULTILINE)
+    assert "checkpoints" in line
+    (log,) = re.findall(r"^  log:   (.*)$", said, re.MULTILINE)
+    assert "checkpoints" in (project.folder / log).read_text()
+    (again,) = re.findall(r"^  again: (.*)$", said, re.MULTILINE)
+    assert shlex.split(again)[-2:] == ["--", TARGET]
+
+
+def test_status_counts_it(failed: tuple[Project, str]) -> None:
+    assert status(failed[0]) == {"done": 1, "failed": 1}
+
+
+def test_the_next_run_is_of_that_cell_and_what_needs_it(failed: tuple[Project, str]) -> None:
+    planned = failed[0].planned(*CONFIG)
+    assert [path for path in planned if "/cells/" in path] == [TARGET]
+    assert "results/report/index.html" in planned
+
+
+def test_a_partial_report_marks_what_is_missing(failed: tuple[Project, str]) -> None:
+    project, _ = failed
+    project.snakemake("--cores", "1", "partial", *CONFIG)
+    page = (project.folder / "results" / "partial" / "index.html").read_text()
+    assert "seed 2 has no result" in page
+    assert f"../cells/{OTHER}/metrics.json" in page
+    assert not (project.folder / "results" / "report").exists()
+
+
+def test_the_command_that_was_printed_runs_that_cell_alone(failed: tuple[Project, str]) -> None:
+    project, said = failed
+    (project.folder / "results" / "checkpoints" / CELL).unlink()
+    other = project.folder / "results" / "cells" / OTHER / "metrics.json"
+    before = other.stat().st_mtime_ns
+    (again,) = re.findall(r"^  again: (.*)$", said, re.MULTILINE)
+    words = shlex.split(again)
+    project.snakemake(*words[words.index("--cores") :])
+    assert (project.folder / TARGET).exists()
+    assert other.stat().st_mtime_ns == before
+    assert not (project.folder / "results" / "report").exists()
+    assert status(project) == {"done": 2}
+
+
+def test_the_first_command_then_finishes_the_report(failed: tuple[Project, str]) -> None:
+    project, _ = failed
+    project.snakemake("--cores", "2", *CONFIG)
+    assert Path(project.folder / "results" / "report" / "index.html").exists()
+    assert project.planned(*CONFIG) == []

@@ -52,8 +52,7 @@ class Batch(NamedTuple):
     mask: Array
 
 
-# The first two run on every replica at once, each with its columns of the batch; `psum` adds over
-# replicas. `kept` says which weights a sparse model has; see `JaxBackend`.
+# `kept` says which weights a sparse model has; see `JaxBackend`.
 
 
 def objective_gradients(
@@ -66,7 +65,10 @@ def objective_gradients(
     divisor: Array,
     step: Array,
 ) -> tuple[Tree, Array, Tree]:
-    """The global batch's gradient and summed nll, and the replica's own final state."""
+    """The global batch's gradient and summed nll, and the replica's own final state.
+
+    Runs on every replica at once, each with its columns of the batch; `psum` adds over replicas.
+    """
     keys = dropout_keys(recipe, seed, step)
 
     def objective(parameters: Tree) -> tuple[Array, Tree]:
@@ -79,27 +81,6 @@ def objective_gradients(
         gradients |= {name: gradients[name] * mask for name, mask in kept.items()}
     gradients, value = jax.lax.psum((gradients, value), DATA)
     return gradients, value * divisor, final
-
-
-def training_step(
-    recipe: Recipe,
-    seed: int,
-    parameters: Tree,
-    slots: dict[str, Tree],
-    kept: Tree,
-    batch: Batch,
-    state: Tree,
-    divisor: Array,
-    step: Array,
-    rate: Array,
-    epsilon: Array,
-) -> tuple[Tree, dict[str, Tree], TrainStep]:
-    """One update by the recipe's optimizer."""
-    gradients, nll, final = objective_gradients(
-        recipe, seed, parameters, kept, batch, state, divisor, step
-    )
-    parameters, slots, norm = update(recipe, parameters, slots, gradients, rate, epsilon)
-    return parameters, slots, TrainStep(nll, norm, final)
 
 
 def evaluate(
@@ -178,29 +159,22 @@ class JaxBackend(Backend):
         self._of_state = NamedSharding(mesh, of_state)
         self._first = claimed[0]
 
-        replicated = partial(jax.shard_map, mesh=mesh, check_vma=False)
         compile_ = partial(jax.jit, compiler_options=compiler_options(accelerator))
-        scalars = (everywhere, everywhere)  # divisor, step
-        # Parameters and slots are donated: their memory takes the updated ones. The state is not,
-        # since the loop may keep it.
-        self._training_step = compile_(
-            replicated(
-                partial(training_step, recipe, seed),
-                in_specs=(
-                    *(everywhere, everywhere, everywhere, of_batch, of_state),
-                    *(*scalars, everywhere, everywhere),  # rate, epsilon
-                ),
-                out_specs=(everywhere, everywhere, TrainStep(everywhere, everywhere, of_state)),
-            ),
-            donate_argnums=(0, 1),
-        )
         self._gradients = compile_(
-            replicated(
+            jax.shard_map(
                 partial(objective_gradients, recipe, seed),
-                in_specs=(everywhere, everywhere, of_batch, of_state, *scalars),
+                mesh=mesh,
+                in_specs=(
+                    *(everywhere, everywhere, of_batch, of_state),
+                    *(everywhere, everywhere),  # divisor, step
+                ),
                 out_specs=(everywhere, everywhere, of_state),
+                check_vma=False,
             )
         )
+        # Apart from the gradients, because XLA would compile those again. Parameters and slots are
+        # donated: their memory takes the updated ones.
+        self._update = compile_(partial(update, recipe), donate_argnums=(0, 1))
         self._evaluate = compile_(partial(evaluate, recipe))
         self._predict = compile_(partial(predict, recipe))
 
@@ -285,12 +259,13 @@ class JaxBackend(Backend):
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
     ) -> TrainStep:
         arguments = self._step_arguments(inputs, targets, mask, state)
+        gradients, nll, final = self._gradients(self._parameters, *arguments)
         rates = np.array(rate_and_epsilon(self.recipe, learning_rate, self.step), np.float32)
-        self._parameters, self._slots, result = self._training_step(
-            self._parameters, self._slots, *arguments, *rates
+        self._parameters, self._slots, norm = self._update(
+            self._parameters, self._slots, gradients, *rates
         )
         self.step += 1
-        return result
+        return TrainStep(nll, norm, final)
 
     def _model_on_first_device(self) -> tuple[Tree, Tree]:
         """The parameters, and which weights are kept."""

@@ -397,7 +397,7 @@ class HoistedLSTM:
         return ops.concatenate([d_c, d_c, d_c, d_h], axis=-1) * gates, None, d_c * f
 
     @staticmethod
-    def input_gradient(d_recurrent: Any, d_h: list[Any], factors: list[Any]) -> Any:  # noqa: ARG004
+    def input_gradient(d_recurrent: Any, d_h: list[Any], factors: list[Any]) -> Any:
         return d_recurrent
 
 
@@ -421,7 +421,7 @@ class HoistedGRU:
         return [ops.concatenate(gates, axis=-1), u, to_n]
 
     @staticmethod
-    def backward(d_h: Any, _: None, gates: Any, u: Any, to_n: Any) -> tuple[Any, Any, Any]:  # noqa: ARG004
+    def backward(d_h: Any, _: None, gates: Any, u: Any, to_n: Any) -> tuple[Any, Any, Any]:
         return ops.concatenate([d_h, d_h, d_h], axis=-1) * gates, d_h * u, None
 
     @staticmethod
@@ -435,12 +435,12 @@ class HoistedTanh:
     separate_biases = False
 
     @staticmethod
-    def forward(z: Any, recurrent: Any, state: list[Any]) -> tuple[list[Any], list[Any]]:  # noqa: ARG004
+    def forward(z: Any, recurrent: Any, state: list[Any]) -> tuple[list[Any], list[Any]]:
         h = ops.tanh(z + recurrent)
         return [h], [h]
 
     @staticmethod
-    def factors(previous: list[Any], saved: list[Any]) -> list[Any]:  # noqa: ARG004
+    def factors(previous: list[Any], saved: list[Any]) -> list[Any]:
         return [1 - saved[0] * saved[0]]
 
     @staticmethod
@@ -448,18 +448,18 @@ class HoistedTanh:
         return d_h * slope, None, None
 
     @staticmethod
-    def input_gradient(d_recurrent: Any, d_h: list[Any], factors: list[Any]) -> Any:  # noqa: ARG004
+    def input_gradient(d_recurrent: Any, d_h: list[Any], factors: list[Any]) -> Any:
         return d_recurrent
 
 
 class HoistedRelu(HoistedTanh):
     @staticmethod
-    def forward(z: Any, recurrent: Any, state: list[Any]) -> tuple[list[Any], list[Any]]:  # noqa: ARG004
+    def forward(z: Any, recurrent: Any, state: list[Any]) -> tuple[list[Any], list[Any]]:
         h = ops.relu(z + recurrent)
         return [h], [h]
 
     @staticmethod
-    def factors(previous: list[Any], saved: list[Any]) -> list[Any]:  # noqa: ARG004
+    def factors(previous: list[Any], saved: list[Any]) -> list[Any]:
         return [ops.cast(saved[0] > 0, saved[0].dtype)]
 
 

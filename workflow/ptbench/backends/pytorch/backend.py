@@ -150,7 +150,7 @@ class PyTorchBackend(Backend):
     ) -> EvaluateStep:
         self.replica.settings.apply()
         model = self.replica.model.eval()
-        return EvaluateStep(*self.replica.nll(model, inputs, targets, mask, state))
+        return EvaluateStep(*self.replica.loss(model, inputs, targets, mask, state))
 
     @torch.no_grad()
     def next_token_log_probabilities(

@@ -57,7 +57,6 @@ class Head(nn.Module):
         self.softmax = nn.Linear(features, vocabulary_size, bias=recipe.softmax_bias)
         if recipe.tie_weights:
             self.softmax.weight = embedding
-        self.loss = tuned_nll if recipe.implementation == "tuned" else stock_nll
 
     def canonical(self) -> dict[str, Stored]:
         names = {}
@@ -86,12 +85,18 @@ class Head(nn.Module):
             log_prior = functional.log_softmax(self.prior(v), dim=-1)
         return (features if self.projection is None else self.projection(features)), log_prior
 
-    def nll(self, v: Tensor, targets: Tensor) -> Tensor:
-        """Summed negative log-likelihood of the targets [time, batch] that are not IGNORED."""
+    def loss(self, v: Tensor, targets: Tensor, scale: float) -> Tensor:
+        """`scale` times the summed negative log-likelihood of the targets [time, batch] that are
+        not IGNORED.
+        """
         features, log_prior = self.features(v)
         features, targets = features.flatten(0, 1), targets.flatten()
         log_prior = None if log_prior is None else log_prior.flatten(0, 1)
-        return self.loss(features, log_prior, targets, self.softmax.weight, self.softmax.bias)
+        weight, bias = self.softmax.weight, self.softmax.bias
+        if self.recipe.implementation == "stock":
+            return scale * nll(features, log_prior, targets, weight, bias)
+        differentiate = torch.is_grad_enabled()
+        return FusedLoss.apply(features, log_prior, targets, weight, bias, scale, differentiate)
 
     def log_probabilities(self, v: Tensor) -> Tensor:
         """[time, batch, vocabulary]; one time step at a time, for mixtures are large."""
@@ -105,7 +110,7 @@ class Head(nn.Module):
         return torch.stack(steps)
 
 
-def stock_nll(
+def nll(
     features: Tensor, log_prior: Tensor | None, targets: Tensor, weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -124,67 +129,70 @@ def stock_nll(
     return -(log_p * (targets != IGNORED)).sum()
 
 
-def tuned_nll(
-    features: Tensor, log_prior: Tensor | None, targets: Tensor, weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The same."""
-    return FusedLoss.apply(features, log_prior, targets, weight, bias, torch.is_grad_enabled())
-
-
 class FusedLoss(torch.autograd.Function):
-    """`stock_nll` in chunks of tokens, each one's gradients formed while its logits are at hand.
+    """`scale` times `nll`, in chunks of tokens, the gradients formed while a chunk's logits exist.
 
     d nll / d logits_k = posterior_k (softmax_k - one_hot(target)), and d nll / d log prior =
-    - posterior, the posterior of a mixture being its share of the target's probability.
+    - posterior, the posterior of a mixture being its share of the target's probability. What
+    multiplies the rows of d logits goes to the products' other, smaller factors.
     """
 
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, log_prior: Tensor | None, targets: Tensor, weight: Tensor,
-        bias: Tensor | None, differentiate: bool,
+        bias: Tensor | None, scale: float, differentiate: bool,
     ) -> Tensor:  # fmt: skip
         tokens, mixtures, _ = features.shape
-        real = (targets != IGNORED).to(features.dtype)
+        scales = (targets != IGNORED) * scale
         targets = targets.clamp(min=0)
-        nll = features.new_zeros(())
-        d_features = torch.empty_like(features)
-        d_log_prior = None if log_prior is None else torch.empty_like(log_prior)
-        d_weight = d_bias = None
+        loss = features.new_zeros(())
+        d_features: Any = None
+        d_log_prior: Any = None
+        d_weight: Any = None
+        d_bias: Any = None
+        if differentiate:
+            d_features = torch.empty_like(features)
+            d_log_prior = None if log_prior is None else torch.empty_like(log_prior)
+            d_weight = torch.empty_like(weight)
+            d_bias = None if bias is None else torch.empty_like(bias)
         size = max(CHUNK // (mixtures * len(weight)), 1)
-        for chunk in (slice(start, start + size) for start in range(0, tokens, size)):
+        for start in range(0, tokens, size):
+            chunk = slice(start, start + size)
             x = features[chunk].flatten(0, 1)
-            z = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-            torch.log_softmax(z, -1, out=z)
             column = targets[chunk].repeat_interleave(mixtures)[:, None]
-            log_joint = z.gather(1, column).view(-1, mixtures)
-            at_target = log_joint.exp()
+            z = x @ weight.T
+            if bias is not None:
+                z += bias
+            log_components = z.gather(1, column) - z.amax(1, keepdim=True)
+            # The largest probability is exp(largest logit - log sum exp), which spares the
+            # exponentials of a log_softmax.
+            p = torch.softmax(z, 1, out=z)
+            log_components += p.amax(1, keepdim=True).log_()
+            log_joint = log_components.view(-1, mixtures)
             if log_prior is not None:
-                log_joint += log_prior[chunk]
-            log_p = torch.logsumexp(log_joint, -1)
-            nll -= log_p @ real[chunk]
+                log_joint = log_joint + log_prior[chunk]
+            log_p = torch.logsumexp(log_joint, 1)
+            loss -= log_p @ scales[chunk]
             if not differentiate:
                 continue
-            posterior = (log_joint - log_p[:, None]).exp_().mul_(real[chunk, None])
-            d_z = z.exp_().mul_(posterior.view(-1, 1))
-            d_z.scatter_(1, column, (posterior * (at_target - 1)).view(-1, 1))
-            torch.mm(d_z, weight, out=d_features[chunk].flatten(0, 1))
+            share = (log_joint - log_p[:, None]).exp_().mul_(scales[chunk, None])
             if d_log_prior is not None:
-                torch.neg(posterior, out=d_log_prior[chunk])
-            if d_weight is None:
-                d_weight = d_z.T @ x
-                d_bias = None if bias is None else d_z.sum(0)
-            else:
-                d_weight.addmm_(d_z.T, x)
-                if d_bias is not None:
-                    d_bias += d_z.sum(0)
-        ctx.gradients = d_features, d_log_prior, d_weight, d_bias
-        return nll
+                torch.neg(share, out=d_log_prior[chunk])
+            share = share.view(-1, 1)
+            d_z = p.scatter_(1, column, log_components.expm1())  # times share
+            torch.mm(d_z, weight, out=d_features[chunk].flatten(0, 1)).mul_(share)
+            # beta = 0 ignores what is there
+            d_weight.addmm_(d_z.T, x * share, beta=min(start, 1))
+            if d_bias is not None:
+                d_bias.addmv_(d_z.T, share[:, 0], beta=min(start, 1))
+        ctx.gradients = d_features, d_log_prior, None, d_weight, d_bias, None, None
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_nll: Tensor) -> tuple[Tensor | None, ...]:
-        d_features, d_log_prior, d_weight, d_bias = (
-            None if gradient is None else gradient.mul_(d_nll) for gradient in ctx.gradients
-        )
-        return d_features, d_log_prior, None, d_weight, d_bias, None
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        ctx.gradients = None  # or they would be copied, as somebody else's
+        if d_loss.is_cpu and d_loss == 1:
+            return gradients
+        return tuple(None if each is None else each * d_loss for each in gradients)

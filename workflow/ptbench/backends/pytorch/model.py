@@ -43,11 +43,14 @@ class LanguageModel(nn.Module):
         self.load(self.arrays(self.canonical_parameters()))  # without the weights left out
 
     def forward(
-        self, inputs: Tensor, targets: Tensor, state: list[LayerState], words: Tensor | None
-    ) -> tuple[Tensor, list[LayerState]]:
-        """Summed nll of the targets that are not IGNORED, and the last state; see `run`."""
+        self, inputs: Tensor, targets: Tensor, state: list[LayerState], scale: float,
+        words: Tensor | None,
+    ) -> tuple[Tensor, list[LayerState]]:  # fmt: skip
+        """`scale` times the summed nll of the targets that are not IGNORED, and the last state;
+        see `run`.
+        """
         v, state = self.run(inputs, state, words)
-        return self.head.nll(v, targets), state
+        return self.head.loss(v, targets, scale), state
 
     def log_probabilities(
         self, inputs: Tensor, state: list[LayerState]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from ptbench.backends.contract import OPTIMIZER_SLOTS, Parameters
 from ptbench.backends.pytorch.model import LanguageModel
@@ -27,6 +29,30 @@ def optimizer_of(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer
         return torch.optim.SGD(parameters, **common)
     betas = recipe.adam_beta1, recipe.adam_beta2
     return torch.optim.Adam(parameters, betas=betas, eps=recipe.optimizer_epsilon, **common)
+
+
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[Any], recipe: Recipe, learning_rate: float
+) -> Tensor:
+    """One clipped update; the gradients' norm before clipping."""
+    group = optimizer.param_groups[0]
+    group["lr"] = learning_rate
+    limit = math.inf if recipe.clip_norm is None else recipe.clip_norm
+    on_cpu = parameters[0].device.type == "cpu"
+    if recipe.implementation == "tuned" and recipe.optimizer == "sgd" and on_cpu:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if (
+            limit < norm < math.inf
+        ):  # rate (s g + decay p) = s rate (g + decay / s p) spares scaling all g
+            clipped = limit / float(norm)
+            group["lr"] = learning_rate * clipped
+            group["weight_decay"] = recipe.weight_decay / clipped
+        else:
+            group["weight_decay"] = recipe.weight_decay
+    else:
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+    optimizer.step()
+    return norm
 
 
 def slots(optimizer: torch.optim.Optimizer, model: LanguageModel) -> Parameters:

@@ -24,7 +24,7 @@ from ptbench.backends.contract import (
 from ptbench.backends.pytorch.heads import IGNORED
 from ptbench.backends.pytorch.layers import LayerState
 from ptbench.backends.pytorch.model import LanguageModel
-from ptbench.backends.pytorch.optimizer import load_slots, optimizer_of, slots
+from ptbench.backends.pytorch.optimizer import load_slots, optimizer_of, slots, update
 from ptbench.backends.pytorch.settings import Settings
 from ptbench.configuration.models import Accelerator, Recipe
 
@@ -58,13 +58,13 @@ class Replica:
         names = state_names(self.recipe)
         return self.load_state({n: np.zeros((batch_size, w), np.float32) for n, w in names.items()})
 
-    def nll(
+    def loss(
         self, model: nn.Module, inputs: Tokens, targets: Tokens, mask: Mask,
-        state: list[LayerState], words: Tensor | None = None,
+        state: list[LayerState], scale: float = 1.0, words: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerState]]:  # fmt: skip
-        """Summed negative log-likelihood of the real tokens, and the last state."""
+        """`scale` times the summed nll of the real tokens, and the last state."""
         real_targets = self.tensor(np.where(mask > 0, targets, IGNORED))
-        return model(self.tensor(inputs), real_targets, state, words)
+        return model(self.tensor(inputs), real_targets, state, scale, words)
 
     def backward(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: list[LayerState]
@@ -72,16 +72,16 @@ class Replica:
         """Put the objective's gradient, summed over replicas, into every parameter's grad."""
         self.settings.apply()
         words = self.draw_words()
-        divisor = objective_divisor(self.recipe, mask)
+        # DistributedDataParallel averages over the replicas; the objective is their sum.
+        scale = self.devices / objective_divisor(self.recipe, mask)
         mine = device_columns(mask.shape[1], self.devices)[self.rank]
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        nll, state = self.nll(
-            self.parallel, inputs[:, mine], targets[:, mine], mask[:, mine], state, words
+        loss, state = self.loss(
+            self.parallel, inputs[:, mine], targets[:, mine], mask[:, mine], state, scale, words
         )
-        # DistributedDataParallel averages over the replicas; the objective is their sum.
-        (nll * (self.devices / divisor)).backward()
-        nll = nll.detach()
+        loss.backward()
+        nll = loss.detach() / scale
         if self.devices > 1:
             torch.distributed.all_reduce(nll)
         return nll, state
@@ -104,10 +104,7 @@ class Replica:
         learning_rate: float,
     ) -> TrainStep:  # fmt: skip
         nll, state = self.backward(inputs, targets, mask, state)
-        limit = self.recipe.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.trained, float("inf") if limit is None else limit)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
+        norm = update(self.optimizer, self.trained, self.recipe, learning_rate)
         self.step += 1
         return TrainStep(nll, norm, state)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -81,14 +81,20 @@ class Study(Project):
         """What all runs so far said."""
         return (self.folder / "said").read_text()
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start `snakemake --profile slurm`; its output goes to the file `said`."""
+    @contextlib.contextmanager
+    def start(self) -> Iterator[subprocess.Popen[bytes]]:
+        """`snakemake --profile slurm`, killed at the end of the block if it still runs."""
         with (self.folder / "said").open("ab") as said:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "snakemake", "--profile", "slurm"],
                 cwd=self.folder, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": str(self.folder / "workflow")},
+                env=self.environment(),
             )  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     def file(self, cell: str, name: str = "metrics.json") -> Path:
         """A file of a cell's results."""

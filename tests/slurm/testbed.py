@@ -142,12 +142,7 @@ class Testbed:
         self._daemon("slurmctld")
         for node in NODES:
             self.boot(node)
-        wait_until(
-            lambda: (
-                set(self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(NODES)
-            ),
-            "the nodes to be idle",
-        )
+        self.wait_for_idle(*NODES)
 
     def _slurm_conf(self) -> str:
         host = socket.gethostname().partition(".")[0]
@@ -186,10 +181,10 @@ StateSaveLocation={self.folder}/state
 SlurmctldLogFile={self.folder}/log/slurmctld.log
 SlurmdLogFile={self.folder}/log/slurmd-%n.log
 """
-        for node, port in zip(NODES, ports, strict=True):
+        for weight, node in enumerate(reversed(NODES)):  # the last node is filled first
             text += (
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} "
-                f"RealMemory=256000 Gres=gpu:{GPUS} State=UNKNOWN\n"
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports.pop()} "
+                f"CPUs={CPUS} RealMemory=256000 Gres=gpu:{GPUS} Weight={weight + 1} State=UNKNOWN\n"
             )
         nodes = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
         text += f"PartitionName=gpu {nodes} Default=YES PriorityTier=1\n"
@@ -207,6 +202,13 @@ SlurmdLogFile={self.folder}/log/slurmd-%n.log
         """Start a node's daemon."""
         self._daemon("slurmd", "-N", node)
 
+    def wait_for_idle(self, *nodes: str) -> None:
+        """Wait until nodes are up, and free."""
+        idle = ("sinfo", "-h", "-N", "-t", "idle", "-o", "%N")
+        wait_until(
+            lambda: {*nodes} <= {*self.ask(*idle).split()}, f"{' and '.join(nodes)} to be idle"
+        )
+
     def crash(self, node: str) -> None:
         """End a node's daemon and all that its jobs run, at once and without a word."""
         slurmd = psutil.Process(int((self.folder / f"slurmd-{node}.pid").read_text()))
@@ -218,7 +220,8 @@ SlurmdLogFile={self.folder}/log/slurmd-%n.log
             if any(f"[{job}." in " ".join(process.info["cmdline"] or []) for job in jobs)
             and process.info["cmdline"][0].startswith("slurmstepd")
         ]
-        for process in [below for step in steps for below in step.children(recursive=True)] + steps:
+        below = [process for step in steps for process in step.children(recursive=True)]
+        for process in steps + below:  # the steps first, or they would tell how their jobs ended
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 

@@ -37,15 +37,17 @@ class Project:
         (folder / "results").mkdir(exist_ok=True)
         (folder / "results" / "environments").symlink_to(environments)
 
+    def environment(self) -> dict[str, str]:
+        """Environment variables of what runs here: the copy's package, not the installed one."""
+        return {**os.environ, "PYTHONPATH": str(self.folder / "workflow")}
+
     def snakemake(
         self, *arguments: str, expect: int | None = 0
     ) -> subprocess.CompletedProcess[str]:
         """Run snakemake here; fail the test unless it exits as expected (None: either way)."""
         answer = subprocess.run(
             [sys.executable, "-m", "snakemake", *arguments],
-            cwd=self.folder, capture_output=True, text=True, timeout=1500,
-            # The copy's package, not the installed one.
-            env={**os.environ, "PYTHONPATH": str(self.folder / "workflow")},
+            cwd=self.folder, capture_output=True, text=True, timeout=1500, env=self.environment(),
         )  # fmt: skip
         if expect is not None:
             assert answer.returncode == expect, answer.stdout + answer.stderr

@@ -32,12 +32,14 @@ rule all:
 
 # Not rules: what these make, the rules merely use, so its age must not decide what is run again.
 onstart:
-    try:
-        refuse_duplicates(Path.cwd())
-    except PtbenchError as error:
-        raise WorkflowError(str(error))
+    trains = workflow.dag_settings.targets != {"partial"}
+    if trains:
+        try:
+            refuse_duplicates(Path.cwd())
+        except PtbenchError as error:
+            raise WorkflowError(str(error))
     study.write(Path("results/study.json"))
-    if not USES_CONDA and workflow.dag_settings.targets != {"partial"}:
+    if trains and not USES_CONDA:
         shell(
             "python -m ptbench environments {study.frameworks} --accelerator {ACCELERATOR}"
             " --output results/environments"

@@ -82,12 +82,21 @@ def moved(holder: Holder) -> Holder:
     return holder.model_copy(update={"host": "node2", "machine": "another boot"})
 
 
+def plugin(job: str) -> Holder:
+    """As Snakemake's plugin leaves it to its inner srun."""
+    environment = {"SLURM_JOB_ID": job, "SLURM_CLUSTER_NAME": "c", "SLURM_NNODES": "1"}
+    return this_process(environment)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "alive"),
     [
         pytest.param(moved(slurm("7")), slurm("7", 1), False, id="requeued"),
         pytest.param(slurm("7", 1), slurm("7", 2), False, id="requeued, on the same node"),
         pytest.param(moved(slurm("7")), slurm("7"), False, id="the job's only node is another"),
+        pytest.param(
+            moved(plugin("7")), plugin("7"), False, id="the plugin's only node is another"
+        ),
         pytest.param(moved(slurm("7", 0, 2)), slurm("7", 0, 2), True, id="two nodes of a job"),
         pytest.param(slurm("7", 1), slurm("7", 1), True, id="two steps on one node"),
         pytest.param(moved(slurm("7", 3)), slurm("8"), True, id="another job"),

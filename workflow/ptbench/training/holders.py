@@ -45,7 +45,10 @@ class Holder(Model):
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
     """The process that asks."""
-    job, nodes = environment.get("SLURM_JOB_ID"), environment.get("SLURM_JOB_NUM_NODES", "")
+    job = environment.get("SLURM_JOB_ID")
+    # Snakemake's plugin takes all but a few of Slurm's variables from the job, SLURM_RESTART_COUNT
+    # too, and its inner srun sets those of a step again, which has the job's only node or some.
+    nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES", "")
     return Holder(
         host=socket.gethostname(),
         pid=os.getpid(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import shutil
 
 import pytest
 from tests.slurm.conftest import Study
@@ -71,7 +72,7 @@ def test_one_cell_by_its_path_refuses_other_devices_and_runs_alone_with_its_own(
     """As where a site's way to ask for GPUs was mistaken, and then is mended in the other way."""
     cell = study.cells[0]
     target = f"results/cells/{cell}/metrics.json"
-    study.file(cell).unlink()
+    shutil.rmtree(study.file(cell).parent)
     before = study.finished()
     asked = "gpu: int(wildcards.devices)"
     study.profile("retries: 2", 0)

@@ -6,14 +6,18 @@ results are numbers, arrays, lists and mappings of them.
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ptbench.backends.contract import Backend, Parameters
+from ptbench.configuration.corpora import Split
 from ptbench.corpus.batching import ParallelStreams
 from ptbench.measurement.clocks import Clocks
+from ptbench.training import inference
 from ptbench.training.initialization import draw_parameters
 from ptbench.training.loop import evaluate
 
@@ -37,6 +41,14 @@ def save_parameters(backend: Backend, path: str) -> None:
 
 def load_saved_parameters(backend: Backend, path: str) -> None:
     backend.load_parameters(load_file(path))
+
+
+def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, float]:
+    """The score of a trained model on disk, built anew in the backend's framework."""
+    checkpoint = inference.read_checkpoint(Path(path))
+    corpus = inference.open_corpus_of(checkpoint)
+    with contextlib.closing(inference.build(checkpoint, backend.name)) as model:
+        return inference.evaluate_split(model, corpus, cast("Split", split)).model_dump()
 
 
 def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:

@@ -1,7 +1,7 @@
 """`python -m ptbench <command>`: what the workflow's rules call, and people can.
 
 Imports the standard library alone until it knows the command: `train` runs in the frameworks'
-environments, the others in the workflow's.
+environments, the others in the workflow's; `evaluate` and `predict` go from the one to the other.
 """
 
 from __future__ import annotations
@@ -86,6 +86,102 @@ def train(arguments: argparse.Namespace) -> None:
     except BaseException:
         end_children()  # replicas that wait for this one would hold up its end
         raise
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Score a split with a trained model, in any framework, whichever trained it."""
+    import json
+
+    from ptbench.training import inference
+
+    checkpoint = inference.read_checkpoint(arguments.checkpoint)
+    corpus = inference.open_corpus_of(checkpoint, arguments.corpus)
+    enter_environment(arguments)
+    model = inference.build(
+        checkpoint, arguments.framework, arguments.accelerator, arguments.threads
+    )
+    with contextlib.closing(model):
+        score = inference.evaluate_split(model, corpus, arguments.split)
+    if arguments.json:
+        said = {"framework": arguments.framework, "split": arguments.split}
+        print(json.dumps(said | json.loads(score.model_dump_json())))
+    else:
+        print(
+            f"{arguments.split} perplexity {score.perplexity:.4f}, {score.nll:.6f} nats per token, "
+            f"{score.tokens} tokens, in {arguments.framework}"
+        )
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Show true and predicted next words, and text that a trained model makes up."""
+    import json
+
+    from ptbench.training import inference
+
+    checkpoint = inference.read_checkpoint(arguments.checkpoint)
+    corpus = inference.open_corpus_of(checkpoint, arguments.corpus)
+    enter_environment(arguments)
+    model = inference.build(
+        checkpoint, arguments.framework, arguments.accelerator, arguments.threads
+    )
+    with contextlib.closing(model):
+        stretch = inference.predict_next_words(
+            model, corpus, arguments.split, arguments.start, arguments.words
+        )
+        drawn = inference.sample(
+            model, corpus, arguments.sample, arguments.temperature, arguments.seed
+        )
+    text = " ".join(corpus.words[word] for word in drawn)
+    if arguments.json:
+        predictions = [
+            each._asdict()
+            | {name: corpus.words[getattr(each, name)] for name in ("given", "true", "predicted")}
+            for each in stretch
+        ]
+        said = {"framework": arguments.framework, "split": arguments.split}
+        print(json.dumps(said | {"predictions": predictions, "sample": text}))
+        return
+    print(f"{'true next word':20} probability   {'most probable':20} probability")
+    for each in stretch:
+        print(
+            f"{corpus.words[each.true]:20} {each.true_probability:11.4f}   "
+            f"{corpus.words[each.predicted]:20} {each.predicted_probability:11.4f}"
+        )
+    right = sum(each.true == each.predicted for each in stretch)
+    print(f"{right} of {len(stretch)} words predicted, in {arguments.framework}\n")
+    print(f"Drawn at temperature {arguments.temperature:g} with seed {arguments.seed}:\n{text}")
+
+
+def enter_environment(arguments: argparse.Namespace) -> None:
+    """Let the same command in the framework's environment take this one's place.
+
+    Returns if the framework can be imported here.
+    """
+    import os
+
+    from ptbench.backends.registry import backend_class
+    from ptbench.environments import PYTHON
+
+    try:
+        backend_class(arguments.framework, arguments.threads)
+        return
+    except PtbenchError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        missing = error.__cause__.name
+    folder = arguments.environments / f"{arguments.framework}-{arguments.accelerator}"
+    if not (folder / PYTHON).exists():
+        raise PtbenchError(
+            f"{missing} cannot be imported here, and {folder} is not built; run `python -m ptbench "
+            f"environments {arguments.framework} --accelerator {arguments.accelerator} "
+            f"--output {folder.parent}`"
+        )
+    if Path(sys.prefix).resolve() == folder.resolve():
+        raise PtbenchError(f"{folder} has no {missing}; remove it and build it anew")
+    sys.stdout.flush()
+    package = Path(__file__).parents[1]
+    command = [str(folder / PYTHON), "-m", "ptbench", *sys.argv[1:]]
+    os.execve(command[0], command, os.environ | {"PYTHONPATH": str(package)})
 
 
 def cells_done(cell_folder: Path) -> str:
@@ -279,6 +375,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number from zero."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
+    return int(text)
+
+
+def nonnegative(text: str) -> float:
+    """A number from zero."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     main = argparse.ArgumentParser(prog="ptbench", description=__doc__.split("\n")[0])
@@ -289,6 +400,8 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
         return sub
+
+    names = ("pytorch", "tensorflow", "keras", "mxnet", "jax")
 
     sub = command(environments)
     sub.add_argument("frameworks", nargs="+", help="pytorch, tensorflow, keras, mxnet, jax")
@@ -317,6 +430,25 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--threads", type=int, default=1, help="CPU threads")
     sub.add_argument("--log", type=Path, help="file for all output; progress is also shown")
+
+    for sub in (command(evaluate), command(predict)):
+        sub.add_argument(
+            "--framework", required=True, choices=(*names, "numpy"), help="numpy: in float64"
+        )
+        sub.add_argument("--checkpoint", type=Path, required=True, help="a best.safetensors")
+        sub.add_argument(
+            "--corpus", type=Path, help="folder of a prepared corpus; default: its own"
+        )
+        sub.add_argument("--split", choices=("train", "valid", "test"), default="test")
+        sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+        sub.add_argument("--threads", type=positive, default=1, help="CPU threads")
+        sub.add_argument("--environments", type=Path, default=Path("results/environments"))
+        sub.add_argument("--json", action="store_true", help="one JSON object")
+    sub.add_argument("--start", type=whole, default=0, help="predictions to leave out")
+    sub.add_argument("--words", type=positive, default=20, help="predictions to show")
+    sub.add_argument("--sample", type=whole, default=50, help="words to draw")
+    sub.add_argument("--temperature", type=nonnegative, default=1.0, help="0: most probable words")
+    sub.add_argument("--seed", type=whole, default=0, help="of the draws")
 
     sub = command(analyse)
     sub.add_argument("experiment", help="name of the experiment")
@@ -350,7 +482,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, default=Path("docs/features.md"))
 
     sub = command(benchmark)
-    names = ("pytorch", "tensorflow", "keras", "mxnet", "jax")
     models, implementations = ("small", "medium", "mos"), ("stock", "tuned")
     sub.add_argument("--models", nargs="+", choices=models, default=models)
     sub.add_argument("--frameworks", nargs="+", choices=names, default=names)

@@ -6,6 +6,7 @@ what is read here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,19 @@ class Corpus:
     train: Source
     valid: Source
     test: Source
-    vocabulary_size: int
+    words: list[str]  # by identifier
     end_of_sentence: int  # identifier of `<eos>`
     description: dict[str, Any]  # the content of corpus.json
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Word types."""
+        return len(self.words)
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """What two corpora have in common if their identifiers mean the same words."""
+        return hashlib.sha256("".join(f"{word}\n" for word in self.words).encode()).hexdigest()
 
 
 def open_corpus(folder: Path, source: TokenSource = "memory") -> Corpus:
@@ -43,13 +54,13 @@ def open_corpus(folder: Path, source: TokenSource = "memory") -> Corpus:
     try:
         description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         size, tokens = description["vocabulary_size"], description["tokens"]
-        vocabulary = read_vocabulary(folder)
-        if len(vocabulary) != size:
-            raise ValueError(f"vocabulary.txt has {len(vocabulary)} words, corpus.json {size}")
-        end_of_sentence = vocabulary.index(END_OF_SENTENCE)
+        words = read_vocabulary(folder)
+        if len(words) != size:
+            raise ValueError(f"vocabulary.txt has {len(words)} words, corpus.json {size}")
+        end_of_sentence = words.index(END_OF_SENTENCE)
         splits: list[Source]
         if source == "stream":
-            encoder = Encoder(vocabulary)
+            encoder = Encoder(words)
             splits = [_text(folder, split, tokens[split], encoder) for split in SPLITS]
         else:
             splits = [_integers(folder, split, tokens[split], source) for split in SPLITS]
@@ -60,7 +71,7 @@ def open_corpus(folder: Path, source: TokenSource = "memory") -> Corpus:
     except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
         raise CorpusError(f"the corpus in {folder} is damaged ({error}); {again}") from error
     train, valid, test = splits
-    return Corpus(train, valid, test, size, end_of_sentence, description)
+    return Corpus(train, valid, test, words, end_of_sentence, description)
 
 
 def _integers(folder: Path, split: str, tokens: int, source: TokenSource) -> Integers:

@@ -18,6 +18,7 @@ import psutil
 
 from ptbench.backends.contract import Backend, parameter_count
 from ptbench.backends.registry import backend_class
+from ptbench.configuration.corpora import Split
 from ptbench.configuration.models import PROTOCOL, Cell, Recipe, Specification
 from ptbench.corpus.batching import Feed, ParallelStreams, Prefetched, Sentences, Windows
 from ptbench.corpus.sources import Source
@@ -145,6 +146,7 @@ def run_cell(
                     "cell": cell.path,
                     "specification": specification.text(),
                     "vocabulary_size": str(corpus.vocabulary_size),
+                    "vocabulary_sha256": corpus.vocabulary_sha256,
                     "epoch": str(run.best.epoch),
                 },
             )
@@ -238,25 +240,32 @@ def feed(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
     Raises:
         PtbenchError: if a split is too short for one batch.
     """
+    return Splits(
+        train=feed_split(corpus, recipe, "train", recipe.global_batch_size(devices), training=True),
+        valid=feed_split(corpus, recipe, "valid", recipe.evaluation_batch_size),
+        test=feed_split(corpus, recipe, "test", recipe.test_batch_size),
+    )
 
-    def split(tokens: Source, batch_size: int, training: bool = False) -> Feed:
-        fed: Feed
+
+def feed_split(
+    corpus: Corpus, recipe: Recipe, split: Split, batch_size: int, training: bool = False
+) -> Feed:
+    """One split of the corpus as the recipe feeds it.
+
+    Raises:
+        PtbenchError: if it is too short for one batch.
+    """
+    tokens: Source = getattr(corpus, split)
+    try:
         if recipe.feeding == "windows":
-            fed = Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
+            fed: Feed = Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
         elif recipe.feeding == "sentences":
             fed = Sentences(tokens, batch_size, corpus.end_of_sentence)
         else:
             fed = ParallelStreams(tokens, batch_size, recipe.sequence_length)
-        return Prefetched(fed, recipe.prefetch) if recipe.prefetch else fed
-
-    try:
-        return Splits(
-            train=split(corpus.train, recipe.global_batch_size(devices), training=True),
-            valid=split(corpus.valid, recipe.evaluation_batch_size),
-            test=split(corpus.test, recipe.test_batch_size),
-        )
     except ValueError as error:
         raise PtbenchError(f"corpus {recipe.corpus_folder}: {error}") from error
+    return Prefetched(fed, recipe.prefetch) if recipe.prefetch else fed
 
 
 def create_backend(

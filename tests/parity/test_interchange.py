@@ -1,0 +1,122 @@
+"""A model on disk has the same perplexity in every framework, whichever trained it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import probes
+from tests.support.checkpoints import save_model, small_corpus
+from tests.support.problems import (
+    MODELS,
+    VOCABULARY,
+    random_batch,
+    random_parameters,
+    recipe,
+    train,
+)
+from tests.support.remote import ROOT, Backends, probe
+
+from ptbench.backends.numpy_oracle import NumpyOracle
+from ptbench.configuration.models import Recipe
+from ptbench.corpus.store import open_corpus
+from ptbench.training.inference import evaluate_split
+
+HALF = 5e-5  # two frameworks that are this close to the oracle are within 1e-4 of each other
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of results with a corpus."""
+    folder = tmp_path_factory.mktemp("interchange")
+    small_corpus(folder)
+    return folder
+
+
+def model(changes: dict[str, Any]) -> Recipe:
+    return recipe(**changes, evaluation_batch_size=4, test_batch_size=4)
+
+
+def oracle_s_perplexity(folder: Path, saved: Recipe, parameters: Any, seed: int) -> float:
+    oracle = NumpyOracle(saved, VOCABULARY, seed=seed)
+    oracle.load_parameters(parameters)
+    return evaluate_split(oracle, open_corpus(folder / "corpora/small"), "test").perplexity
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
+def test_every_framework_gives_a_model_the_oracle_s_perplexity(
+    backends: Backends, framework: str, folder: Path, changes: dict[str, Any]
+) -> None:
+    saved = model(changes)
+    parameters = random_parameters(saved, seed=1)
+    path = save_model(folder / "any.safetensors", saved, parameters, folder / "corpora/small", 3)
+    anyone = backends.get(framework, recipe())  # a process in the framework's environment
+    score = probe(probes.score_of_checkpoint, anyone, str(path), "test")
+    expected = oracle_s_perplexity(folder, saved, parameters, seed=3)
+    assert score["perplexity"] == pytest.approx(expected, rel=HALF)
+    assert score["tokens"] == len(open_corpus(folder / "corpora/small").test) - 1
+
+
+def test_a_model_trained_with_a_kernel_that_others_lack_is_read_by_all(
+    backends: Backends, framework: str, folder: Path
+) -> None:
+    """TensorFlow's BlockLSTM; and weights that a sparse product skips."""
+    for changes in ({"kernel": "block"}, {"kernel": "sparse", "kept_weights": 0.3}):
+        saved = model(changes)
+        parameters = random_parameters(saved, seed=2)
+        path = save_model(folder / "k.safetensors", saved, parameters, folder / "corpora/small", 3)
+        anyone = backends.get(framework, recipe())
+        score = probe(probes.score_of_checkpoint, anyone, str(path), "test")
+        expected = oracle_s_perplexity(folder, saved, parameters, seed=3)
+        assert score["perplexity"] == pytest.approx(expected, rel=HALF)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mixture, tied behind a projection"])
+def test_a_model_trained_in_a_framework_is_the_same_in_the_oracle(
+    backends: Backends, framework: str, folder: Path, kind: str
+) -> None:
+    trained = model(MODELS[kind])
+    backend = backends.get(framework, trained)
+    train(backend, [random_batch(seed) for seed in range(3)], [1.0] * 3)
+    path = save_model(
+        folder / "t.safetensors", trained, backend.parameters(), folder / "corpora/small"
+    )
+    score = probe(probes.score_of_checkpoint, backend, str(path), "valid")
+    oracle = NumpyOracle(trained, VOCABULARY)
+    expected = probe(probes.score_of_checkpoint, oracle, str(path), "valid")
+    assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=HALF)
+
+
+def test_the_command_line_evaluates_in_the_framework_s_own_environment(
+    backends: Backends, framework: str, folder: Path
+) -> None:
+    """Called with this interpreter, which has no framework."""
+    backends.get(framework, recipe())  # its environment is built
+    saved = model({})
+    parameters = random_parameters(saved, seed=4)
+    path = save_model(folder / "cli.safetensors", saved, parameters, folder / "corpora/small")
+    arguments = ["--framework", framework, "--checkpoint", path, "--json"]
+
+    def ask(command: str, *options: str) -> Any:
+        answer = subprocess.run(
+            [sys.executable, "-m", "ptbench", command, *arguments, *options],
+            cwd=ROOT, env=os.environ, capture_output=True, text=True,
+        )  # fmt: skip
+        assert answer.returncode == 0, answer.stderr
+        return json.loads(answer.stdout)
+
+    expected = oracle_s_perplexity(folder, saved, parameters, seed=0)
+    assert ask("evaluate")["perplexity"] == pytest.approx(expected, rel=HALF)
+    said = ask("predict", "--words", "6", "--sample", "8", "--seed", "1")
+    arguments[1] = "numpy"
+    oracle_says = ask("predict", "--words", "6", "--sample", "8", "--seed", "1")
+    assert said["sample"] == oracle_says["sample"]
+    for ours, theirs in zip(said["predictions"], oracle_says["predictions"], strict=True):
+        for name, value in theirs.items():
+            number = isinstance(value, float)
+            assert ours[name] == (pytest.approx(value, rel=1e-4) if number else value)

@@ -1,0 +1,52 @@
+"""Small corpora and trained models on disk, as a run leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.support.problems import VOCABULARY
+
+from ptbench.backends.contract import Parameters
+from ptbench.configuration.corpora import FolderCorpus
+from ptbench.configuration.models import Recipe, Specification
+from ptbench.corpus.prepare import prepare
+from ptbench.corpus.store import open_corpus
+from ptbench.training.checkpoints import write_arrays
+
+
+def small_corpus(folder: Path, words: int = VOCABULARY, **changes: str) -> Path:
+    """A prepared corpus of so many words, `<eos>` among them, in `folder/corpora/small`."""
+    raw = folder / "raw"
+    raw.mkdir(parents=True)
+    for seed, (split, lines) in enumerate({"train": 60, "valid": 9, "test": 12}.items()):
+        rng = np.random.default_rng(seed)
+        names = [f"word{n}" for n in range(words - 1)]
+        text = "".join(
+            " ".join(rng.choice(names, rng.integers(1, 20))) + "\n" for _ in range(lines)
+        )
+        (raw / f"{split}.txt").write_text(" ".join(names) + "\n" + text)
+    for split, text in changes.items():
+        (raw / f"{split}.txt").write_text(text)
+    output = folder / "corpora" / "small"
+    corpus = FolderCorpus(kind="folder", folder=raw)
+    prepare("small", corpus, None, folder / "downloads", output)
+    return output
+
+
+def save_model(
+    path: Path, recipe: Recipe, parameters: Parameters, corpus: Path, seed: int = 0, **changes: Any
+) -> Path:
+    """A `best.safetensors` with these parameters, whichever run they are of."""
+    recipe = recipe.model_copy(update={"corpus": "small"})
+    specification = Specification(variant="mine", recipe=recipe, corpus_definition={})
+    opened = open_corpus(corpus)
+    metadata = {
+        "cell": f"mine/pytorch/devices-1/seed-{seed}",
+        "specification": specification.text(),
+        "vocabulary_size": str(opened.vocabulary_size),
+        "vocabulary_sha256": opened.vocabulary_sha256,
+    }
+    write_arrays(path, parameters, metadata | changes)
+    return path

@@ -432,7 +432,7 @@ def trained(
         )  # fmt: skip
         specification = Specification(variant="mine", recipe=recipe, corpus_definition={})
         cell = Cell(variant="mine", framework="pytorch", devices=1, seed=1)
-        paths = Paths(tmp_path / "corpus", tmp_path / "cell", tmp_path / "checkpoints")
+        paths = Paths(*(tmp_path / n for n in ("corpus", "cell", "attempts", "checkpoints")))
         metrics = run_cell(cell, specification, paths, threads=1, say=lambda _: None)
         clocks = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
         history = read_history(tmp_path / "cell" / "history.csv")

@@ -226,16 +226,16 @@ def partial(arguments: argparse.Namespace) -> None:
     from ptbench.report.page import RunFacts, render_report
 
     study = read_study(arguments.study)
-    folders = []
-    for name in study.experiments:
-        folders.append(arguments.output / "experiments" / name)
-        plan = plan_experiment(study, name)
-        analyse_experiment(plan, arguments.results, WORKFLOW / "published", folders[-1])
-    page = render_report(folders, arguments.output, RunFacts(**run_facts()))
-    done = sum(
-        (arguments.results / "cells" / c.path / "metrics.json").exists() for c in study.cells
-    )
-    print(f"The report on {done} of {len(study.cells)} cells is at {page}")
+    with Log(arguments.log) as log:
+        folders = []
+        for name in study.experiments:
+            folders.append(arguments.output / "experiments" / name)
+            plan = plan_experiment(study, name)
+            analyse_experiment(plan, arguments.results, WORKFLOW / "published", folders[-1])
+        page = render_report(folders, arguments.output, RunFacts(**run_facts()))
+        cells = [arguments.results / "cells" / cell.path for cell in study.cells]
+        done = sum((cell / "metrics.json").exists() for cell in cells)
+        log.say(f"The report on {done} of {len(cells)} cells is at {page}")
 
 
 def status(arguments: argparse.Namespace) -> None:
@@ -465,6 +465,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--study", type=Path, default=Path("results/study.json"))
     sub.add_argument("--results", type=Path, default=Path("results"))
     sub.add_argument("--output", type=Path, default=Path("results/partial"))
+    sub.add_argument("--log", type=Path, help="file for all output")
 
     sub = command(status)
     sub.add_argument("--study", type=Path, default=Path("results/study.json"))

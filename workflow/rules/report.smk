@@ -25,8 +25,10 @@ rule report:
 # The report on what is there, with what is missing marked. It has no output, so it is made whenever it is
 # asked for.
 rule partial:
+    log:
+        "results/logs/partial.log",
     localrule: True
     conda:
         "../../envs/workflow.yaml"
     shell:
-        "python -m ptbench partial"
+        "python -m ptbench partial --log {log:q}"

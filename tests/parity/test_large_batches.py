@@ -13,17 +13,22 @@ from ptbench.configuration.models import Recipe
 TIME, BATCH, MIXTURES = 8, 256, 128  # ten million logits, in chunks of unequal size
 PLAIN = recipe(batch_size=BATCH, sequence_length=TIME, implementation="tuned", layers=1)
 MIXTURE = PLAIN.model_copy(update={"mixtures": MIXTURES, "latent_size": 2})
+TIED = PLAIN.model_copy(update={"tie_weights": True})
 
 
-@pytest.mark.parametrize("model", [PLAIN, MIXTURE], ids=["softmax", "mixture"])
+@pytest.mark.parametrize(
+    ("model", "devices"),
+    [(PLAIN, 1), (MIXTURE, 1), (TIED, 2)],
+    ids=["softmax", "mixture", "tied, two replicas"],
+)
 def test_loss_and_gradients_of_a_large_batch_are_the_oracle_s(
-    backends: Backends, framework: str, model: Recipe
+    backends: Backends, framework: str, model: Recipe, devices: int
 ) -> None:
     rng = np.random.default_rng(0)
     inputs, targets = rng.integers(0, VOCABULARY, (2, TIME, BATCH), np.int32)
     mask = (rng.random((TIME, BATCH)) < 0.9).astype(np.float32)
     parameters = random_parameters(model, seed=1)
-    backend, oracle = backends.get(framework, model), NumpyOracle(model, VOCABULARY)
+    backend, oracle = backends.get(framework, model, devices), NumpyOracle(model, VOCABULARY)
     backend.load_parameters(parameters)
     oracle.load_parameters(parameters)
     state = backend.initial_state(BATCH, training=True)

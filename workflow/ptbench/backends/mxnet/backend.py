@@ -119,15 +119,13 @@ class MXNetBackend(Backend):
         self.stored = stored_parameters(self.model, self.loss, recipe, vocabulary_size, kept)
         self.trained = [stored.parameter for stored in self.stored.values()]
 
-        # What runs as one graph: all of it, or in the tuned implementation the model and its loss.
-        # An autograd.Function, as the sparse layers have it, can be in no graph.
-        flags = graph_flags(recipe)
+        # What runs as one graph: all of it, or where logits are many the model, and its loss by
+        # chunks. An autograd.Function, as the sparse layers have it, can be in no graph.
         self.chunked = ChunkedLoss(self.loss, recipe.mixtures)
-        self.in_chunks = recipe.implementation == "tuned"
-        if recipe.kernel != "sparse":
-            self.nll.hybridize(**flags)
-        else:
-            self.loss.hybridize(**flags)
+        tokens = recipe.sequence_length * recipe.global_batch_size(devices) // devices
+        self.in_chunks = recipe.implementation == "tuned" and self.chunked.needed(tokens)
+        in_graph = self.loss if recipe.kernel == "sparse" else self.nll
+        in_graph.hybridize(**graph_flags(recipe))
         self.added = list(self.loss.collect_params().values()) if self.in_chunks else []
         for parameter in self.added:
             parameter.grad_req = "add"

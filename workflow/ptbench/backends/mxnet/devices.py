@@ -18,6 +18,12 @@ os.environ["MXNET_ENFORCE_DETERMINISM"] = "1"
 
 import mxnet as mx
 
+# Of the tuned implementation: the rows of logits that exist at a time, ...
+CHUNK_ROWS = 1024
+# ... and how many parameters one kernel of SGD updates. MXNet's kernel for several, which it uses
+# by default, takes three times as long as a kernel for each (0).
+AGGREGATED_PARAMETERS = 0
+
 
 def choose_contexts(accelerator: Accelerator, devices: int) -> list[mx.Context]:
     """The contexts of all replicas; CPU contexts are threads' queues of the one processor.
@@ -44,8 +50,13 @@ def graph_flags(recipe: Recipe) -> dict[str, bool]:
 
 def settings(recipe: Recipe) -> dict[str, str]:
     """Settings that change speed or rounding."""
+    tuned = recipe.implementation == "tuned"
     return {
         "implementation": recipe.implementation,
+        "logits": f"at most {CHUNK_ROWS} rows at a time" if tuned else "all at once",
+        "MXNET_OPTIMIZER_AGGREGATION_SIZE": str(AGGREGATED_PARAMETERS)
+        if tuned
+        else os.environ.get("MXNET_OPTIMIZER_AGGREGATION_SIZE", "unset"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
         "hybridize": ", ".join(graph_flags(recipe)) or "no flags",
         "NVIDIA_TF32_OVERRIDE": os.environ["NVIDIA_TF32_OVERRIDE"],

@@ -13,11 +13,9 @@ import mxnet as mx
 from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
+from ptbench.backends.mxnet.devices import CHUNK_ROWS
 from ptbench.backends.mxnet.layers import Array, drop
 from ptbench.configuration.models import Recipe
-
-# Rows of logits that exist at a time in the tuned implementation [rows].
-CHUNK_ROWS = 1024
 
 
 class PlainHead(gluon.HybridBlock):
@@ -141,6 +139,10 @@ class ChunkedLoss:
 
     def __init__(self, loss: gluon.HybridBlock, mixtures: int) -> None:
         self.loss, self.rows_per_token = loss, max(mixtures, 1)
+
+    def needed(self, tokens: int) -> bool:
+        """Whether that many tokens have more rows."""
+        return tokens * self.rows_per_token > CHUNK_ROWS
 
     def __call__(self, outputs: list[Array], targets: Array, mask: Array) -> Array:
         """Summed nll [1] in nats."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import mxnet as mx
 
+from ptbench.backends.mxnet.devices import AGGREGATED_PARAMETERS
 from ptbench.configuration.models import Recipe
 
 Slots = dict[tuple[int, mx.Context], list[mx.nd.NDArray]]
@@ -18,7 +19,10 @@ def make_optimizer(recipe: Recipe, slots: Slots) -> mx.optimizer.Optimizer:
         slots: the arrays of the index-th parameter on a context.
     """
     if recipe.optimizer == "sgd":
-        return mx.optimizer.SGD(learning_rate=recipe.learning_rate, wd=recipe.weight_decay)
+        sgd = mx.optimizer.SGD(learning_rate=recipe.learning_rate, wd=recipe.weight_decay)
+        if recipe.implementation == "tuned":
+            sgd.aggregate_num = AGGREGATED_PARAMETERS
+        return sgd
     kind = Adam if recipe.optimizer == "adam" else RMSProp
     return kind(recipe, slots)
 

@@ -108,6 +108,8 @@ class FolderCorpus(Model):
     @field_validator("folder")
     @classmethod
     def _expand_home(cls, folder: Path) -> Path:
+        if "{" in str(folder):  # which begins a wildcard in Snakemake, with no way to escape it
+            raise ValueError("a folder's name must have no { in it")
         return folder.expanduser()
 
 

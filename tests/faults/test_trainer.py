@@ -158,6 +158,7 @@ def test_a_cell_that_cannot_begin_leaves_its_reason_too(toy: Toy) -> None:
 
 def test_a_duplicate_refuses_or_waits_and_destroys_nothing(toy: Toy, uninterrupted: Any) -> None:
     """A Snakemake was killed, its job runs on, and a second Snakemake starts the same cell."""
+    (toy.folder / "study.json").touch()  # as each Snakemake writes it when it starts
     first = toy.start(TOY_SECONDS="0.02")
     assert toy.wait_for_checkpoint(first)
     second = toy.start()
@@ -176,10 +177,10 @@ def test_a_duplicate_refuses_or_waits_and_destroys_nothing(toy: Toy, uninterrupt
     assert "had finished already" in said
     assert toy.result() == uninterrupted
     assert read_metrics(toy.output / "metrics.json").attempts == 1
-    # and a third Snakemake, which saw no metrics.json while it planned, deletes it now
+    # A Snakemake that saw no metrics.json while it planned deletes it now, and starts the cell.
     text = (toy.output / "metrics.json").read_text()
     (toy.output / "metrics.json").unlink()
-    toy.finish()
+    assert "had finished already" in toy.finish()
     assert json.loads((toy.output / "metrics.json").read_text()) == json.loads(text)
 
 

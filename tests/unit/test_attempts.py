@@ -175,7 +175,6 @@ def test_attempts_at_one_run_are_counted(tmp_path: Path) -> None:
     assert [counted(), counted(fingerprint="f"), counted(), counted()] == [1, 1, 1, 2]
     finish(tmp_path, 5)
     (tmp_path / "cell" / "metrics.json").unlink()
-    (tmp_path / "cell" / "history.csv").unlink()
     assert [counted(), counted()] == [1, 2]
 
 
@@ -215,35 +214,44 @@ def test_other_reasons_are_kind_and_message_in_one_line() -> None:
     assert reason_of(PtbenchError("the corpus is damaged")) == "the corpus is damaged"
 
 
-def test_a_finished_cell_is_not_run_again_and_what_snakemake_deleted_is_given_back(
-    tmp_path: Path,
-) -> None:
+def test_a_finished_cell_is_not_run_again(tmp_path: Path) -> None:
     finish(tmp_path)
-    output = tmp_path / "cell"
-    assert attempt(tmp_path).open(output) == RESULT
-    (output / "metrics.json").unlink()
-    assert attempt(tmp_path).open(output) == RESULT
+    assert attempt(tmp_path).open(tmp_path / "cell") == RESULT
     assert attempts.numbers(tmp_path / "attempts") == [1]
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("planned", "removed", "given_back"),
     [
-        pytest.param({"fingerprint": "another"}, id="another specification"),
-        pytest.param({"corpus": "another"}, id="another text"),
-        pytest.param({"remove": "history.csv"}, id="its folder was removed"),
+        pytest.param(-10, "metrics.json", True, id="it finished after this study was planned"),
+        pytest.param(+10, "metrics.json", False, id="somebody removed it, and started a study"),
+        pytest.param(None, "metrics.json", False, id="somebody removed it; there is no study"),
+        pytest.param(-10, "history.csv", False, id="more than Snakemake deletes was removed"),
     ],
 )
-def test_a_finished_cell_is_run_again_if_it_would_mean_something_else_or_was_removed(
+def test_what_snakemake_deletes_in_error_is_given_back(
+    tmp_path: Path, planned: float | None, removed: str, given_back: bool
+) -> None:
+    """As of a job that ran on when its Snakemake was killed, and ended after a second had begun."""
+    finish(tmp_path)
+    (tmp_path / "cell" / "metrics.json").unlink()
+    (tmp_path / "cell" / removed).unlink(missing_ok=True)
+    if planned is not None:
+        study = tmp_path / "study.json"
+        study.touch()
+        at = study.stat().st_mtime + planned
+        os.utime(study, (at, at))
+    with attempt(tmp_path) as second:
+        assert second.open(tmp_path / "cell") == (RESULT if given_back else None)
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "another"}, {"corpus": "another"}])
+def test_a_finished_cell_is_run_again_if_it_would_mean_something_else(
     tmp_path: Path, change: dict[str, str]
 ) -> None:
     finish(tmp_path)
-    output = tmp_path / "cell"
-    if removed := change.pop("remove", None):
-        (output / removed).unlink()
-        (output / "metrics.json").unlink()
     with attempt(tmp_path, **change) as second:
-        assert second.open(output) is None
+        assert second.open(tmp_path / "cell") is None
         assert second.count == 1
         second.finish(RESULT)
 

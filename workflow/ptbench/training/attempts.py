@@ -9,8 +9,8 @@ A cell's folder under `results/attempts` keeps for its N-th attempt
 The newest record is also the cell's lock. Who wants to run the cell makes the next one, which one
 process alone can do, and may do so only if the newest is closed or its process dead; numbers are
 never used again, so that nobody can mistake a new holder for the dead one. Since Snakemake
-deletes `metrics.json` before it runs a rule, be it a duplicate of a job that has just finished, the
-record of a finished attempt keeps the metrics too.
+deletes `metrics.json` before it runs a job, be it a duplicate of one that has just finished, the
+record of a finished attempt keeps the metrics too; see `Attempt.finished`.
 """
 
 from __future__ import annotations
@@ -183,20 +183,34 @@ class Attempt:
     def finished(self, output: Path) -> Metrics | None:
         """The result of this very run if it is there, or was and Snakemake has deleted it since.
 
-        Whoever wants a cell to be run again removes its folder, or its other files as well.
+        Snakemake deletes `metrics.json` before it runs a job. If the cell was finished after this
+        Snakemake had planned the job, by another's, then it is deleted in error and the record's
+        copy counts. If it was finished before, somebody has removed it to have it made again.
         """
-        record = seen.record if (seen := look(self.folder)) else None
-        if record and record.status == "finished" and record.corpus != self.corpus:
+        seen = look(self.folder)
+        record = seen.record if seen and seen.record.status == "finished" else None
+        if record and record.corpus != self.corpus:
             return None
         metrics = None
         with contextlib.suppress(OSError, ValueError):
             metrics = Metrics.model_validate_json((output / "metrics.json").read_bytes())
-        names = ("history.csv", "recipe.yaml", "provenance.json")
-        if metrics is None and record and all((output / name).exists() for name in names):
+        if metrics is None and record and self._finished_since_planned(record, output):
             with contextlib.suppress(ValueError):
-                metrics = Metrics.model_validate(record.metrics) if record.metrics else None
+                metrics = Metrics.model_validate(record.metrics)
         ours = metrics and (metrics.cell.path, metrics.fingerprint) == (self.cell, self.fingerprint)
         return metrics if ours else None
+
+    def _finished_since_planned(self, record: Record, output: Path) -> bool:
+        """Whether an attempt ended after the study that this process belongs to had begun."""
+        others = ("history.csv", "recipe.yaml", "provenance.json")
+        if not all((output / name).exists() for name in others):
+            return False
+        if self.waited:
+            return True
+        ended = (self.folder / f"attempt-{record.attempt}.json").stat().st_mtime
+        studies = (folder / "study.json" for folder in output.resolve().parents)
+        planned = next((study for study in studies if study.exists()), None)
+        return planned is not None and planned.stat().st_mtime < ended
 
     def open(
         self,

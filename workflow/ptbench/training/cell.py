@@ -82,7 +82,7 @@ def run_cell(
     if done:
         if not (paths.output / "metrics.json").exists():
             write_atomically(paths.output / "metrics.json", done.model_dump_json(indent=2) + "\n")
-        say(f"[{cell.path}] had finished already; remove its folder to train it again")
+        say(f"[{cell.path}] had finished already; to train it again, remove its metrics.json")
         return done
     check_devices(cell.devices, specification.accelerator)
     began = datetime.datetime.now(datetime.UTC)

@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     The oracle must keep the contract too; its results are what parity compares with.
     """
     suite = metafunc.definition.path.parent.name
-    if "framework" in metafunc.fixturenames and suite in ("contract", "parity"):
+    if "framework" in metafunc.fixturenames and suite in ("contract", "parity", "faults"):
         frameworks = metafunc.config.getoption("framework") or FRAMEWORKS
         if suite == "contract":
             frameworks = dict.fromkeys(["numpy", *frameworks])

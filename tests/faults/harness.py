@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,8 @@ class Trainer:
                 **os.environ, "PYTHONPATH": "workflow", "OMP_WAIT_POLICY": "passive", **environment
             },
             cwd=ROOT, start_new_session=True, text=True,
+            # A test run behind an `&` ignores it, and so would the trainer.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

@@ -10,22 +10,17 @@ the time that a signal leaves.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from typing import Any
 
-from ptbench.training.signals import SIGNALS, end_children
-
-# The command does it itself before it imports NumPy, which starts threads; here that comes first.
-signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-from ptbench import cli  # noqa: E402
-from ptbench.backends.contract import Backend, TrainStep  # noqa: E402
-from ptbench.backends.numpy_oracle import NumpyOracle  # noqa: E402
-from ptbench.configuration.models import Cell, Specification  # noqa: E402
-from ptbench.training import cell as trainer  # noqa: E402
-from ptbench.training import signals  # noqa: E402
+from ptbench import cli
+from ptbench.backends.contract import Backend, TrainStep
+from ptbench.backends.numpy_oracle import NumpyOracle
+from ptbench.configuration.models import Cell, Specification
+from ptbench.training import cell as trainer
+from ptbench.training import signals
+from ptbench.training.signals import end_children
 
 
 class Toy(NumpyOracle):

@@ -1,8 +1,8 @@
 """Being told to end: SIGTERM (schedulers), SIGUSR1 (Slurm, before a time limit), SIGINT (people).
 
-A thread of its own takes the signals, so that they are noticed while the main thread is deep in a
-framework's code, and interrupt no system call. They are blocked in every other thread and, because
-that is inherited, in every process that the trainer starts: replicas do not die before it.
+A thread of its own hears of the signals, so that they are noticed while the main thread is deep in
+a framework's code. They are blocked in every other thread and, because that is inherited, in every
+process that the trainer starts: replicas do not die before it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ class Signals:
         self.signals = set(SIGNALS)
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells have it behind an `&`
             self.signals.discard(signal.SIGINT)
+        # Whichever thread gets the signal, for libraries may unblock it: its number is in the pipe.
+        self._pipe, written = os.pipe()
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        for taken in self.signals:
+            signal.signal(taken, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         threading.Thread(target=self._take, name="signals", daemon=True).start()
 
@@ -52,7 +58,8 @@ class Signals:
             self.saving = False
 
     def _take(self) -> None:
-        received = signal.Signals(signal.sigwait(self.signals))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+        received = signal.Signals(os.read(self._pipe, 1)[0])
         self.received = received
         if not self.losable:
             self._end(f"{received.name} came before the first step")

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +29,8 @@ from ptbench.backends.contract import Mask, Parameters, Tokens
 from ptbench.backends.pytorch.layers import LayerState
 from ptbench.backends.pytorch.replica import Replica
 from ptbench.configuration.models import Accelerator, Recipe
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Followers:
@@ -46,6 +51,10 @@ class Followers:
         rendezvous = Path(self.folder.name) / "rendezvous"
         self.connections: list[Connection] = []
         self.processes = []
+        # It unblocks signals, and the followers are to inherit what is blocked here.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for rank in range(1, devices):
             ours, theirs = context.Pipe()
             arguments = (theirs, rendezvous, rank, devices, accelerator)
@@ -96,10 +105,20 @@ def join_group(rendezvous: Path, rank: int, devices: int, accelerator: Accelerat
     )
 
 
+def end_with_parent() -> None:
+    """Be killed when replica 0 dies, which would else be waited for, for minutes (prctl(2))."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it died before
+        os._exit(1)
+
+
 def follow(
     connection: Connection, rendezvous: Path, rank: int, devices: int, accelerator: Accelerator
 ) -> None:
     """A follower's life: do as told until replica 0 closes the connection or dies."""
+    end_with_parent()
     join_group(rendezvous, rank, devices, accelerator)
     replicas: dict[int, Replica] = {}
     states: dict[tuple[int, int], list[LayerState]] = {}  # by backend and handle

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ptbench.backends.contract import GATES
 from ptbench.backends.pytorch.steps import DenseProduct, KeptProduct, Steps
-from ptbench.configuration.models import Recipe
+from ptbench.configuration.models import Accelerator, Recipe
 
 LayerState = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of any other cell; each [batch, width]
 KeptWeights = Mapping[str, npt.NDArray[np.bool_]]  # input, recurrent: [inputs, gates x width]
@@ -214,11 +214,16 @@ class TunedSparseLayer(SparseLayer):
         return output, tuple(after)
 
 
-def layer_class(recipe: Recipe) -> type[nn.Module]:
-    """The layer that computes the recipe's kernel as its implementation has it."""
+def layer_class(recipe: Recipe, accelerator: Accelerator) -> type[nn.Module]:
+    """The layer that computes the recipe's kernel as its implementation has it.
+
+    nn.LSTM is oneDNN's on the CPU, and all fused layers are cuDNN's on a GPU: nothing here beats
+    them. nn.GRU and nn.RNN on the CPU are time steps differentiated one by one.
+    """
     tuned = recipe.implementation == "tuned"
     if recipe.kernel == "sparse":
         return TunedSparseLayer if tuned else SparseLayer
     if recipe.kernel == "fused" and not recipe.recurrent_dropout:
-        return TunedLayer if tuned and recipe.cell != "lstm" else FusedLayer
+        beaten = recipe.cell != "lstm" and accelerator == "cpu"
+        return TunedLayer if tuned and beaten else FusedLayer
     return TunedLayer if tuned else CellLayer

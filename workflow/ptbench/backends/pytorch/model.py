@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ptbench.backends.contract import GATES, Parameters, kept_weights, parameter_shapes
 from ptbench.backends.pytorch.heads import Dropout, Head
 from ptbench.backends.pytorch.layers import LayerState, Stored, layer_class
-from ptbench.configuration.models import Recipe
+from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
 
 
 class LanguageModel(nn.Module):
     """See the contract. Starts by `initialization: native`."""
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int, seed: int) -> None:
+    def __init__(
+        self, recipe: Recipe, vocabulary_size: int, seed: int, accelerator: Accelerator
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.shapes = parameter_shapes(recipe, vocabulary_size)
@@ -28,11 +30,12 @@ class LanguageModel(nn.Module):
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(vocabulary_size, recipe.embedding_size)
         self.layers = nn.ModuleList()
+        layer = layer_class(recipe, accelerator)
         inputs = recipe.embedding_size
         for index, width in enumerate(recipe.widths):
             prefix = f"rnn.{index}."
             kept = {n.removeprefix(prefix): m for n, m in self.kept.items() if n.startswith(prefix)}
-            self.layers.append(layer_class(recipe)(inputs, width, recipe, kept))
+            self.layers.append(layer(inputs, width, recipe, kept))
             inputs = width
         self.head = Head(recipe, vocabulary_size, self.embedding.weight)
         self.dropout = nn.ModuleList(Dropout(p, recipe.dropout_kind) for p in recipe.unit_dropout)

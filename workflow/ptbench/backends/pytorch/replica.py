@@ -43,7 +43,7 @@ class Replica:
         self.device = (
             torch.device(accelerator, rank) if accelerator == "cuda" else torch.device("cpu")
         )
-        self.model = LanguageModel(recipe, vocabulary_size, seed).to(self.device)
+        self.model = LanguageModel(recipe, vocabulary_size, seed, accelerator).to(self.device)
         self.trained = list(self.model.canonical_parameters().values())
         self.words = torch.Generator(self.device)
         self.parallel: nn.Module = self.model

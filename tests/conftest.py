@@ -38,8 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("framework", frameworks, scope="session")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Keep together, in one of the processes that run tests, those that share what is dear.
 
     A framework's compiled models, a study that has run, a Slurm of their own.
@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         else:
             group = str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+    return (yield)
 
 
 @pytest.fixture(scope="session")

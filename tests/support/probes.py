@@ -47,7 +47,9 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
     """The score of a trained model on disk, built anew in the backend's framework."""
     checkpoint = inference.read_checkpoint(Path(path))
     corpus = inference.open_corpus_of(checkpoint)
-    with contextlib.closing(inference.build(checkpoint, backend.name)) as model:
+    with contextlib.closing(
+        inference.build(checkpoint, backend.name, threads=backend.threads)
+    ) as model:
         return inference.evaluate_split(model, corpus, cast("Split", split)).model_dump()
 
 

@@ -38,25 +38,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("framework", frameworks, scope="session")
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Keep together, in one of the processes that run tests, those that share what is dear.
-
-    A framework's compiled models, a study that has run, a Slurm of their own.
-    """
-    for item in items:
-        suite, parameters = item.path.parent.name, getattr(item, "callspec", None)
-        framework = parameters.params.get("framework") if parameters else None
-        if suite in ("contract", "parity") and framework:
-            group = str(framework)
-        elif suite == "slurm":
-            group = suite
-        else:
-            group = str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    return (yield)
-
-
 @pytest.fixture(scope="session")
 def frameworks(pytestconfig: pytest.Config) -> list[str]:
     """The frameworks under test."""

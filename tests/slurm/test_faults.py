@@ -2,7 +2,7 @@
 
 A cell here trains the oracle in place of a framework, so slowly as the test asks for: it spends its
 time asleep. Faults are played side by side, in lanes, because each is mostly waiting; the tests
-wait for the outcomes. Only the faults of the first lane use the node that they bring down.
+wait for the outcomes. Only the faults of the first lane begin on the node that they bring down.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tests.slurm.testbed import GPUS, Testbed, wait_until
 
 from ptbench.training.records import read_history, read_metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 EPOCHS = 20
 CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
-PATIENCE = 400  # seconds for anything that is waited for; some are a minute on a quiet machine
+PATIENCE = 900  # seconds for anything that is waited for; on a quiet machine some are two minutes
 
 Fault = Callable[[Testbed, Path], "Faulty"]
 
@@ -185,7 +185,7 @@ def a_job_runs_out_of_time(testbed: Testbed, folder: Path) -> Faulty:
 
 def a_node_crashes(testbed: Testbed, folder: Path) -> Faulty:
     """Slurm starts the job again elsewhere, under the same number."""
-    study = Faulty(testbed, folder, node=None)
+    study = Faulty(testbed, folder, node=None, seeds=1)
     study.step_seconds = 0.5
     with study.start() as snakemake:
         study.wait_for_checkpoints()
@@ -195,7 +195,7 @@ def a_node_crashes(testbed: Testbed, folder: Path) -> Faulty:
     testbed.boot("node2")
     testbed.wait_for_idle("node2")
     assert snakemake.returncode == 0, study.said()
-    assert study.submitted() == 2  # no retry was used
+    assert study.submitted() == 1  # no retry was used
     assert sorted(study.facts(cell)["slurm_job"] for cell in study.cells) == sorted(jobs)
     for cell in study.cells:
         assert study.facts(cell)["slurm_node"] == "node1"
@@ -262,31 +262,27 @@ def snakemake_is_terminated(testbed: Testbed, folder: Path) -> Faulty:
 
 def snakemake_is_killed(testbed: Testbed, folder: Path) -> Faulty:
     """SIGKILL: its jobs run on; another Snakemake does not submit them again."""
-    study = Faulty(testbed, folder)
+    study = Faulty(testbed, folder, seeds=1)
     study.step_seconds = 2.0
     with study.start() as snakemake:
         study.wait_for_checkpoints()
         snakemake.kill()
-    jobs = study.jobs()
-    assert len(jobs) == 2
+    [job] = study.jobs()
     study.snakemake("--unlock")
     said = study.run(expect=1)
-    assert "2 jobs of an earlier run are still in Slurm's queue" in said
-    assert all(job in said.rpartition("scancel")[2] for job in jobs)
-    assert study.jobs() == jobs
+    assert "1 job of an earlier run is still in Slurm's queue" in said
+    assert f"scancel {job}" in said
+    assert study.jobs() == [job]
 
-    # Who submits them again all the same, without Snakemake's hooks, corrupts nothing.
-    duplicates = study.run(
-        "--no-hooks", f"results/cells/{study.cells[0]}/metrics.json", expect=None
-    )
-    assert duplicates.count("has been submitted with SLURM jobid") >= 1
+    # Who submits it again all the same, without Snakemake's hooks, corrupts nothing.
+    [cell] = study.cells
+    study.run("--no-hooks", f"results/cells/{cell}/metrics.json")
+    assert study.submitted() == 2
     study.wait(lambda: not study.jobs(), "the jobs to be done")
-    records = [record for cell in study.cells for record in study.attempts(cell)]
-    assert [record["status"] for record in records] == ["finished", "finished"]
-    assert len(study.finished()) == 2
-    before = study.submitted()
+    assert [attempt["status"] for attempt in study.attempts(cell)] == ["finished"]
+    assert study.facts(cell)["slurm_job"] == job
     study.finish()
-    assert study.submitted() == before
+    assert study.submitted() == 2
     return study
 
 

@@ -52,7 +52,8 @@ def refuse_duplicates(folder: Path, squeue: Callable[[], str] = ask_squeue) -> N
     jobs = queued(folder, squeue)
     if jobs:
         raise PtbenchError(
-            f"{len(jobs)} jobs of an earlier run are still in Slurm's queue, and would be "
-            "submitted a second time. Wait until they are done, or cancel them; their cells save "
-            f"what they have and go on from there: scancel {' '.join(jobs)}"
+            f"{'1 job' if len(jobs) == 1 else f'{len(jobs)} jobs'} of an earlier run "
+            f"{'is' if len(jobs) == 1 else 'are'} still in Slurm's queue, and would be submitted a "
+            "second time. Wait until all are done, or cancel them; their cells save what they have "
+            f"and go on from there: scancel {' '.join(jobs)}"
         )

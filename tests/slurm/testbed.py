@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -32,6 +31,7 @@ import psutil
 # Nowhere else: the executor plugin drops SLURM_CONF, with all of SLURM_*, before its inner srun.
 ETC = Path("/etc/slurm")
 MARK = "# Written by ptbench's tests, in "
+OWNER = "# for process "  # on the second line; without it somebody started the testbed by hand
 PROGRAMS = ("munged", "slurmctld", "slurmd", "squeue", "srun")
 PACKAGES = "slurmctld slurmd slurm-client munge"
 NODES = ("node1", "node2")
@@ -66,6 +66,14 @@ def obstacle() -> str | None:
     return None
 
 
+def identity(pid: int) -> str | None:
+    """A process by number and start, so that no later one is taken for it; None if it is gone."""
+    try:
+        return f"{pid} of {psutil.Process(pid).create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return None
+
+
 def make_device(device: Path) -> None:
     """A character device that behaves as /dev/null."""
     os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
@@ -86,37 +94,49 @@ class Testbed:
 
     __test__ = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: str | None = None) -> None:
         self.folder = folder
+        self.owner = owner  # `identity` of the process that will stop it; None: a person will
 
     @classmethod
     def running(cls) -> Testbed | None:
         """The one whose configuration is in place, whether its daemons still live or not."""
         try:
-            first = (ETC / "slurm.conf").read_text().partition("\n")[0]
-        except OSError:
+            first, second, *_ = (ETC / "slurm.conf").read_text().split("\n")
+        except (OSError, ValueError):
             return None
-        return cls(Path(first.removeprefix(MARK))) if first.startswith(MARK) else None
+        if not first.startswith(MARK):
+            return None
+        owner = second.removeprefix(OWNER) if second.startswith(OWNER) else None
+        return cls(Path(first.removeprefix(MARK)), owner)
 
     @classmethod
-    def start(cls) -> Testbed:
-        """Start the daemons, after stopping those of an earlier start; ready when this returns.
+    def start(cls, *, by_hand: bool = False) -> Testbed:
+        """Start the daemons, after stopping those that nobody needs; ready when this returns.
+
+        Args:
+            by_hand: it is to outlive this process, and may take the place of another such.
 
         Raises:
-            UnavailableError: with the reason, if this machine cannot do it.
+            UnavailableError: with the reason, if this machine cannot do it now.
         """
         if reason := obstacle():
             raise UnavailableError(reason)
         if earlier := cls.running():
+            if earlier.owner is None and not by_hand:
+                raise UnavailableError("a testbed that was started by hand is running: stop it")
+            if earlier.owner and identity(int(earlier.owner.split()[0])) == earlier.owner:
+                raise UnavailableError(f"process {earlier.owner.split()[0]} has its testbed here")
             earlier.stop()
-        testbed = cls(Path(tempfile.mkdtemp(prefix="ptbench-slurm-")))
+        owner = None if by_hand else identity(os.getpid())
+        testbed = cls(Path(tempfile.mkdtemp(prefix="ptbench-slurm-")), owner)
         testbed.folder.chmod(0o755)  # munge refuses sockets in private folders
         try:
             testbed._start()
         except BaseException:
             for log in sorted(testbed.folder.glob("log/*")):
                 print(f"--- {log}", log.read_text()[-4000:], sep="\n", file=sys.stderr)
-            testbed.stop()
+            testbed.stop()  # which leaves alone what is not its own
             raise
         return testbed
 
@@ -130,7 +150,11 @@ class Testbed:
         key.chmod(0o400)
         (self.folder / "munge").chmod(0o755)
         ETC.mkdir(exist_ok=True)
-        (ETC / "slurm.conf").write_text(self._slurm_conf())
+        try:
+            with (ETC / "slurm.conf").open("x") as file:
+                file.write(self._slurm_conf())
+        except FileExistsError:
+            raise UnavailableError("another testbed has just been started") from None
         (ETC / "gres.conf").write_text(self._gres_conf())
         munge = self.folder / "munge"
         self._daemon(
@@ -148,6 +172,7 @@ class Testbed:
         host = socket.gethostname().partition(".")[0]
         controller, *ports = free_ports(1 + len(NODES))
         text = f"""{MARK}{self.folder}
+{OWNER + self.owner if self.owner else "# by hand"}
 ClusterName=ptbench
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
@@ -211,7 +236,8 @@ SlurmdLogFile={self.folder}/log/slurmd-%n.log
 
     def crash(self, node: str) -> None:
         """End a node's daemon and all that its jobs run, at once and without a word."""
-        slurmd = psutil.Process(int((self.folder / f"slurmd-{node}.pid").read_text()))
+        slurmd = daemon(self.folder / f"slurmd-{node}.pid")
+        assert slurmd is not None, f"{node} is down already"
         jobs = self.ask("squeue", "-h", "-t", "running", "-w", node, "-o", "%A").split()
         slurmd.kill()
         steps = [
@@ -227,19 +253,20 @@ SlurmdLogFile={self.folder}/log/slurmd-%n.log
 
     def stop(self) -> None:
         """Stop the daemons and whatever their jobs still run, and remove every trace."""
-        if (ETC / "slurm.conf").exists():
+        running = self.running()
+        if running and running.folder == self.folder:
             with contextlib.suppress(subprocess.SubprocessError, OSError):
                 self.ask("scancel", "--user=root", timeout=10)
                 wait_until(lambda: not self.ask("squeue", "-h", "-t", "running,completing"), "", 10)
         pids = [*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid"]
         for file in [*pids, self.folder / "munge" / "pid"]:
-            with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
-                process = psutil.Process(int(file.read_text()))
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(10)
-                except psutil.TimeoutExpired:
-                    process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process := daemon(file):
+                    process.terminate()
+                    try:
+                        process.wait(10)
+                    except psutil.TimeoutExpired:
+                        process.kill()
         for name in ("slurm.conf", "gres.conf"):
             with contextlib.suppress(OSError):
                 if (ETC / name).read_text().startswith(f"{MARK}{self.folder}\n"):
@@ -264,6 +291,18 @@ SlurmdLogFile={self.folder}/log/slurmd-%n.log
                 [program, *command[1:]], env=environment, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, check=True, timeout=60,
             )  # fmt: skip
+
+
+def daemon(pid_file: Path) -> psutil.Process | None:
+    """The daemon that wrote a file with its number; None if it is gone."""
+    try:
+        process = psutil.Process(int(pid_file.read_text()))
+        written = pid_file.stat().st_mtime
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        return None
+    # a later process may have its number by now
+    mine = process.name() in PROGRAMS and process.create_time() < written + 1
+    return process if mine else None
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -291,7 +330,8 @@ def main() -> None:
         commands.add_parser(name, help=text).add_argument("node", choices=NODES)
     arguments = parser.parse_args()
     try:
-        testbed = Testbed.start() if arguments.command == "start" else Testbed.running()
+        starts = arguments.command == "start"
+        testbed = Testbed.start(by_hand=True) if starts else Testbed.running()
     except UnavailableError as reason:
         sys.exit(f"no Slurm here: {reason}")
     if testbed is None:

@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -400,25 +401,31 @@ def test_numbers_come_back_exactly(history: list[Epoch], sums: Sums) -> None:
     assert Header.model_validate(json.loads(to_json(header))) == header
 
 
-@pytest.fixture
-def _full_disk() -> Iterator[None]:
-    """No file of this process can grow beyond 2,000 bytes."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow beyond 2,000 bytes.
+
+    Not a fixture: pytest writes its progress while those are still in force, and where its output
+    is a file, that would be the file that cannot grow.
+    """
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("_full_disk")
 def test_a_full_disk_is_a_sentence_and_leaves_the_checkpoint_before(
     tmp_path: Path,
 ) -> None:
     whole = {"a": np.arange(3.0)}
     path, former = tmp_path / "last.safetensors", tmp_path / "previous.safetensors"
     module.write_arrays(path, whole, {}, former)
-    with pytest.raises(PtbenchError, match=r"last.safetensors cannot be written \(.*too large"):
+    message = r"last.safetensors cannot be written \(.*too large"
+    with pytest.raises(PtbenchError, match=message), full_disk():
         module.write_arrays(path, {"a": np.zeros(10_000)}, {}, former)
     assert np.array_equal(read_arrays(path)[0]["a"], whole["a"])
     assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"], "nothing half-written"

@@ -35,7 +35,7 @@ from ptbench.backends.contract import (
 )
 from ptbench.backends.keras import devices as process
 from ptbench.backends.keras.model import LanguageModel
-from ptbench.backends.keras.optimizer import optimizer_of
+from ptbench.backends.keras.optimizer import clips_by_rate, optimizer_of
 from ptbench.configuration.models import Accelerator, Recipe
 
 
@@ -152,11 +152,14 @@ class KerasBackend(Backend):
 
     def _update(self, learning_rate: Any, *batch: Any) -> tuple[Any, Any, Any]:
         nll, gradients, state = self.global_gradients(*batch)
+        norm = tf.linalg.global_norm(gradients)
+        if clips_by_rate(self.recipe):
+            learning_rate *= self.recipe.clip_norm / tf.maximum(norm, self.recipe.clip_norm)
         # Outside strategy.run, so that Keras clips the sum over the replicas. Inside, it would
         # clip each replica's gradient and add up afterwards.
         self.optimizer.learning_rate = learning_rate
         self.optimizer.apply(gradients, self.variables)
-        return nll, tf.linalg.global_norm(gradients), state
+        return nll, norm, state
 
     def _batch(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> tuple[Any, ...]:
         """The arguments of `_replica_gradients` for the next step, spread over the devices."""

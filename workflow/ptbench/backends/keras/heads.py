@@ -142,19 +142,30 @@ class Mixture(Softmax):
         return ops.logsumexp(self.log_prior(v)[..., None] + log_components, axis=-2)
 
 
-class ChunkedMixture(Mixture):
-    """The same with the loss of `chunked_nll`."""
+# The tuned heads.
+
+
+class TunedSoftmax(Softmax):
+    """The same with the loss of `chunked_nll`, of one mixture."""
 
     def nll(self, v: Any, targets: Any, mask: Any, training: bool) -> Any:
-        latents = self.projected(self.latents(v, training))
-        positions, mixtures = math.prod(targets.shape), self.recipe.mixtures
+        return self.tuned_nll(v[..., None, :], None, targets, mask, training)
+
+    def tuned_nll(
+        self, features: Any, log_prior: Any, targets: Any, mask: Any, training: bool
+    ) -> Any:
+        """Args: features: [..., mixtures, features]; log_prior: [..., mixtures]; None: of one."""
+        features = self.projected(features)
+        positions, mixtures = math.prod(targets.shape), features.shape[-2]
+        if log_prior is None:
+            log_prior = ops.zeros((positions, mixtures))
         if self.output_layer is None:
             matrix = ops.transpose(self.embedding.embeddings)
         else:
             matrix = ops.convert_to_tensor(self.output_layer.kernel)
         return chunked_nll(
-            ops.reshape(latents, (positions, mixtures, latents.shape[-1])),
-            ops.reshape(self.log_prior(v), (positions, mixtures)),
+            ops.reshape(features, (positions, mixtures, features.shape[-1])),
+            ops.reshape(log_prior, (positions, mixtures)),
             matrix,
             [] if self.bias is None else [ops.convert_to_tensor(self.bias)],
             ops.reshape(targets, (positions,)),
@@ -163,8 +174,16 @@ class ChunkedMixture(Mixture):
         )
 
 
+class TunedMixture(Mixture, TunedSoftmax):
+    """The same with the loss of `chunked_nll`."""
+
+    def nll(self, v: Any, targets: Any, mask: Any, training: bool) -> Any:
+        latents = self.latents(v, training)
+        return self.tuned_nll(latents, self.log_prior(v), targets, mask, training)
+
+
 LARGEST_CHUNK = 2**23  # logits that exist at one time: 34 MB, and three times that in all
-FEWEST_CHUNKS = 3  # so that small models, too, are computed in chunks
+FEWEST_CHUNKS = 3  # of mixtures, so that small models, too, go through the loop
 
 
 def chunked_nll(
@@ -191,11 +210,12 @@ def chunked_nll(
         targets, weights: [positions]; no gradient is formed with respect to the weights.
         differentiated: whether the gradient will be asked for.
     """
-    positions, mixtures, features = latents.shape
+    positions, mixtures = log_prior.shape
     vocabulary = matrix.shape[1]
-    chunks = max(math.ceil(positions * mixtures * vocabulary / LARGEST_CHUNK), FEWEST_CHUNKS)
+    chunks = math.ceil(positions * mixtures * vocabulary / LARGEST_CHUNK)
+    if mixtures > 1:
+        chunks = max(chunks, FEWEST_CHUNKS)
     size = math.ceil(positions / chunks)
-    rows = size * mixtures
 
     def in_chunks(array: Any) -> Any:
         padding = [(0, chunks * size - positions)] + [(0, 0)] * (len(array.shape) - 1)
@@ -206,56 +226,87 @@ def chunked_nll(
         return ops.reshape(array, (chunks * size, *array.shape[2:]))[:positions]
 
     @ops.custom_gradient
-    def total(latents: Any, log_prior: Any, matrix: Any, *bias: Any) -> Any:
-        transposed = ops.transpose(matrix)
+    def total(latents: Any, log_prior: Any, matrix: Any, *biases: Any) -> Any:
+        bias = list(biases)
 
-        def chunk(sums: list[Any], data: list[Any]) -> tuple[list[Any], Any]:
-            index, latent, log_prior, target, weight = data
-            latent = ops.reshape(latent, (rows, features))
-            logits = ops.matmul(latent, matrix)
-            if bias:
-                logits = logits + bias[0]
-            # where the targets are among all rows' words
-            at_target = ops.arange(rows) * vocabulary + ops.repeat(target, mixtures)
-            target_logits = ops.take(ops.reshape(logits, (-1,)), at_target)
-            largest = ops.max(logits, axis=1)
-            exponentials = ops.exp(logits - largest[:, None])
-            sums_of_words = ops.sum(exponentials, axis=1)
-            log_components = target_logits - largest - ops.log(sums_of_words)
-            log_joint = log_prior + ops.reshape(log_components, (size, mixtures))
-            log_p = ops.logsumexp(log_joint, axis=1)
-            nll = sums[0] - ops.sum(weight * log_p)
+        def chunk(sums: list[Any], data: list[Any]) -> tuple[list[Any], None]:
+            nll, *parts = nll_and_gradients(matrix, bias, differentiated, *data[1:])
             if not differentiated:
-                return [nll], None
-            posterior = weight[:, None] * ops.exp(log_joint - log_p[:, None])
-            share = ops.reshape(posterior, (rows,))
-            d_logits = exponentials * (share / sums_of_words)[:, None]
-            d_logits = ops.scatter_update(
-                ops.reshape(d_logits, (-1,)), at_target[:, None], -share, reduction="add"
-            )
-            d_logits = ops.reshape(d_logits, (rows, vocabulary))
-            d_latent = ops.reshape(ops.matmul(d_logits, transposed), (1, size, mixtures, features))
-            place = ops.reshape(index, (1, 1))
-            sums = [
-                nll,
-                ops.scatter_update(sums[1], place, d_latent),
-                ops.scatter_update(sums[2], place, -posterior[None]),
-                sums[3] + ops.matmul(ops.transpose(latent), d_logits),
-                *(each + ops.sum(d_logits, axis=0) for each in sums[4:]),
-            ]
-            return sums, None
+                return [sums[0] + nll], None
+            place = ops.reshape(data[0], (1, 1))
+            return [
+                sums[0] + nll,
+                *(
+                    ops.scatter_update(whole, place, part[None])
+                    for whole, part in zip(sums[1:3], parts[:2], strict=True)
+                ),
+                *(whole + part for whole, part in zip(sums[3:], parts[2:], strict=True)),
+            ], None
 
-        data = [in_chunks(array) for array in (latents, log_prior, targets, weights)]
-        sums = [ops.zeros(())]
-        if differentiated:
-            sums += [*map(ops.zeros_like, (*data[:2], matrix, *bias))]
-        sums, _ = ops.scan(chunk, sums, [ops.arange(chunks), *data])
+        data = [latents, log_prior, targets, weights]
+        if chunks == 1:
+            sums = nll_and_gradients(matrix, bias, differentiated, *data)
+        else:
+            data = [in_chunks(array) for array in data]
+            sums = [ops.zeros(())]
+            if differentiated:
+                sums += [ops.zeros_like(array) for array in (*data[:2], matrix, *bias)]
+            sums, _ = ops.scan(chunk, sums, [ops.arange(chunks), *data])
 
         def gradient(*arguments: Any, upstream: Any = None) -> Any:
             scale = arguments[0] if upstream is None else upstream
-            d_latents, d_log_prior, *others = [scale * each for each in sums[1:]]
-            return joined(d_latents), joined(d_log_prior), *others
+            by_position, others = sums[1:3], sums[3:]
+            if chunks > 1:
+                by_position = [joined(array) for array in by_position]
+            return tuple(scale * array for array in (*by_position, *others))
 
         return sums[0], gradient
 
     return total(latents, log_prior, matrix, *bias)
+
+
+def nll_and_gradients(
+    matrix: Any,
+    bias: list[Any],
+    differentiated: bool,
+    latents: Any,
+    log_prior: Any,
+    targets: Any,
+    weights: Any,
+) -> list[Any]:
+    """The sum of `chunked_nll`, and if asked for its gradient by latents, log prior, matrix, bias.
+
+    The softmax is Keras', a single pass over the logits. The logarithm of its denominator is taken
+    at the largest logit, where the probability is at least 1 / vocabulary.
+    """
+    positions, mixtures, features = latents.shape
+    rows, vocabulary = positions * mixtures, matrix.shape[1]
+    latents = ops.reshape(latents, (rows, features))
+    logits = ops.matmul(latents, matrix)
+    if bias:
+        logits = logits + bias[0]
+    # where the targets are among all rows' words
+    at_target = ops.arange(rows) * vocabulary + ops.repeat(targets, mixtures)
+    target_logits = ops.take(ops.reshape(logits, (-1,)), at_target)
+    probabilities = ops.softmax(logits)
+    log_denominator = ops.max(logits, axis=1) - ops.log(ops.max(probabilities, axis=1))
+    log_components = ops.reshape(target_logits - log_denominator, (positions, mixtures))
+    log_joint = log_prior + log_components
+    log_p = ops.logsumexp(log_joint, axis=1)
+    nll = -ops.sum(weights * log_p)
+    if not differentiated:
+        return [nll]
+    posterior = weights[:, None] * ops.exp(log_joint - log_p[:, None])
+    share = ops.reshape(posterior, (rows, 1))
+    d_logits = ops.scatter_update(
+        ops.reshape(probabilities * share, (-1,)), at_target[:, None], -share[:, 0], reduction="add"
+    )
+    d_logits = ops.reshape(d_logits, (rows, vocabulary))
+    d_latents = ops.matmul(d_logits, ops.transpose(matrix))
+    return [
+        nll,
+        ops.reshape(d_latents, (positions, mixtures, features)),
+        -posterior,
+        ops.matmul(ops.transpose(latents), d_logits),
+        *(ops.sum(d_logits, axis=0) for _ in bias),
+    ]

@@ -336,7 +336,9 @@ def run_hoisted(
             saved.append(values)
 
         def gradient(*arguments: Any, upstream: Any = None) -> Any:
-            d_outputs = ops.unstack(arguments[0] if upstream is None else upstream)
+            # Backends differ in how they give it. The outputs' is first; the last c has none.
+            upstream = keras.tree.flatten(arguments if upstream is None else upstream)
+            d_outputs = ops.unstack(upstream[0], time)
             previous = [ops.stack(each) for each in zip(*states[:-1], strict=True)]
             factors = cell.factors(previous, [ops.stack(each) for each in zip(*saved, strict=True)])
             by_time = list(zip(*(ops.unstack(f, time) for f in factors), strict=True))
@@ -358,13 +360,10 @@ def run_hoisted(
                 *(ops.sum(flat, axis=0) for _ in biases),
             )
 
-        # One output, as its gradient is then one array in every backend: h of all times, last c.
-        return ops.stack([state[0] for state in states[1:]] + states[-1][1:]), gradient
+        return [ops.stack([state[0] for state in states[1:]]), *states[-1][1:]], gradient
 
-    outputs = steps(z, kernel, *biases)
-    if len(initial_state) == 1:
-        return [outputs, outputs[-1]]
-    return [outputs[:time], outputs[time - 1], outputs[time]]
+    outputs, *last_c = steps(z, kernel, *biases)
+    return [outputs, outputs[-1], *last_c]
 
 
 # The cells of `run_hoisted`. `forward` gives the new state and what the gradient needs; `factors`

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from keras import ops
 
 from ptbench.backends.contract import kept_weights, parameter_shapes
-from ptbench.backends.keras.heads import ChunkedMixture, Mixture, Softmax
+from ptbench.backends.keras.heads import Mixture, Softmax, TunedMixture, TunedSoftmax
 from ptbench.backends.keras.layers import recurrent_layer, stored_parameters
 from ptbench.backends.keras.parameters import Initializers, Stored, as_it_is
 from ptbench.configuration.models import Accelerator, Recipe
@@ -78,10 +78,10 @@ class LanguageModel(keras.Model):
             inputs = width
         others = (recipe, vocabulary_size, self.embedding, initializers)
         if recipe.mixtures:
-            mixture = ChunkedMixture if tuned else Mixture
+            mixture = TunedMixture if tuned else Mixture
             self.head = mixture(self._dropout(recipe.latent_dropout, dimensions=4), *others)
         else:
-            self.head = Softmax(*others)
+            self.head = (TunedSoftmax if tuned else Softmax)(*others)
         self.head.build(None)
         self.head.built = True
         self.built = True

@@ -63,12 +63,18 @@ class RMSProp(keras.optimizers.Optimizer):
         self.assign_sub(variable, learning_rate * gradient / (keras.ops.sqrt(s) + self.epsilon))
 
 
+def clips_by_rate(recipe: Recipe) -> bool:
+    """Whether gradients are clipped by scaling the learning rate: a pass less over all of them."""
+    plain = recipe.optimizer == "sgd" and not recipe.weight_decay
+    return recipe.implementation == "tuned" and plain and recipe.clip_norm is not None
+
+
 def optimizer_of(recipe: Recipe) -> keras.optimizers.Optimizer:
     """The recipe's optimizer. Without moments, Keras' decoupled weight decay is an L2 penalty."""
     if recipe.optimizer == "sgd":
         return keras.optimizers.SGD(
             recipe.learning_rate,
             weight_decay=recipe.weight_decay or None,
-            global_clipnorm=recipe.clip_norm,
+            global_clipnorm=None if clips_by_rate(recipe) else recipe.clip_norm,
         )
     return Adam(recipe) if recipe.optimizer == "adam" else RMSProp(recipe)

@@ -29,7 +29,13 @@ from ptbench.backends.contract import (
     rate_and_epsilon,
     state_names,
 )
-from ptbench.backends.jax.devices import DATA, claim_devices, compiler_options, settings
+from ptbench.backends.jax.devices import (
+    DATA,
+    claim_devices,
+    compiler_options,
+    keep_memory,
+    settings,
+)
 from ptbench.backends.jax.model import (
     Tree,
     dropout_keys,
@@ -149,6 +155,8 @@ class JaxBackend(Backend):
         threads: int = 1,
     ) -> None:
         super().__init__(recipe, vocabulary_size, devices, seed, accelerator, threads)
+        tuned = recipe.implementation == "tuned"
+        self._memory_is_kept = tuned and accelerator == "cpu" and keep_memory()
         claimed = claim_devices(accelerator, devices, threads)
         mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
         everywhere = PartitionSpec()
@@ -309,4 +317,6 @@ class JaxBackend(Backend):
         return [device.device_kind for device in self._everywhere.mesh.devices.flat]
 
     def settings(self) -> dict[str, str]:
-        return settings(self.recipe, self.accelerator, self.devices, self.threads)
+        return settings(
+            self.recipe, self.accelerator, self.devices, self.threads, self._memory_is_kept
+        )

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 Array = Any  # jax.Array, or a tracer of one
 
-# Most logits that `chunked_nll` holds at once [numbers]; 64 MB, and as much again for gradients.
-CHUNK = 2**24
+# Most logits that `chunked_nll` holds at once [numbers]; 32 MB, and as much again for gradients.
+CHUNK = 2**23
 # A mixture is always cut up, so that small ones are tested by the code that large ones run.
 LEAST_CHUNKS_OF_MIXTURE = 3
 

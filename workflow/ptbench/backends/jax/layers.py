@@ -1,13 +1,8 @@
-"""Recurrent layers: the four cells, and two ways to run them over time.
-
-`scan_layer` is what JAX's documentation would have: `jax.lax.scan` over a cell, differentiated by
-JAX. `recurrence` is the same with a derivative of its own, for `implementation: tuned`.
-"""
+"""Recurrent layers: the four cells, and how they are run over time by `jax.lax.scan`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,49 +57,47 @@ def plus(z: Array, bias: Array | None) -> Array:
     return z if bias is None else z + bias
 
 
-def scan_layer(
-    cell: Cell,
-    x: Array,
-    weights: Weights,
-    state: LayerState,
-    mask: Array | None,
-    hoisted: bool,
+def cell_layer(
+    cell: Cell, x: Array, weights: Weights, state: LayerState, mask: Array | None
 ) -> tuple[Array, LayerState]:
-    """A layer over all time steps, differentiated by JAX.
+    """A layer in explicit time steps: all that a cell does, at every one of them.
 
     Args:
         x: [time, batch, inputs].
         state: before the first step.
         mask: of the previous output in the recurrent product, [batch, width].
-        hoisted: whether the inputs' product, which needs no recurrence, is one for all time steps.
 
     Returns:
         Outputs [time, batch, width], and the state after the last step.
     """
 
-    def from_input(x: Array) -> Array:
-        return x @ weights.input + weights.bias
-
-    def step(state: LayerState, at_t: Array) -> tuple[LayerState, Array]:
+    def step(state: LayerState, x: Array) -> tuple[LayerState, Array]:
         z_recurrent = plus(masked(state[0], mask) @ weights.recurrent, weights.recurrent_bias)
-        state = cell(at_t if hoisted else from_input(at_t), z_recurrent, *state)
+        state = cell(x @ weights.input + weights.bias, z_recurrent, *state)
         return state, state[0]
 
-    final, outputs = jax.lax.scan(step, state, from_input(x) if hoisted else x)
+    final, outputs = jax.lax.scan(step, state, x)
     return outputs, final
 
 
-def tuned_layer(
-    cell: Cell, x: Array, weights: Weights, state: LayerState, mask: Array | None
+def fused_layer(
+    cell: Cell,
+    x: Array,
+    weights: Weights,
+    state: LayerState,
+    mask: Array | None,
+    tuned: bool,
 ) -> tuple[Array, LayerState]:
-    """The same as `scan_layer`, with every weight's gradient formed in one product."""
-    # Matrices, because XLA's products of three-dimensional arrays are a tenth slower.
-    z_input = x.reshape(-1, x.shape[-1]) @ weights.input + weights.bias
-    z_input = z_input.reshape(*x.shape[:2], -1)
-    return recurrence(cell, z_input, weights.recurrent, weights.recurrent_bias, mask, state)
+    """The same, with one product for the inputs of all time steps, as it needs no recurrence.
+
+    Args:
+        tuned: whether the recurrence has a derivative of its own.
+    """
+    z_input = x @ weights.input + weights.bias
+    run = tuned_recurrence if tuned else recurrence
+    return run(cell, z_input, weights.recurrent, weights.recurrent_bias, mask, state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recurrence(
     cell: Cell,
     z_input: Array,
@@ -114,9 +107,6 @@ def recurrence(
     state: LayerState,
 ) -> tuple[Array, LayerState]:
     """A layer but for its inputs' product.
-
-    `jax.lax.scan` is differentiated well but for one thing: it adds up the recurrent weights'
-    gradient step by step, a small product each. The derivative below forms it in one product.
 
     Args:
         z_input: the gates' part that comes from the layer's input, [time, batch, gates x width].
@@ -128,51 +118,58 @@ def recurrence(
     Returns:
         Outputs [time, batch, width], and the state after the last step.
     """
-    return recurrence_forward(cell, z_input, u, bias, mask, state)[0]
+
+    def step(state: LayerState, z_input: Array) -> tuple[LayerState, Array]:
+        state = cell(z_input, plus(masked(state[0], mask) @ u, bias), *state)
+        return state, state[0]
+
+    final, outputs = jax.lax.scan(step, state, z_input)
+    return outputs, final
+
+
+# JAX differentiates `recurrence` well but for one thing: it adds up the recurrent weights' gradient
+# step by step, a small product each. The derivative below forms it in one product.
+tuned_recurrence = jax.custom_vjp(recurrence, nondiff_argnums=(0,))
 
 
 def recurrence_forward(
     cell: Cell, z_input: Array, u: Array, bias: Array | None, mask: Array | None, state: LayerState
 ) -> tuple[tuple[Array, LayerState], tuple[Any, ...]]:
-    """The layer's results, and what its derivative needs of them."""
+    """The results of `recurrence`, and what its derivative needs: above all, each step's own."""
 
-    def step(state: LayerState, z_input: Array) -> tuple[LayerState, Any]:
+    def step(state: LayerState, z_input: Array) -> tuple[LayerState, tuple[Array, Any]]:
         z_recurrent = plus(masked(state[0], mask) @ u, bias)
-        state = cell(z_input, z_recurrent, *state)
-        return state, (z_recurrent, state)
+        state, derivative = jax.vjp(cell, z_input, z_recurrent, *state)
+        return state, (state[0], derivative)
 
-    final, (z_recurrent, states) = jax.lax.scan(step, state, z_input)
-    return (states[0], final), (z_input, z_recurrent, u, bias, mask, state, states)
+    final, (outputs, derivatives) = jax.lax.scan(step, state, z_input)
+    return (outputs, final), (derivatives, outputs, u, bias, mask, state)
 
 
 def recurrence_backward(
-    cell: Cell, trace: tuple[Any, ...], d_results: tuple[Array, LayerState]
+    _cell: Cell, trace: tuple[Any, ...], d_results: tuple[Array, LayerState]
 ) -> tuple[Any, ...]:
     """Derivatives with respect to the arguments, given those of the results.
 
     d_a is the derivative of the objective with respect to a.
     """
-    z_input, z_recurrent, u, bias, mask, state, states = trace
+    derivatives, outputs, u, bias, mask, state = trace
     d_outputs, d_final = d_results
-    before = tuple(
-        jnp.concatenate([first[None], after[:-1]])
-        for first, after in zip(state, states, strict=True)
-    )
 
-    def step(d_state: LayerState, at_t: tuple[Any, ...]) -> tuple[LayerState, Any]:
-        d_output, *arguments = at_t
-        _, derivative = jax.vjp(cell, *arguments)
+    def step(d_state: LayerState, at_t: tuple[Array, Any]) -> tuple[LayerState, Any]:
+        d_output, derivative = at_t
         d_z_input, d_z_recurrent, d_h, *d_rest = derivative((d_state[0] + d_output, *d_state[1:]))
         d_h = d_h + masked(d_z_recurrent @ u.T, mask)
         return (d_h, *d_rest), (d_z_input, d_z_recurrent)
 
     d_state, (d_z_input, d_z_recurrent) = jax.lax.scan(
-        step, d_final, (d_outputs, z_input, z_recurrent, *before), reverse=True
+        step, d_final, (d_outputs, derivatives), reverse=True
     )
-    d_u = jnp.einsum("tbi,tbj->ij", masked(before[0], mask), d_z_recurrent)
+    h_before = jnp.concatenate([state[0][None], outputs[:-1]])
+    d_u = jnp.einsum("tbi,tbj->ij", masked(h_before, mask), d_z_recurrent)
     d_bias = None if bias is None else d_z_recurrent.sum((0, 1))
     d_mask = None if mask is None else jnp.zeros_like(mask)  # it is drawn, not trained
     return d_z_input, d_u, d_bias, d_mask, d_state
 
 
-recurrence.defvjp(recurrence_forward, recurrence_backward)
+tuned_recurrence.defvjp(recurrence_forward, recurrence_backward)

@@ -18,7 +18,7 @@ from ptbench.backends.jax.heads import (
     log_probabilities,
     weighted_nll,
 )
-from ptbench.backends.jax.layers import CELLS, LayerState, Weights, scan_layer, tuned_layer
+from ptbench.backends.jax.layers import CELLS, LayerState, Weights, cell_layer, fused_layer
 from ptbench.configuration.models import Recipe
 from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
 
@@ -131,9 +131,10 @@ def run_layer(
 ) -> tuple[Array, LayerState]:
     """The layer by the recipe's kernel and implementation."""
     cell = CELLS[recipe.cell]
-    if recipe.kernel == "fused" and recipe.implementation == "tuned":
-        return tuned_layer(cell, x, weights, state, recurrent_mask)
-    return scan_layer(cell, x, weights, state, recurrent_mask, hoisted=recipe.kernel == "fused")
+    if recipe.kernel == "fused":
+        tuned = recipe.implementation == "tuned"
+        return fused_layer(cell, x, weights, state, recurrent_mask, tuned)
+    return cell_layer(cell, x, weights, state, recurrent_mask)
 
 
 def output_features(recipe: Recipe, parameters: Tree, v: Array, keys: Keys | None) -> Features:

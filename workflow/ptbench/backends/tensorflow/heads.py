@@ -6,17 +6,16 @@ mixtures, F of features, V of words.
 
 from __future__ import annotations
 
-import itertools
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 Tensor = Any  # tf.Tensor
 
-# Logits formed at a time by `chunked_nll` [bytes]: past the caches anyway, and less than the
-# parameters of any model that needs chunks.
-CHUNK_BYTES = 64 * 2**20
+# Logits formed at a time by the chunked losses: as many as a window of Zaremba's medium model has,
+# so that only mixtures and large batches are taken in chunks.
+CHUNK_LOGITS = 7_000_000
 
 
 class Output(NamedTuple):
@@ -49,11 +48,17 @@ def log_probabilities(output: Output) -> Tensor:
     return tf.reduce_logsumexp(output.log_prior[..., None] + log_p, axis=1)
 
 
-def token_nll(output: Output, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of every token, [N], for TensorFlow's own derivative [nats]."""
+def token_nll(
+    output: Output, targets: Tensor, cross_entropy: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Negative log-likelihood of every token, [N] [nats].
+
+    Args:
+        cross_entropy: of logits [n, V] and labels [n].
+    """
     tokens, mixtures, _ = output.features.shape
     logits = logits_of(output, all_rows(output.features))
-    nll = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.repeat(targets, mixtures), logits)
+    nll = cross_entropy(logits, tf.repeat(targets, mixtures))
     if output.log_prior is None:
         return nll
     log_joint = output.log_prior - tf.reshape(nll, (tokens, mixtures))
@@ -61,15 +66,34 @@ def token_nll(output: Output, targets: Tensor) -> Tensor:
 
 
 def summed_nll(output: Output, targets: Tensor, weights: Tensor) -> Tensor:
-    """Negative log-likelihoods [nats] times weights [N], summed."""
-    return tf.reduce_sum(token_nll(output, targets) * weights)
+    """Negative log-likelihoods times weights [N], summed, to be differentiated [nats]."""
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+    return tf.reduce_sum(token_nll(output, targets, cross_entropy) * weights)
 
 
 def chunks(tokens: int, logits_per_token: int) -> list[slice]:
-    """Slices of the tokens, as even as can be, of `CHUNK_BYTES` or one token at most."""
-    count = min(math.ceil(tokens * logits_per_token * 4 / CHUNK_BYTES), tokens)
-    bounds = [tokens * index // count for index in range(count + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    """Slices of the tokens with `CHUNK_LOGITS` each, or one token's if those are more."""
+    size = max(CHUNK_LOGITS // logits_per_token, 1)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def cross_entropy_and_derivative(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods [n] and their derivative softmax - one_hot, in the logits' memory.
+
+    TensorFlow's own kernel takes three times as long on a CPU, and GPUs have no deterministic one.
+    The largest probability is never rounded to 0, so log sum exp(logits) comes from it.
+    """
+    at_label = tf.gather(logits, labels, batch_dims=1)
+    largest = tf.reduce_max(logits, axis=1)
+    with tf.control_dependencies([at_label, largest]):  # the last use of the logits is the softmax
+        p = tf.nn.softmax(logits)
+    nll = (largest - at_label) - tf.math.log(tf.reduce_max(p, axis=1))
+    where = tf.stack([tf.range(tf.shape(labels)[0]), labels], axis=1)
+    with tf.control_dependencies([nll]):
+        return nll, tf.tensor_scatter_nd_sub(p, where, tf.ones_like(at_label))
 
 
 def chunked_summed_nll(output: Output, targets: Tensor, weights: Tensor) -> Tensor:
@@ -82,7 +106,10 @@ def chunked_summed_nll(output: Output, targets: Tensor, weights: Tensor) -> Tens
                 features=tf.identity(output.features[chunk]),
                 log_prior=None if output.log_prior is None else output.log_prior[chunk],
             )
-            total += summed_nll(part, targets[chunk], weights[chunk])
+            nll = token_nll(
+                part, targets[chunk], lambda *row: cross_entropy_and_derivative(*row)[0]
+            )
+            total += tf.reduce_sum(nll * weights[chunk])
     return total
 
 
@@ -110,9 +137,8 @@ def chunked_nll(output: Output, targets: Tensor, weights: Tensor) -> Tensor:
         for chunk in chunks(tokens, mixtures * matrix.shape[0]):
             with tf.control_dependencies([] if d_matrix is None else [d_matrix, d_features[-1]]):
                 rows = all_rows(tf.identity(features[chunk]))
-            nll, d_logits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
-                features=logits_of(whole, rows), labels=tf.repeat(targets[chunk], mixtures)
-            )
+            labels = tf.repeat(targets[chunk], mixtures)
+            nll, d_logits = cross_entropy_and_derivative(logits_of(whole, rows), labels)
             share = weights[chunk][:, None]
             if log_prior is None:
                 total += tf.tensordot(nll, weights[chunk], 1)

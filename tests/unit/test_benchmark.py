@@ -63,8 +63,9 @@ def test_the_bound_is_the_tokens_of_a_step_over_the_time_of_its_products() -> No
     assert bound(TINY, 7, slow) == pytest.approx(6 / seconds)
 
 
-def test_a_row_has_the_median_and_its_fraction_of_the_bound() -> None:
-    result = Result("small", Competitor("jax", "tuned"), [90.0, 100.0, 140.0], 400.0, 2 * 10**6, {})
+def test_a_row_has_medians_and_the_bound_s_fraction_is_taken_within_rounds() -> None:
+    speeds, bounds = [90.0, 100.0, 140.0], [360.0, 500.0, 200.0]  # 0.25, 0.2, 0.7
+    result = Result("small", Competitor("jax", "tuned"), speeds, bounds, 2 * 10**6, {})
     row = result.row()
     assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (90, 100, 140)
     assert row["fraction_of_bound"] == 0.25
@@ -75,6 +76,16 @@ def test_keras_own_fit_is_measured_beside_keras() -> None:
     labels = [c.label for c in all_competitors(["keras", "jax"], ["stock", "tuned"])]
     assert labels == ["keras stock", "keras tuned", "jax stock", "jax tuned", "keras fit"]
     assert [c.label for c in all_competitors(["jax"], ["stock"])] == ["jax stock"]
+
+
+def test_keras_own_fit_is_left_out_where_keras_has_no_layer() -> None:
+    fit, tuned = Competitor("keras", "fit"), Competitor("keras", "tuned")
+    assert [fit.can_train(MODELS[name]) for name in ("small", "medium", "mos")] == [
+        True,
+        True,
+        False,
+    ]
+    assert tuned.can_train(MODELS["mos"])
 
 
 def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_path: Path) -> None:

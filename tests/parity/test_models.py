@@ -11,6 +11,7 @@ from tests.support.problems import (
     IMPLEMENTATIONS,
     KERNEL_MODELS,
     MODELS,
+    TUNED_KERNEL_MODELS,
     VOCABULARY,
     largest_error,
     random_batch,
@@ -31,8 +32,12 @@ CASES: dict[str, dict[str, Any]] = {
     f"{name}, {implementation}": {**changes, "implementation": implementation}
     for name, changes in MODELS.items()
     for implementation in IMPLEMENTATIONS
-} | {name: {**changes, "kernel": kernel} for name, (kernel, changes) in KERNEL_MODELS.items()}
-
+} | {
+    f"{name}, {implementation}": {**changes, "kernel": kernel, "implementation": implementation}
+    for name, (kernel, changes) in KERNEL_MODELS.items()
+    for implementation in IMPLEMENTATIONS
+    if implementation == "stock" or name in TUNED_KERNEL_MODELS
+}
 
 SPARSE_CASES = {name: changes for name, changes in CASES.items() if "kept_weights" in changes}
 

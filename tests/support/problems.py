@@ -88,6 +88,11 @@ KERNEL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "sparse", {"kept_weights": 0.1, "optimizer": "adam", "learning_rate": 0.01}
     ),
 }  # fmt: skip
+# Those whose tuned implementations are tested too: one of each path through the layers.
+TUNED_KERNEL_MODELS = (
+    "cell, lstm", "cell, gru, two biases", "cell, rnn_tanh", "cell, sparse",
+    "block, lstm, two biases", "sparse, lstm",
+)  # fmt: skip
 IMPLEMENTATIONS = ("stock", "tuned")
 
 

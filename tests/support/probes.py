@@ -15,11 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from ptbench.backends.contract import Backend, Parameters
 from ptbench.configuration.corpora import Split
+from ptbench.configuration.models import Cell
 from ptbench.corpus.batching import ParallelStreams
+from ptbench.corpus.store import open_corpus
 from ptbench.measurement.clocks import Clocks
-from ptbench.training import inference
+from ptbench.training import cell, inference
 from ptbench.training.initialization import draw_parameters
-from ptbench.training.loop import evaluate
+from ptbench.training.loop import evaluate, train
 
 
 def shared_parameters(backend: Backend, seed: int) -> Parameters:
@@ -51,6 +53,32 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
         inference.build(checkpoint, backend.name, threads=backend.threads)
     ) as model:
         return inference.evaluate_split(model, corpus, cast("Split", split)).model_dump()
+
+
+def nlls_of_runs(
+    backend: Backend, specification: str, corpus: str, seeds: list[int], changes: dict[str, Any]
+) -> list[float]:
+    """Test nll [nats/token] of whole runs in the backend's framework, one for each seed.
+
+    Args:
+        specification: as a cell is given it.
+        corpus: folder of the prepared corpus.
+        changes: of the recipe.
+    """
+    given = cell.read_specification(specification)
+    recipe = given.recipe.model_copy(update=changes)
+    specified = given.model_copy(update={"recipe": recipe})
+    opened = open_corpus(Path(corpus))
+    splits = cell.feed(opened, recipe, devices=1)
+    nlls = []
+    for seed in seeds:
+        name = Cell(variant=given.variant, framework=backend.name, devices=1, seed=seed)
+        model = cell.create_backend(name, specified, opened.vocabulary_size, threads=1)
+        with contextlib.closing(model):
+            run = train(model, recipe, splits, Clocks(model.synchronize), lambda _: None)
+        assert run.test is not None
+        nlls.append(run.test.nll)
+    return nlls
 
 
 def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:

@@ -1,0 +1,72 @@
+"""One softmax is not enough for high-rank text, and a mixture of softmaxes is better, measurably.
+
+The experiment `softmax-bottleneck`, shortened, in every framework.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support import probes
+from tests.support.problems import recipe
+from tests.support.remote import Backends, probe
+
+from ptbench.analysis.statistics import SIGNIFICANCE, compare_pairs
+from ptbench.backends.contract import parameter_count
+from ptbench.configuration.loading import Study, load_study
+from ptbench.configuration.models import FRAMEWORKS
+from ptbench.corpus.prepare import prepare
+from ptbench.corpus.store import open_corpus
+
+SOFTMAX, MIXTURE = "bottleneck-softmax", "bottleneck-mixture"
+SHORT = {"epochs": 5, "constant_epochs": 3, "learning_rate_decay": 0.4}
+SEEDS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return load_study({"experiments": ["softmax-bottleneck"]})
+
+
+@pytest.fixture(scope="module")
+def corpus(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora") / "synthetic-high-rank"
+    name, definition, subset = study.corpus(folder.name)
+    prepare(name, definition, subset, folder / "downloads", folder)
+    return folder
+
+
+def test_the_mixture_has_fewer_parameters(study: Study, corpus: Path) -> None:
+    words = open_corpus(corpus).vocabulary_size
+    softmax, mixture = (
+        parameter_count(study.specification(variant).recipe, words)
+        for variant in (SOFTMAX, MIXTURE)
+    )
+    assert (mixture, softmax) == (5488, 5904)  # as the recipes' comments have it
+
+
+def test_a_mixture_of_softmaxes_comes_closer_to_the_floor_than_one_softmax(
+    backends: Backends, framework: str, study: Study, corpus: Path
+) -> None:
+    anyone = backends.get(framework, recipe())  # a process in the framework's environment
+    softmax, mixture = (
+        np.array(
+            probe(
+                probes.nlls_of_runs, anyone, study.specification(variant).text(), str(corpus),
+                SEEDS, SHORT,
+            )
+        )
+        for variant in (SOFTMAX, MIXTURE)
+    )  # fmt: skip
+    floor = open_corpus(corpus).description["true_process"]["test"]["nll_nats"]
+    margin = softmax.mean() - floor
+    assert margin > 0.1  # nats: 10 % of perplexity
+    assert softmax.mean() - mixture.mean() > margin / 3
+    assert mixture.min() > floor - 0.01  # below by t nats per token: a chance of exp(-10,000 t)
+    [difference] = compare_pairs([(softmax, mixture)])
+    assert difference.verdict == "different"
+    assert difference.welch is not None
+    # Holm's correction for all frameworks asks this of the least certain of them at most.
+    assert difference.welch.p < SIGNIFICANCE / len(FRAMEWORKS)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.problems import SUM
+from tests.support.problems import BATCH, SUM, random_batch
 from tests.support.remote import Backends, RemoteBackend
 
 from ptbench.errors import PtbenchError
 
-without_gpu = pytest.mark.skipif(
-    Path("/dev/nvidiactl").exists(), reason="this machine has a GPU, and the test wants none"
-)
+GPU = Path("/dev/nvidiactl").exists()
+with_gpu = pytest.mark.skipif(not GPU, reason="skipped: no GPU")
+without_gpu = pytest.mark.skipif(GPU, reason="this machine has a GPU, and the test wants none")
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -20,6 +20,26 @@ def test_each_replica_has_a_named_device(backends: Backends, framework: str, dev
     names = backends.get(framework, SUM, devices).device_names()
     assert len(names) == devices
     assert all(names)
+
+
+def test_memory_of_devices_is_counted_on_devices_alone(backends: Backends, framework: str) -> None:
+    assert backends.get(framework, SUM).peak_device_memory() is None
+
+
+@with_gpu
+def test_a_gpu_s_memory_holds_the_parameters_at_least(backends: Backends, framework: str) -> None:
+    if framework == "numpy":
+        return  # the oracle runs on the CPU alone
+    worker = backends.start(framework, "cuda")
+    try:
+        backend = RemoteBackend(worker, framework, SUM, accelerator="cuda")
+        state = backend.initial_state(BATCH, training=True)
+        backend.train_step(*random_batch(0), state, 0.1)
+        peak = backend.peak_device_memory()
+        assert peak is not None
+        assert peak >= sum(array.nbytes for array in backend.parameters().values())
+    finally:
+        worker.close()
 
 
 @without_gpu

@@ -148,6 +148,9 @@ class RemoteBackend(Backend):
     def device_names(self) -> list[str]:
         return self._ask("device_names")
 
+    def peak_device_memory(self) -> int | None:
+        return self._ask("peak_device_memory")
+
     def settings(self) -> dict[str, str]:
         return self._ask("settings")
 
@@ -176,13 +179,13 @@ class Backends:
         self.made: dict[tuple[Any, ...], tuple[Backend, dict[str, Any]]] = {}
         self.number = itertools.count()
 
-    def start(self, framework: str) -> Worker:
+    def start(self, framework: str, accelerator: Accelerator = "cpu") -> Worker:
         """A new worker in the framework's environment, which is built if it is not there."""
         log = self.logs / f"{framework}-{next(self.number)}.log"
         if framework == "numpy":
             return Worker(sys.executable, log)
-        folder = ROOT / "results" / "environments" / f"{framework}-cpu"  # as the workflow has it
-        environments.build(framework, "cpu", folder)
+        folder = ROOT / "results" / "environments" / f"{framework}-{accelerator}"  # as in runs
+        environments.build(framework, accelerator, folder)
         return Worker(folder / environments.PYTHON, log)
 
     def new(self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0) -> Backend:

@@ -254,6 +254,13 @@ class Backend(abc.ABC):
     def device_names(self) -> list[str]:
         """One name for each replica's device, such as `cpu:0` or `NVIDIA H200`."""
 
+    def peak_device_memory(self) -> int | None:
+        """Largest memory that any device gave to this process so far [bytes].
+
+        By the framework's own count; None where there is none, as on CPUs.
+        """
+        return None
+
     def settings(self) -> dict[str, str]:
         """Settings that change speed or rounding (threads, product kernels), for provenance."""
         return {}

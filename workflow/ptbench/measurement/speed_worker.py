@@ -77,8 +77,12 @@ class BackendSpeed:
     def settings(self) -> dict[str, str]:
         return self.backend.settings()
 
+    def peak_memory(self) -> int:
+        """Of the device, where it has memory of its own [bytes]."""
+        return self.backend.peak_device_memory() or resident_memory()
 
-def peak_memory() -> int:
+
+def resident_memory() -> int:
     """Largest resident set of this process so far [bytes]."""
     for line in open(f"/proc/{os.getpid()}/status"):  # noqa: PTH123, SIM115 - no file of ours
         if line.startswith("VmHWM:"):
@@ -118,7 +122,9 @@ def main() -> None:
         if "product" in request:
             answer(worker.rate(Product(*request["product"]), request["seconds"]))
         else:
-            answer(worker.train(request["seconds"]) | {"peak_memory_bytes": peak_memory()})
+            measured = worker.train(request["seconds"])
+            peak = getattr(worker, "peak_memory", resident_memory)()
+            answer(measured | {"peak_memory_bytes": peak})
 
 
 if __name__ == "__main__":

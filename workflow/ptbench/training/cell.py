@@ -153,11 +153,20 @@ def run_cell(
     facts["cells_at_once"] = max(facts["cells_at_once"], cells_at_once())
     facts["attempts"] = attempt.count
     facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    peak = peak_memory_bytes()  # while the replicas' processes still live
+    # While the replicas' processes still live.
+    peak, peak_on_devices = peak_memory_bytes(), backend.peak_device_memory()
     backend.close()
     clocks.seconds["total"] += age(attempt)
     metrics = summarize(
-        cell, specification, corpus.vocabulary_size, splits, run, clocks, peak, attempt.count
+        cell,
+        specification,
+        corpus.vocabulary_size,
+        splits,
+        run,
+        clocks,
+        peak,
+        peak_on_devices,
+        attempt.count,
     )
     write_atomically(paths.output / "recipe.yaml", recipe_yaml(specification))
     write_atomically(paths.output / "history.csv", history_csv(run.history))
@@ -310,6 +319,7 @@ def summarize(
     run: Run,
     clocks: Clocks,
     peak: int,
+    peak_on_devices: int | None,
     attempts: int,
 ) -> Metrics:
     """`metrics.json` of a finished run."""
@@ -343,6 +353,7 @@ def summarize(
         seconds=Seconds(**clocks.seconds),
         attempts=attempts,
         peak_memory_bytes=peak,
+        peak_device_memory_bytes=peak_on_devices,
     )
 
 

@@ -316,6 +316,10 @@ class JaxBackend(Backend):
             return [f"cpu:{r}" for r in range(self.devices)]
         return [device.device_kind for device in self._everywhere.mesh.devices.flat]
 
+    def peak_device_memory(self) -> int | None:
+        counts = [device.memory_stats() for device in self._everywhere.mesh.devices.flat]
+        return max((c["peak_bytes_in_use"] for c in counts if c), default=None)  # CPUs have none
+
     def settings(self) -> dict[str, str]:
         return settings(
             self.recipe, self.accelerator, self.devices, self.threads, self._memory_is_kept

@@ -307,5 +307,8 @@ class KerasBackend(Backend):
     def device_names(self) -> list[str]:
         return process.device_names(self.accelerator, self.devices)
 
+    def peak_device_memory(self) -> int | None:
+        return process.peak_memory(self.accelerator, self.devices)
+
     def settings(self) -> dict[str, str]:
         return process.settings() | {"implementation": self.recipe.implementation}

@@ -66,6 +66,14 @@ def device_names(accelerator: Accelerator, devices: int) -> list[str]:
     return [tf.config.experimental.get_device_details(gpu)["device_name"] for gpu in gpus]
 
 
+def peak_memory(accelerator: Accelerator, devices: int) -> int | None:
+    """Largest allocation on any of the devices so far [bytes]; None on CPUs."""
+    if accelerator == "cpu":
+        return None
+    count = tf.config.experimental.get_memory_info
+    return max(int(count(f"GPU:{r}")["peak"]) for r in range(devices))
+
+
 def settings() -> dict[str, str]:
     """What changes speed or rounding."""
     return {

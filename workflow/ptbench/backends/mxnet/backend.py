@@ -330,6 +330,13 @@ class MXNetBackend(Backend):
     def device_names(self) -> list[str]:
         return [f"{c.device_type}:{c.device_id}" for c in self.contexts]
 
+    def peak_device_memory(self) -> int | None:
+        """All that is in use, CUDA's own included: MXNet keeps no count, but frees nothing."""
+        if self.accelerator == "cpu":
+            return None
+        memory = [mx.context.gpu_memory_info(c.device_id) for c in self.contexts]
+        return max(total - free for free, total in memory)
+
     def settings(self) -> dict[str, str]:
         return settings(self.recipe)
 

@@ -199,6 +199,14 @@ class PyTorchBackend(Backend):
             return [torch.cuda.get_device_name(r) for r in range(self.devices)]
         return [f"cpu:{r}" for r in range(self.devices)]
 
+    def peak_device_memory(self) -> int | None:
+        if self.accelerator == "cpu":
+            return None
+        peaks = [self.replica.peak_memory()]
+        if self.followers:
+            peaks += self.followers.ask(self.identifier, "send_peak_memory")
+        return max(peaks)
+
     def settings(self) -> dict[str, str]:
         own = {"implementation": self.recipe.implementation}
         return own | self.replica.settings.report()

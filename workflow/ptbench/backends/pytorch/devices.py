@@ -147,6 +147,9 @@ def follow(
     def send_state(backend: int, handle: int) -> None:
         connection.send(replicas[backend].state_arrays(states[backend, handle]))
 
+    def send_peak_memory(backend: int) -> None:
+        connection.send(replicas[backend].peak_memory())
+
     def train_step(
         backend: int, inputs: Tokens, targets: Tokens, mask: Mask, learning_rate: float,
         before: int, after: int,
@@ -164,8 +167,8 @@ def follow(
     methods: dict[str, Callable[..., None]] = {
         function.__name__: function
         for function in (
-            create, load_parameters, load_slots, initial_state, load_state, send_state, train_step,
-            backward, close,
+            create, load_parameters, load_slots, initial_state, load_state, send_state,
+            send_peak_memory, train_step, backward, close,
         )
     }  # fmt: skip
     with contextlib.suppress(EOFError):

@@ -136,6 +136,10 @@ class Replica:
             for n in range(self.recipe.layers)
         ]
 
+    def peak_memory(self) -> int:
+        """Largest allocation on this replica's GPU so far [bytes]."""
+        return torch.cuda.max_memory_allocated(self.device)
+
     def tensor(self, tokens: npt.NDArray[Any]) -> Tensor:
         """A copy on the device, as the integers that PyTorch's losses want."""
         return torch.from_numpy(tokens).to(self.device, torch.int64, non_blocking=True)

@@ -266,5 +266,8 @@ class TensorFlowBackend(Backend):
         gpus = tf.config.list_physical_devices("GPU")[: self.devices]
         return [tf.config.experimental.get_device_details(gpu)["device_name"] for gpu in gpus]
 
+    def peak_device_memory(self) -> int | None:
+        return tensorflow_devices.peak_memory(self.accelerator, self.devices)
+
     def settings(self) -> dict[str, str]:
         return tensorflow_devices.settings(self.accelerator)

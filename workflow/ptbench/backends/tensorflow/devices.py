@@ -64,6 +64,14 @@ def mirrored_strategy(accelerator: Accelerator, devices: int) -> tf.distribute.S
     return strategy
 
 
+def peak_memory(accelerator: Accelerator, devices: int) -> int | None:
+    """Largest allocation on any of the devices so far [bytes]; None on CPUs."""
+    if accelerator == "cpu":
+        return None
+    count = tf.config.experimental.get_memory_info
+    return max(int(count(f"GPU:{r}")["peak"]) for r in range(devices))
+
+
 def settings(accelerator: Accelerator) -> dict[str, str]:
     """What changes speed or rounding, as it is in this process."""
     return {

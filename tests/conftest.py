@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 from tests.support.remote import Backends
+from xdist.scheduler import LoadScopeScheduling
 
 from ptbench.configuration.models import FRAMEWORKS
 
@@ -36,6 +39,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             frameworks = dict.fromkeys(["numpy", *frameworks])
         # Scope `session` brings together the tests of a framework.
         metafunc.parametrize("framework", frameworks, scope="session")
+
+
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
+    """Which tests run in the same one of pytest's processes: those that share what is dear.
+
+    A framework's compiled models, a study that has run, the one Slurm that a machine can have.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, test = nodeid.partition("::")
+        suite = path.split("/")[1]
+        if suite == "slurm":
+            return suite
+        framework = re.search(rf"[\[-]({'|'.join([*FRAMEWORKS, 'numpy'])})[\]-]", test)
+        if suite in ("contract", "parity") and framework:
+            return framework[1]
+        return path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,18 @@ def test_an_interrupted_or_damaged_environment_is_built_anew(damage: str, tmp_pa
     build("empty", "cpu", folder)
     subprocess.run([folder / "bin" / "python", "-c", ""], check=True)
     assert json.loads(marker.read_text())["python"] == "bin/python"
+
+
+@pytest.mark.usefixtures("locks")
+def test_of_two_that_build_at_once_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, ...]] = []
+    uv = environments._uv
+    monkeypatch.setattr(environments, "_uv", lambda *words: (made.append(words), uv(*words)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(build, ["empty"] * 4, ["cpu"] * 4, [tmp_path / "environment"] * 4))
+    assert [words[0] for words in made] == ["venv", "pip"]
 
 
 @pytest.mark.usefixtures("locks")

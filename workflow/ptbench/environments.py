@@ -6,6 +6,7 @@ an environment, and the conda environments of `--sdm conda`, are no business of 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -53,10 +54,8 @@ def build(framework: str, accelerator: str, folder: Path) -> Path:
         BuildError: no such lock, a folder that holds something else, uv missing, an unsupported
             Python, or whatever uv says it failed on.
     """
-    lock_sha256 = _lock_sha256(framework, accelerator)
-    lock = LOCKS / f"{framework}.{accelerator}.txt"
+    _lock_sha256(framework, accelerator)  # refuses what has no lock
     marker = folder / MARKER
-    python = folder / PYTHON
     if is_current(framework, accelerator, folder):
         return marker
 
@@ -66,6 +65,17 @@ def build(framework: str, accelerator: str, folder: Path) -> Path:
             f"{platform.python_version()}: run the workflow with `uv run`, which chooses the right "
             "one."
         )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)  # another process may be building it
+        if not is_current(framework, accelerator, folder):
+            _build(framework, accelerator, folder)
+    return marker
+
+
+def _build(framework: str, accelerator: str, folder: Path) -> None:
+    lock = LOCKS / f"{framework}.{accelerator}.txt"
+    marker, python = folder / MARKER, folder / PYTHON
     if folder.exists() and not (folder.is_dir() and _is_replaceable(folder)):
         raise BuildError(
             f"{folder} is no virtual environment and not empty: name another folder, or remove it."
@@ -93,12 +103,12 @@ def build(framework: str, accelerator: str, folder: Path) -> Path:
         "framework": framework,
         "accelerator": accelerator,
         "python": PYTHON,
-        "lock_sha256": lock_sha256,
+        "lock_sha256": _lock_sha256(framework, accelerator),
         "versions": versions,
     }
     unfinished = marker.with_suffix(".tmp")
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return unfinished.replace(marker)
+    unfinished.replace(marker)
 
 
 def is_current(framework: str, accelerator: str, folder: Path) -> bool:

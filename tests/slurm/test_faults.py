@@ -230,7 +230,7 @@ def a_job_is_preempted(testbed: Testbed, folder: Path) -> Faulty:
 def snakemake_is_interrupted(testbed: Testbed, folder: Path) -> Faulty:
     """SIGINT: its jobs are cancelled; what they had is not lost."""
     study = Faulty(testbed, folder)
-    study.step_seconds = 1.0
+    study.step_seconds = 4.0  # none ends before it is cancelled
     with study.start() as snakemake:
         study.wait_for_checkpoints()
         snakemake.send_signal(signal.SIGINT)

@@ -45,7 +45,17 @@ def files(folder: Path) -> Files:
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """Run a command that must fail with a message, no traceback, and all files as they were."""
+    """Run a command that must fail with a message, no traceback, and all files as they were.
+
+    What may be new is its log and the record of a failed attempt.
+    """
+
+    def kept(before_or_after: Files) -> Files:
+        return {
+            name: content
+            for name, content in before_or_after.items()
+            if name != "log" and not name.startswith("attempts/")
+        }
 
     def run(*arguments: str | Path) -> str:
         before = files(tmp_path)
@@ -56,8 +66,8 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., 
         assert said.startswith("ptbench: ") or "error: " in said, said
         assert "Traceback" not in said
         assert len(said) < 2000
-        left = {name: content for name, content in files(tmp_path).items() if name != "log"}
-        assert left == {name: content for name, content in before.items() if name != "log"}
+        assert "arguments are required" not in said  # all are given; what is wrong is their content
+        assert kept(files(tmp_path)) == kept(before)
         return said
 
     return run
@@ -194,7 +204,8 @@ def train_arguments(
     text = spec if isinstance(spec, str) else json.dumps(spec)
     return [
         "train", "--cell", cell, "--specification", text, "--corpus", corpus or folder / "corpus",
-        "--output", folder / "cell", "--checkpoints", folder / "checkpoints",
+        "--output", folder / "cell", "--attempts", folder / "attempts",
+        "--checkpoints", folder / "checkpoints",
     ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_the_end_names_the_cell_its_reason_its_log_and_the_command(
     failed: tuple[Project, str],
 ) -> None:
     project, said = failed
-    (line,) = re.findall(rf"^{re.escape(CELL)} failed.*: (.*)$", said, re.MULTILINE)
+    (line,) = re.findall(rf"^{re.escape(CELL)} failed.*?: (.*)$", said, re.MULTILINE)
     assert "checkpoints" in line
     (log,) = re.findall(r"^  log:   (.*)$", said, re.MULTILINE)
     assert "checkpoints" in (project.folder / log).read_text()

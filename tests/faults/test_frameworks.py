@@ -49,8 +49,10 @@ def test_killed_and_told_to_end_it_ends_as_one_that_was_not(
     assert "Traceback" not in trainer.log.read_text(), "no replica died before its time"
 
     moments = random.Random(framework)
-    assert list(trainer.kill_until_done(moments, KILLS, delay=2 * epoch))[-1] == "finished"
+    assert list(trainer.kill_until_done(moments, KILLS, delay=epoch))[-1] == "finished"
     assert trainer.kills > 0
     assert trainer.result() == reference.result()
-    assert read_metrics(trainer.output / "metrics.json").attempts == 2 + trainer.kills
+    # the last kill may have come when all was written
+    attempts = read_metrics(trainer.output / "metrics.json").attempts
+    assert 1 + trainer.kills <= attempts <= 2 + trainer.kills
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from ptbench.configuration.loading import load_study
-from ptbench.configuration.models import Recipe
+from ptbench.configuration.models import FRAMEWORKS, Recipe
 from ptbench.training.records import read_history, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +52,13 @@ def test_the_readme_has_every_published_run() -> None:
         assert metrics.test is not None
         row = f"| {metrics.valid.perplexity:.1f} | {metrics.test.perplexity:.1f} |"
         assert row in readme, f"README.md has no {row} for {metrics.cell.framework}"
+
+
+def test_the_readme_has_every_published_speed() -> None:
+    readme = (ROOT / "README.md").read_text()
+    with (PUBLISHED / "benchmark" / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["framework"] for row in rows} == set(FRAMEWORKS)
+    for row in rows:
+        speed, fraction = float(row["tokens_per_second"]), float(row["fraction_of_bound"])
+        assert f"| {speed:,.0f} | {fraction:.2f} |" in readme, row

@@ -92,7 +92,8 @@ def kernels() -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         "## Kernels of the LSTM (`kernel` in a recipe)\n\n"
-        "fused: the framework's own layer; cell: explicit time steps; block: TensorFlow's\n"
+        "fused: the framework's own layer, or in JAX, which has none for CPUs, a scan behind one\n"
+        "product for the inputs of all time steps; cell: explicit time steps; block: TensorFlow's\n"
         "BlockLSTM, which no other framework has; sparse: products with the kept weights alone.\n"
         f"Other cells have fused and cell.\n\n{table}\n"
     )

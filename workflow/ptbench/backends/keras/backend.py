@@ -311,4 +311,4 @@ class KerasBackend(Backend):
         return process.peak_memory(self.accelerator, self.devices)
 
     def settings(self) -> dict[str, str]:
-        return process.settings() | {"implementation": self.recipe.implementation}
+        return process.settings(self.accelerator) | {"implementation": self.recipe.implementation}

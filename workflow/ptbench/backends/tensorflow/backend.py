@@ -62,7 +62,7 @@ class TensorFlowBackend(Backend):
             "GRU drops what it carries",
         ),
         Feature("softmax cross-entropy", True, "tf.nn.sparse_softmax_cross_entropy_with_logits"),
-        Feature("SGD", False, "optimizer.py, over tf.Variable.assign_sub"),
+        Feature("SGD", True, "tf.raw_ops.ResourceApplyGradientDescent"),
         Feature("Adam", False, "optimizer.py"),
         Feature("RMSProp", False, "optimizer.py"),
         Feature("weight decay", False, "optimizer.py"),
@@ -91,7 +91,7 @@ class TensorFlowBackend(Backend):
         tensorflow_devices.start_tensorflow(accelerator, devices, threads)
         self._strategy = tensorflow_devices.mirrored_strategy(accelerator, devices)
         with self._strategy.scope():
-            self._model = LanguageModel(recipe, vocabulary_size, seed)
+            self._model = LanguageModel(recipe, vocabulary_size, seed, accelerator)
             self._slots = {
                 slot: {n: tf.Variable(tf.zeros(p.shape)) for n, p in self._model.parameters.items()}
                 for slot in OPTIMIZER_SLOTS[recipe.optimizer]

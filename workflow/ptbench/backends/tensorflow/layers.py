@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from ptbench.backends.contract import GATES
-from ptbench.configuration.models import Recipe
+from ptbench.configuration.models import Accelerator, Recipe
 
 Tensor = Any  # tf.Tensor
 LayerState = tuple[Any, ...]  # h, or h and c
@@ -479,8 +479,12 @@ class HandDerivedSteps(ExplicitSteps):
         return (h, *state), derivative
 
 
-def recurrent_layer(recipe: Recipe, inputs: int, width: int, kept: KeptMasks) -> RecurrentLayer:
+def recurrent_layer(
+    recipe: Recipe, inputs: int, width: int, kept: KeptMasks, accelerator: Accelerator
+) -> RecurrentLayer:
     """The layer that kernel and implementation say.
+
+    On GPUs Keras' LSTM and GRU are cuDNN's, whatever the implementation: nothing here beats those.
 
     Neither Keras' layers nor BlockLSTM can drop previous outputs by a mask of ours, so with
     `recurrent_dropout` explicit steps take their place.
@@ -490,7 +494,12 @@ def recurrent_layer(recipe: Recipe, inputs: int, width: int, kept: KeptMasks) ->
     """
     if recipe.kernel != "sparse":
         kept = {}  # all weights are stored, and those left out held at zero
-    if recipe.implementation == "tuned" and recipe.kernel in ("fused", "sparse"):
+    cudnn = accelerator == "cuda" and recipe.kernel == "fused" and recipe.cell in ("lstm", "gru")
+    if (
+        recipe.implementation == "tuned"
+        and recipe.kernel in ("fused", "sparse")
+        and (recipe.recurrent_dropout or not cudnn)
+    ):
         return HandDerivedSteps(recipe, inputs, width, kept)
     if recipe.kernel in ("cell", "sparse") or recipe.recurrent_dropout:
         return ExplicitSteps(recipe, inputs, width, kept)

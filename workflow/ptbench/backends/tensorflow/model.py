@@ -13,7 +13,7 @@ from ptbench.backends.contract import GATES, kept_weights, parameter_shapes, sta
 from ptbench.backends.tensorflow import heads
 from ptbench.backends.tensorflow.devices import RANDOM_GENERATOR
 from ptbench.backends.tensorflow.layers import recurrent_layer
-from ptbench.configuration.models import Recipe
+from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
 
 Tensor = Any  # tf.Tensor
@@ -69,7 +69,9 @@ class Dropout:
 class LanguageModel(tf.Module):
     """The model of `Backend`'s docstring."""
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int, seed: int) -> None:
+    def __init__(
+        self, recipe: Recipe, vocabulary_size: int, seed: int, accelerator: Accelerator
+    ) -> None:
         super().__init__()
         self.recipe, self.vocabulary_size = recipe, vocabulary_size
         self.kept = kept_weights(recipe, vocabulary_size, seed)
@@ -80,7 +82,7 @@ class LanguageModel(tf.Module):
             inputs, _ = shapes[f"rnn.{index}.input"]
             prefix = f"rnn.{index}."
             kept = {n.removeprefix(prefix): k for n, k in self.kept.items() if n.startswith(prefix)}
-            self.layers.append(recurrent_layer(recipe, inputs, width, kept))
+            self.layers.append(recurrent_layer(recipe, inputs, width, kept, accelerator))
             in_layers |= {prefix + k: v for k, v in self.layers[-1].variables_of.items()}
         # by canonical name, in canonical order; a sparse kernel stores kept weights alone
         self.parameters: dict[str, tf.Variable] = {

@@ -1,6 +1,6 @@
 """Clipping and the update rules, defined in `Backend.train_step`.
 
-By hand, because TensorFlow's own RMSProp adds epsilon under the root.
+All but SGD by hand, because TensorFlow's own RMSProp adds epsilon under the root.
 """
 
 from __future__ import annotations
@@ -40,16 +40,13 @@ def update_variable(
         g, factor: the clipped gradient is their product.
         slots: in the order of `OPTIMIZER_SLOTS`.
     """
-    if recipe.implementation == "tuned":
-        if recipe.optimizer == "sgd" and not recipe.weight_decay:
-            # one pass over memory, where g's multiple would be written and read again
-            tf.raw_ops.ResourceApplyGradientDescent(var=p.handle, alpha=rate * factor, delta=g)
-            return
-        g = factor * g
+    if recipe.optimizer != "sgd" or recipe.weight_decay:
+        g, factor = factor * g, tf.constant(1.0)
     if recipe.weight_decay:
         g += recipe.weight_decay * p
     if recipe.optimizer == "sgd":
-        p.assign_sub(rate * g)
+        # What tf.compat.v1.train.GradientDescentOptimizer applies: one pass over memory.
+        tf.raw_ops.ResourceApplyGradientDescent(var=p.handle, alpha=rate * factor, delta=g)
     elif recipe.optimizer == "adam":
         m, v = slots
         new_m = m.assign(recipe.adam_beta1 * m + (1 - recipe.adam_beta1) * g)

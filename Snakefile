@@ -32,13 +32,14 @@ rule all:
 
 # Not rules: what these make, the rules merely use, so its age must not decide what is run again.
 onstart:
-    trains = workflow.dag_settings.targets != {"partial"}
-    if trains:
-        try:
+    trains = set(workflow.dag_settings.targets) != {"partial"}
+    try:
+        if trains:
             refuse_duplicates(Path.cwd())
-        except PtbenchError as error:
-            raise WorkflowError(str(error))
-    study.write(Path("results/study.json"))
+        # `partial` has one of its own, for a study may be running on the other.
+        study.write(Path("results" if trains else "results/partial") / "study.json")
+    except (PtbenchError, OSError) as error:
+        raise WorkflowError(str(error))
     if trains and not USES_CONDA:
         shell(
             "python -m ptbench environments {study.frameworks} --accelerator {ACCELERATOR}"

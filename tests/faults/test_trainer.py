@@ -100,6 +100,22 @@ def test_told_to_end_it_saves_says_so_and_ends_with_75(
     assert read_metrics(toy.output / "metrics.json").attempts == 2
 
 
+def test_a_terminal_that_is_gone_neither_ends_nor_fails_it(toy: Toy, uninterrupted: Any) -> None:
+    """As with `| tee log` and Ctrl-C, which ends tee too."""
+    process = toy.start(TOY_SECONDS="0.02")
+    assert toy.wait_for_checkpoint(process)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert toy.wait_for_checkpoint(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert "SIGTERM: saving" in toy.log.read_text()
+    assert status(toy) == "interrupted"
+    assert not list(toy.attempts.glob("*.failure.json"))
+    toy.finish()
+    assert toy.result() == uninterrupted
+
+
 def test_told_to_end_before_the_first_step_it_ends_at_once(toy: Toy) -> None:
     process = toy.start(TOY_START="1000")
     while status(toy) != "running":

@@ -442,3 +442,16 @@ def test_a_header_that_claims_more_than_there_is_is_damage(tmp_path: Path) -> No
     path.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     with pytest.raises(module.RejectedError):
         read_arrays(path)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    module.write_arrays(path, {"a": np.arange(3.0)}, {})
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))  # no more than are open already
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_arrays(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert np.array_equal(read_arrays(path)[0]["a"], [0.0, 1.0, 2.0])

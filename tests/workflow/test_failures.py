@@ -67,9 +67,20 @@ def test_the_next_run_is_of_that_cell_and_what_needs_it(failed: tuple[Project, s
     assert "results/report/index.html" in planned
 
 
-def test_a_partial_report_marks_what_is_missing(failed: tuple[Project, str]) -> None:
+def test_a_partial_report_marks_what_is_missing_and_leaves_a_study_that_runs_alone(
+    failed: tuple[Project, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project, _ = failed
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '7 R rule_train_wildcards_tiny_jax_1_1 {project.folder}'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    study = project.folder / "results" / "study.json"
+    before = study.stat().st_mtime_ns
+    assert "still in Slurm's queue" in project.snakemake("--cores", "1", expect=1).stderr
+    assert study.stat().st_mtime_ns == before
     project.snakemake("--cores", "1", "partial", *CONFIG)
+    assert study.stat().st_mtime_ns == before
     page = (project.folder / "results" / "partial" / "index.html").read_text()
     assert "seed 2 has no result" in page
     assert f"../cells/{OTHER}/metrics.json" in page
@@ -95,3 +106,16 @@ def test_the_first_command_then_finishes_the_report(failed: tuple[Project, str])
     project.snakemake("--cores", "2", *CONFIG)
     assert Path(project.folder / "results" / "report" / "index.html").exists()
     assert project.planned(*CONFIG) == []
+
+
+def test_a_study_that_cannot_be_written_down_is_a_sentence(failed: tuple[Project, str]) -> None:
+    """A folder in the file's place, for to root every file is writable."""
+    project, _ = failed
+    study = project.folder / "results" / "study.json"
+    study.unlink()
+    study.mkdir()
+    before = (project.folder / TARGET).read_bytes()
+    answer = project.snakemake("--cores", "1", "--forceall", *CONFIG, expect=1)
+    assert "Is a directory: 'results/study.json'" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert (project.folder / TARGET).read_bytes() == before

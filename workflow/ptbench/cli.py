@@ -330,7 +330,8 @@ class Log:
         """A line for the log and, where that is elsewhere, for the terminal."""
         print(line, flush=True)
         if self.terminal is not sys.stdout:
-            print(line, file=self.terminal, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nobody looks any more, or it is closed
+                print(line, file=self.terminal, flush=True)
 
 
 @contextlib.contextmanager
@@ -365,7 +366,8 @@ def redirected(path: Path) -> Iterator[TextIO]:
         os.dup2(terminal.fileno(), 1)
         os.dup2(saved, 2)
         os.close(saved)
-        terminal.close()
+        with contextlib.suppress(OSError):  # what nobody could be shown
+            terminal.close()
 
 
 def positive(text: str) -> int:
@@ -507,11 +509,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arguments.function(arguments)
     except PtbenchError as error:
-        print(f"ptbench: {error}", file=sys.stderr)
+        complain(str(error))
         sys.exit(error.status)
     except OSError as error:  # a full disk, a folder that may not be written to
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"ptbench: {where}{error.strerror}", file=sys.stderr)
+        complain(f"{where}{error.strerror}")
         sys.exit(2)
+
+
+def complain(sentence: str) -> None:
+    """Say it on standard error, if that is still there."""
+    with contextlib.suppress(OSError):
+        print(f"ptbench: {sentence}", file=sys.stderr, flush=True)

@@ -31,4 +31,4 @@ rule partial:
     conda:
         "../../envs/workflow.yaml"
     shell:
-        "python -m ptbench partial --log {log:q}"
+        "python -m ptbench partial --study results/partial/study.json --log {log:q}"

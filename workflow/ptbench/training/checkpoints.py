@@ -148,7 +148,7 @@ class Checkpoints(Keeper):
                 self.say(f"{path} is no checkpoint of this run: {reason}; it is now {aside.name}")
                 continue
             except OSError as error:
-                raise PtbenchError(f"{path}: cannot be read: {error.strerror}") from error
+                raise PtbenchError(f"{path}: cannot be read: {error.strerror or error}") from error
             self.position = describe(header)
             lowest = min(header.history, key=lambda epoch: epoch.valid_nll, default=None)
             run = Run(header.history, lowest, best or None, header.sums)
@@ -262,14 +262,15 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
 
     Raises:
         RejectedError: if it is damaged.
+        OSError: if it cannot be read now; it may be whole.
     """
     try:
+        with path.open("rb"):  # whose errors have numbers
+            pass
         with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, IsADirectoryError, ValueError, KeyError, TypeError) as error:
         raise RejectedError(f"it cannot be read ({error})") from error
     if metadata.pop("sha256", None) != checksum(arrays, metadata):
         raise RejectedError("its checksum is wrong")

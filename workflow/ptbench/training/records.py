@@ -106,7 +106,11 @@ class Metrics(Model):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none: to a neighbour first, flushed to disk, then renamed."""
+    """Write a whole file or none: to a neighbour first, flushed to disk, then renamed.
+
+    Raises:
+        OSError: if it cannot be written, with its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -115,6 +119,11 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(
+            path
+        )  # a full disk has none, and the neighbour's tells nobody anything
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -73,7 +73,7 @@ def nlls_of_runs(
     nlls = []
     for seed in seeds:
         name = Cell(variant=given.variant, framework=backend.name, devices=1, seed=seed)
-        model = cell.create_backend(name, specified, opened.vocabulary_size, threads=1)
+        model = cell.create_backend(name, specified, opened.vocabulary_size, backend.threads)
         with contextlib.closing(model):
             run = train(model, recipe, splits, Clocks(model.synchronize), lambda _: None)
         assert run.test is not None

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ptbench.backends.contract import objective_divisor
 from ptbench.backends.numpy_oracle import Gru, Layer, Lstm, NumpyOracle, log_softmax, sigmoid
@@ -274,8 +276,18 @@ def test_a_mixture_s_logarithm_is_exact_where_its_probabilities_underflow() -> N
     assert nll == pytest.approx(1000 * (batch.targets * batch.mask).sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
-def test_probabilities_sum_to_one(changes: dict[str, Any]) -> None:
-    oracle = oracle_with(**changes)
-    log_p, _ = oracle.next_token_log_probabilities(batch_of(TIME).inputs, random_state(oracle))
-    np.testing.assert_allclose(np.exp(log_p).sum(axis=-1), 1, rtol=1e-6)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.floats(0.01, 50),
+    kind=st.sampled_from(list(MODELS)),
+)
+def test_probabilities_sum_to_one_however_large_the_parameters(
+    seed: int, scale: float, kind: str
+) -> None:
+    oracle, rng = oracle_with(**MODELS[kind]), np.random.default_rng(seed)
+    drawn = {name: scale * rng.uniform(-1, 1, p.shape) for name, p in oracle.p.items()}
+    oracle.load_parameters(drawn)
+    inputs = rng.integers(0, VOCABULARY, (TIME, BATCH))
+    forward = oracle.forward(inputs, random_state(oracle), oracle.no_masks)
+    sums = np.exp(forward.log_probabilities).sum(axis=-1)
+    np.testing.assert_allclose(sums, 1, rtol=0, atol=1e-10)

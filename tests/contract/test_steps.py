@@ -12,6 +12,7 @@ from tests.support.problems import (
     ADAM_DROPOUT,
     BATCH,
     DROPOUT,
+    IMPLEMENTATIONS,
     MEAN,
     RMSPROP_DROPOUT,
     SUM,
@@ -197,11 +198,17 @@ def test_a_model_of_zeros_loses_log_vocabulary_nats_for_each_token(
     assert nll[0] == pytest.approx(batch.mask.sum() * math.log(VOCABULARY), rel=1e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mixtures", [0, 2])
 def test_a_word_of_probability_exp_minus_300_costs_300_nats_and_has_a_gradient(
-    backends: Backends, framework: str
+    backends: Backends, framework: str, mixtures: int, implementation: str
 ) -> None:
-    """exp(-300) is zero in float32: only log-sum-exp gets this right."""
-    backend = backends.get(framework, SUM)
+    """exp(-300) is zero in float32: only log-sum-exp gets this right.
+
+    Parameters of zero make a mixture's softmaxes equal, and so the mixture one of them.
+    """
+    head = {"mixtures": mixtures, "implementation": implementation}
+    backend = backends.get(framework, SUM.model_copy(update=head))
     parameters = {name: np.zeros_like(array) for name, array in backend.parameters().items()}
     parameters["softmax.bias"][0] = 300
     backend.load_parameters(parameters)

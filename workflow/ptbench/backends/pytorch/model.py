@@ -78,7 +78,8 @@ class LanguageModel(nn.Module):
         for layer, before, dropout in zip(self.layers, state, self.dropout[1:], strict=True):
             mask = None
             if self.training and self.recipe.recurrent_dropout:
-                mask = self.recurrent_dropout(torch.ones_like(before[0]))
+                # not ones_like, whose strides are the state's: then masks would depend on them
+                mask = self.recurrent_dropout(before[0].new_ones(before[0].shape))
             x, after = layer(x, before, mask)
             last.append(after)
             x = dropout(x)

@@ -25,7 +25,7 @@ from tests.support.problems import (
 )
 from tests.support.remote import Backends
 
-from ptbench.backends.contract import Backend
+from ptbench.backends.contract import GATES, Backend
 from ptbench.backends.numpy_oracle import Masks, NumpyOracle
 from ptbench.configuration.models import Recipe
 
@@ -42,7 +42,20 @@ LOCKED = recipe(
 )  # fmt: skip
 LATENTS = recipe(**EVERYWHERE, mixtures=2, latent_size=10, latent_dropout=0.2)
 WORDS = recipe(**EVERYWHERE, word_dropout=0.25, recurrent_dropout=0.25, kernel="cell")
-RECIPES = {"per step": PER_STEP, "locked": LOCKED, "latents": LATENTS, "words": WORDS}
+# Previous outputs are dropped by other code in each of these. One wide layer compiles faster than
+# two, and its masks are as unlikely to be equal by chance.
+ONE_LAYER = EVERYWHERE | {"recurrent_dropout": 0.25, "layers": 1, "hidden_size": 32}
+RECIPES = {
+    "per step": PER_STEP,
+    "locked": LOCKED,
+    "latents": LATENTS,
+    "words": WORDS,
+    "lstm, two biases": recipe(**ONE_LAYER, recurrent_bias=True),
+    "sparse lstm": recipe(**ONE_LAYER, kept_weights=0.3),
+    "sparse lstm, sparse kernel": recipe(**ONE_LAYER, kept_weights=0.3, kernel="sparse"),
+    "gru, two biases": recipe(**ONE_LAYER, cell="gru", recurrent_bias=True),
+    "rnn_tanh": recipe(**ONE_LAYER, cell="rnn_tanh"),
+}
 CASES = [
     *itertools.product(RECIPES, IMPLEMENTATIONS, [1]),
     # With more devices each replica may drop words of its own, which the oracle does not.
@@ -64,19 +77,21 @@ class OracleWithMasks(NumpyOracle):
 def masks_of(backend: Backend, recipe: Recipe) -> Masks:
     """What the backend would drop in its next step.
 
-    With recurrent weights of zero and forget gates shut, nothing passes from one time step to
-    another. If the mask then lets one position alone into the loss, a dropped unit there has no
-    gradient: in the embedding's row, in its row of the next layer's or the head's weights, in its
-    entry of the latents' bias, or, for a previous output, in its row of the recurrent weights. As
-    `gradients` changes nothing, all positions can be asked for in turn.
+    With recurrent weights of zero and an LSTM's forget gates or a GRU's update gates shut, nothing
+    passes from one time step to another. If the mask then lets one position alone into the loss, a
+    dropped unit there has no gradient: in the embedding's row, in its row of the next layer's or
+    the head's weights, in its entry of the latents' bias, or, for a previous output, in its row of
+    the recurrent weights. As `gradients` changes nothing, all positions can be asked for in turn.
     """
     parameters = backend.parameters()
     shut = {name: array.copy() for name, array in parameters.items()}
     for layer in range(recipe.layers):
         shut[f"rnn.{layer}.recurrent"][:] = 0
-        gates = shut[f"rnn.{layer}.bias"].reshape(4, -1)
+        if recipe.recurrent_bias:
+            shut[f"rnn.{layer}.recurrent_bias"][:] = 0
+        gates = shut[f"rnn.{layer}.bias"].reshape(len(GATES[recipe.cell]), -1)
         gates[:] = 1  # an output other than zero even for a word that is dropped
-        gates[1] = -200  # the sigmoid of which is 0
+        gates[1:2] = -200  # forget or update, if the cell has them; the sigmoid of this is 0
     backend.load_parameters(shut)
     state = backend.initial_state(BATCH, training=True)
     inputs, targets, everything = distinct_batch()

@@ -8,6 +8,7 @@ from tests.support.problems import (
     IMPLEMENTATIONS,
     VOCABULARY,
     largest_error,
+    moved,
     random_parameters,
     recipe,
     relative_error,
@@ -63,11 +64,7 @@ def test_ten_steps_with_a_changing_rate_are_the_oracle_s(
     assert norms == pytest.approx(expected_norms, rel=1e-5)
     error, name = largest_error(backend.parameters(), oracle.parameters())
     assert error < 1e-5, name
-    movement = [
-        {name: p - initial[name] for name, p in each.items()}
-        for each in (backend.parameters(), oracle.p)
-    ]
-    error, name = largest_error(*movement)
+    error, name = largest_error(moved(backend.parameters(), initial), moved(oracle.p, initial))
     assert error < tolerance, name
     actual, expected = backend.snapshot(state), oracle.snapshot(expected_state)
     for slot, name in slot_names(recipe, VOCABULARY):

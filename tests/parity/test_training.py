@@ -13,12 +13,12 @@ from tests.support.problems import (
     TIME,
     VOCABULARY,
     largest_error,
+    moved,
     same,
     train,
 )
 from tests.support.remote import Backends, probe
 
-from ptbench.backends.contract import Parameters
 from ptbench.backends.numpy_oracle import NumpyOracle
 from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import ParallelStreams
@@ -67,8 +67,3 @@ def test_ten_steps_of_sgd_with_a_changing_rate_are_the_oracle_s(
         moved(backend.parameters(), initial), moved(oracle.parameters(), initial)
     )
     assert error < 1e-4, name
-
-
-def moved(parameters: Parameters, initial: Parameters) -> Parameters:
-    """How far training has taken the parameters."""
-    return {name: parameters[name] - initial[name] for name in initial}

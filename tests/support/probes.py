@@ -81,6 +81,20 @@ def nlls_of_runs(
     return nlls
 
 
+def run_on_corpus(backend: Backend, corpus: str) -> list[Any]:
+    """Train and validation nll [nats/token] of each epoch of the backend's recipe, test nll, and
+    the parameters in the end.
+
+    Args:
+        corpus: folder of the prepared corpus.
+    """
+    splits = cell.feed(open_corpus(Path(corpus)), backend.recipe, devices=1)
+    run = train(backend, backend.recipe, splits, Clocks(backend.synchronize), lambda _: None)
+    assert run.test is not None
+    nlls = [nll for epoch in run.history for nll in (epoch.train_nll, epoch.valid_nll)]
+    return [[*nlls, run.test.nll], backend.parameters()]
+
+
 def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
     """The parameters, once the arrays of a former `parameters()` have been written to."""
     for array in backend.parameters().values():

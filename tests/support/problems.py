@@ -136,6 +136,11 @@ def largest_error(actual: Parameters, expected: Parameters) -> tuple[float, str]
     return max((relative_error(actual[name], expected[name]), name) for name in expected)
 
 
+def moved(parameters: Parameters, initial: Parameters) -> Parameters:
+    """How far training has taken the parameters."""
+    return {name: parameters[name] - initial[name] for name in initial}
+
+
 def train(
     backend: Backend, batches: Sequence[Batch], rates: Sequence[float], state: State = None
 ) -> tuple[list[float], list[float], State]:

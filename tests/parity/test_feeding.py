@@ -1,0 +1,89 @@
+"""A run on sentences or windows, through the training loop, is the oracle's.
+
+Parallel streams are in `test_training.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support import probes
+from tests.support.checkpoints import small_corpus
+from tests.support.problems import (
+    BATCH,
+    IMPLEMENTATIONS,
+    VOCABULARY,
+    largest_error,
+    moved,
+    random_parameters,
+    recipe,
+)
+from tests.support.remote import Backends, probe
+
+from ptbench.backends.numpy_oracle import NumpyOracle
+from ptbench.configuration.models import Recipe
+from ptbench.corpus.store import open_corpus
+from ptbench.training.cell import feed
+
+COMMON = {"layers": 1, "schedule": "constant", "evaluation_batch_size": BATCH,
+          "test_batch_size": BATCH}  # fmt: skip
+# A loss averaged over real tokens depends on the padding of its own batch, and adam on all steps so
+# far, of which those that compile are none. The second epoch of windows begins where the first one
+# ended.
+SENTENCES = recipe(
+    **COMMON, feeding="sentences", objective="mean_per_token", clip_norm=0.1, optimizer="adam",
+    learning_rate=0.01, epochs=1, constant_epochs=1,
+)  # fmt: skip
+WINDOWS = recipe(**COMMON, feeding="windows", epochs=2, constant_epochs=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of sentences of 2 to 16 tokens."""
+    rng = np.random.default_rng(5)
+    words = [f"word{n}" for n in range(VOCABULARY - 1)]
+
+    def text(lengths: list[int]) -> str:
+        return "".join(" ".join(rng.choice(words, length)) + "\n" for length in lengths)
+
+    every_word = "".join(" ".join(words[n : n + 13]) + "\n" for n in range(0, len(words), 13))
+    lengths = {
+        split: rng.integers(1, 16, count).tolist()
+        for split, count in (("train", 26), ("valid", 9), ("test", 11))
+    }
+    texts = {split: text(each) for split, each in lengths.items()}
+    texts["train"] += every_word
+    return small_corpus(tmp_path_factory.mktemp("feeding"), **texts)
+
+
+def test_sentences_come_in_two_lengths_with_padding_and_windows_wrap(corpus: Path) -> None:
+    """Or the next test would show less than it says."""
+    opened = open_corpus(corpus)
+    sentences = feed(opened, SENTENCES, devices=1)
+    for split in sentences:
+        assert [len(batch.inputs) for batch in split.shapes()] == [8, 16]
+        masks = [batch.mask for batch in split.epoch(1)]
+        assert any(not mask.all() for mask in masks)
+    # whole rows of padding, in a batch that never filled up
+    assert any(not mask.any(axis=0).all() for mask in masks)
+    windows = feed(opened, WINDOWS, devices=1).train
+    assert 2 * windows.predicted_tokens > len(opened.train) > windows.predicted_tokens
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("fed", [SENTENCES, WINDOWS], ids=lambda fed: fed.feeding)
+def test_losses_and_final_parameters_of_a_run_are_the_oracle_s(
+    backends: Backends, framework: str, corpus: Path, fed: Recipe, implementation: str
+) -> None:
+    fed = fed.model_copy(update={"implementation": implementation})
+    backend, oracle = backends.get(framework, fed), NumpyOracle(fed, VOCABULARY)
+    initial = random_parameters(fed, seed=1)
+    backend.load_parameters(initial)
+    oracle.load_parameters(initial)
+    nll, parameters = probe(probes.run_on_corpus, backend, str(corpus))
+    expected_nll, expected = probe(probes.run_on_corpus, oracle, str(corpus))
+    assert nll == pytest.approx(expected_nll, rel=1e-4)
+    error, name = largest_error(moved(parameters, initial), moved(expected, initial))
+    assert error < 1e-4, name

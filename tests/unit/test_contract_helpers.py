@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ptbench.backends.contract import (
     parameter_shapes,
     rate_and_epsilon,
     slot_names,
+    smallest_draws,
 )
 from ptbench.configuration.models import Recipe
 
@@ -184,3 +186,22 @@ def test_as_many_weights_are_kept_in_every_gate_s_matrix_and_the_seed_says_which
         np.testing.assert_array_equal(again[name], mask)
         assert not np.array_equal(other[name], mask)
     assert len({tuple(gate) for gate in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
+@pytest.mark.parametrize("count", [1, 30, 999, 1000])
+def test_what_is_kept_does_not_depend_on_the_memory_that_its_draw_takes(
+    count: int, chunk: int
+) -> None:
+    order = np.argsort(np.random.default_rng(5).random(1000), kind="stable")
+    drawn = smallest_draws(np.random.default_rng(5), 1000, count, chunk)
+    np.testing.assert_array_equal(drawn, order[:count])
+
+
+def test_the_kept_weights_of_a_wide_gate_take_memory_for_themselves_alone() -> None:
+    tracemalloc.start()
+    drawn = smallest_draws(np.random.default_rng(1), 20_000_000, 2000, chunk=1 << 18)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(drawn.tolist())) == 2000
+    assert peak < 8 * 20_000_000 / 10  # of the bytes of all numbers together

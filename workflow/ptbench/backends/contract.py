@@ -350,16 +350,37 @@ def kept_weights(
     for name, shape in parameter_shapes(recipe, vocabulary_size).items():
         if name.rpartition(".")[2] not in ("input", "recurrent"):
             continue
-        count = kept_count(recipe, name, shape) // gates
-        gate_masks = []
-        for _ in range(gates):
-            # rng.random is the one draw that every NumPy version gives alike
-            order = np.argsort(rng.random(math.prod(shape) // gates), kind="stable")
-            gate_mask = np.zeros(len(order), np.bool_)
-            gate_mask[order[:count]] = True
-            gate_masks.append(gate_mask.reshape(shape[0], shape[1] // gates))
-        masks[name] = np.concatenate(gate_masks, axis=1)
+        inputs, width = shape[0], shape[1] // gates
+        masks[name] = np.zeros(shape, np.bool_)
+        for gate in range(gates):
+            drawn = smallest_draws(rng, inputs * width, kept_count(recipe, name, shape) // gates)
+            rows, columns = np.divmod(drawn, width)
+            masks[name][rows, gate * width + columns] = True
     return masks
+
+
+def smallest_draws(
+    rng: np.random.Generator, size: int, count: int, chunk: int = 1 << 20
+) -> npt.NDArray[np.int64]:
+    """Where the `count` smallest of `size` uniform numbers are, drawn one after another.
+
+    A set of that many, any as likely as any other. Of equal numbers the first is smaller. Takes
+    memory for `count` and for `chunk` numbers, not for `size`: a sparse model's matrix may be much
+    larger than what it keeps.
+    """
+    places = np.zeros(0, np.int64)
+    numbers = np.zeros(0)
+    for start in range(0, size, chunk):
+        # rng.random is the one draw that every NumPy version gives alike
+        drawn = rng.random(min(chunk, size - start))
+        below = (
+            np.flatnonzero(drawn < numbers[-1]) if len(numbers) == count else np.arange(len(drawn))
+        )
+        numbers = np.concatenate([numbers, drawn[below]])
+        places = np.concatenate([places, start + below])
+        order = np.argsort(numbers, kind="stable")[:count]
+        numbers, places = numbers[order], places[order]
+    return places
 
 
 def check_parameters(

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbench.backends.contract import parameter_count
+from ptbench.backends.contract import kept_count, parameter_count, parameter_shapes
 from ptbench.configuration import loading
 from ptbench.configuration.loading import load_experiments, load_study
 from ptbench.configuration.models import Recipe, Specification, parse_cell_path, variant_name
@@ -347,3 +347,20 @@ def test_the_recipes_of_the_documents_are_those_of_their_tables() -> None:
     }  # fmt: skip
     for name, published in millions.items():
         assert f"{parameter_count(recipes[name], 10_000) / 1e6:.3f}" == published, name
+
+
+def test_sparselang_s_second_experiment_keeps_as_many_weights_at_every_width() -> None:
+    """SparseLang 2018: those of the model that keeps 1 % of the 81 million of its Table 1."""
+    planned = load_study({"experiments": ["sparselang-weights"]}).experiments["sparselang-weights"]
+    kept = {}
+    for recipe in (specification.recipe for specification in planned.specifications):
+        if recipe.kept_weights < 1:
+            assert recipe.embedding_size == recipe.hidden_size
+            kept[recipe.kept_weights] = sum(
+                kept_count(recipe, name, shape)
+                for name, shape in parameter_shapes(recipe, 10_000).items()
+                if name.endswith((".input", ".recurrent"))
+            )
+    assert list(kept) == [0.01, 0.005, 0.002, 0.001, 0.0005, 0.0001]
+    for count in kept.values():
+        assert count == pytest.approx(810_000, abs=50)

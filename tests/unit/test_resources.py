@@ -47,6 +47,16 @@ def test_every_mixture_multiplies_by_the_output_matrix_and_a_tied_one_counts_too
     assert weights_per_token(tied, 10_000) == plain
 
 
+def test_a_sparse_product_is_given_time_for_what_it_keeps_and_memory_for_the_whole_matrix() -> None:
+    def wide(**changes: object) -> Specification:
+        return specification(hidden_size=5000, embedding_size=5000, kept_weights=0.001, **changes)
+
+    masked, sparse = wide(), wide(kernel="sparse")
+    assert runtime_minutes(sparse, 1, PTB) < runtime_minutes(masked, 1, PTB) / 2
+    asked = [memory_megabytes(spec, "jax", 1, PTB) for spec in (masked, sparse)]
+    assert asked[0] == asked[1]
+
+
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_time_and_memory_grow_with_the_attempt(accelerator: str) -> None:
     spec = specification(accelerator)

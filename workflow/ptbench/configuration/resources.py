@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ptbench.backends.contract import parameter_shapes
+from ptbench.backends.contract import kept_count, parameter_shapes
 from ptbench.configuration.models import Accelerator, Recipe, Specification
 
 # Multiplications and additions a second that a cell reaches at least. On one thread of a busy
@@ -22,6 +22,9 @@ FLOPS: dict[Accelerator, float] = {"cpu": 10e9, "cuda": 1e12}
 # Seconds for one time step of one layer, forwards and backwards, in which a small model does little
 # but start kernels: some fifty, at 10 microseconds each, and Python around them.
 STEP_LATENCY: dict[Accelerator, float] = {"cpu": 0.2e-3, "cuda": 1e-3}
+# Weights of a dense matrix that take as long as one of a sparse product, which nothing shares: 24
+# bytes of gathered inputs and scattered sums for each token, at 200 GB/s on a GTX 1060.
+SPARSE_COST = 100
 BACKWARD = 2  # a backward pass is twice the work of a forward pass
 START_UP = 900.0  # seconds: imports from a shared file system, and compiling with XLA
 
@@ -102,10 +105,18 @@ def runtime_minutes(
 
 
 def weights_per_token(recipe: Recipe, vocabulary_size: int) -> int:
-    """Weights that a token is multiplied by: the output's in every mixture, the embedding's not."""
+    """Weights that a token is multiplied by: the output's in every mixture, the embedding's not.
+
+    Dense ones, or as many of them as take the time of a sparse product.
+    """
     shapes = parameter_shapes(recipe, vocabulary_size)
-    embedding = math.prod(shapes.pop("embedding"))
-    output = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("softmax."))
-    others = sum(map(math.prod, shapes.values())) - output
+    work = {name: math.prod(shape) for name, shape in shapes.items()}
+    if recipe.kernel == "sparse":
+        for name, shape in shapes.items():
+            if name.endswith((".input", ".recurrent")):
+                work[name] = SPARSE_COST * kept_count(recipe, name, shape)
+    embedding = work.pop("embedding")
+    output = sum(count for name, count in work.items() if name.startswith("softmax."))
+    others = sum(work.values()) - output
     tied = embedding if recipe.tie_weights else 0
     return others + (output + tied) * max(recipe.mixtures, 1)

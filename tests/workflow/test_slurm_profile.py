@@ -14,6 +14,7 @@ from ptbench.configuration.loading import WORKFLOW, load_experiments, load_study
 
 PROFILE = ROOT / "slurm" / "profile.yaml"
 REPRODUCTION = ROOT / "slurm" / "reproduction.yaml"
+CORPORA = ("ptb", "wikitext2")  # of the documents
 
 
 def test_the_two_profiles_share_no_key() -> None:
@@ -22,15 +23,22 @@ def test_the_two_profiles_share_no_key() -> None:
     assert not default.keys() & yaml.safe_load(PROFILE.read_text()).keys()
 
 
-def test_the_full_study_has_every_experiment_but_the_demo() -> None:
+def test_the_full_study_has_every_experiment_but_those_on_synthetic_text() -> None:
     _, experiments = load_experiments(WORKFLOW / "experiments")
-    assert {"demo", *read_yaml(REPRODUCTION)["experiments"]} == experiments.keys()
+    everything = load_study({"experiments": list(experiments)}).experiments.values()
+    on_real_text = {e.name for e in everything if e.specifications[0].recipe.corpus in CORPORA}
+    assert set(read_yaml(REPRODUCTION)["experiments"]) == on_real_text
+
+
+def test_the_readme_says_how_many_cells_the_full_study_has() -> None:
+    cells = load_study(read_yaml(REPRODUCTION)).cells
+    assert f" {len(cells):,} cells " in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def plan(project: Project) -> str:
     """The dry run of the full study, with a corpus in place, so that sizes are known."""
-    for name in ("ptb", "wikitext2"):
+    for name in CORPORA:
         corpus = project.folder / f"results/corpora/{name}/corpus.json"
         corpus.parent.mkdir(parents=True)
         tokens = '{"train": 929589, "valid": 73760, "test": 82430}'

@@ -71,6 +71,44 @@ def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: P
         assert running.path not in text
 
 
+def foreign(results: Path, cell: Cell, slurm_job: str | None) -> None:
+    """Make it look as if a cell's attempt had just been begun on another machine."""
+    attempt(results, cell)._ended.set()
+    record = results / "attempts" / cell.path / "attempt-1.json"
+    content = json.loads(record.read_text())
+    content["holder"] |= {"host": "node7", "machine": "another", "slurm_job": slurm_job}
+    record.write_text(json.dumps(content))
+
+
+def slurm_says(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a squeue on the PATH."""
+    squeue = folder / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f"#!/bin/sh\n{script}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent))
+
+
+@pytest.mark.parametrize(
+    ("squeue", "gone", "there", "outside"),
+    [
+        ("echo 42", "failed", "running", "running"),
+        ("true", "failed", "failed", "running"),
+        ("exit 1", "running", "running", "running"),  # Slurm's controller does not answer
+    ],
+)
+def test_a_cell_whose_slurm_job_is_gone_has_failed(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    squeue: str, gone: str, there: str, outside: str,
+) -> None:  # fmt: skip
+    slurm_says(tmp_path, monkeypatch, squeue)
+    for cell, job in zip(study.cells, ("hpc 4", "hpc 42", None), strict=False):
+        foreign(tmp_path, cell, job)
+    assert list(states(study, tmp_path).values())[:3] == [gone, there, outside]
+    said = failures(study_status(study, tmp_path), tmp_path, [])
+    assert (f"{study.cells[0].path} failed: " in said) is (gone == "failed")
+
+
 def test_a_cell_whose_result_was_removed_is_to_be_run_anew(study: Study, tmp_path: Path) -> None:
     cell = study.cells[0]
     with attempt(tmp_path, cell) as made:

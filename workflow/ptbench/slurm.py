@@ -1,4 +1,4 @@
-"""Jobs of an earlier run that are still in Slurm's queue.
+"""What Slurm has in its queue: which jobs at all, and which of an earlier run.
 
 Snakemake forgets its jobs when it is killed, and they run on. Started again it would submit each a
 second time, and a job begins with the removal of the cell's metrics.json, which the first job may
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from ptbench.errors import PtbenchError
 
-SQUEUE = ("squeue", "--noheader", "--format=%i %t %k %Z")  # id, state, comment, working directory
+SQUEUE = ("squeue", "--noheader", "--all")  # those of hidden partitions too
+DUPLICATES = "%i %t %k %Z"  # id, state, comment, working directory
+NUMBER = "%A"
 
 
 def queued(folder: Path, squeue: Callable[[], str]) -> dict[str, str]:
@@ -23,7 +25,7 @@ def queued(folder: Path, squeue: Callable[[], str]) -> dict[str, str]:
 
     Args:
         folder: where it ran.
-        squeue: gives a line for each job in the queue, as `SQUEUE` asks for them.
+        squeue: gives a line for each job in the queue, in the format `DUPLICATES`.
     """
     jobs = {}
     for line in squeue().splitlines():
@@ -33,17 +35,31 @@ def queued(folder: Path, squeue: Callable[[], str]) -> dict[str, str]:
     return jobs
 
 
-def ask_squeue() -> str:
-    """The queue as Slurm tells it; empty where there is no Slurm, or none that answers."""
+def ask_squeue(fields: str) -> str | None:
+    """The queue as Slurm tells it; None where there is no Slurm, or none that answers.
+
+    Args:
+        fields: of the line about each job, as `--format` takes them.
+    """
     if shutil.which(SQUEUE[0]) is None:
-        return ""
+        return None
+    command = (*SQUEUE, f"--format={fields}")
     try:
-        return subprocess.run(SQUEUE, capture_output=True, text=True, timeout=60, check=True).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None
+    return answer.stdout
 
 
-def refuse_duplicates(folder: Path, squeue: Callable[[], str] = ask_squeue) -> None:
+def job_numbers() -> set[str] | None:
+    """The jobs that Slurm has, waiting or at work; None if that cannot be known."""
+    answer = ask_squeue(NUMBER)
+    return None if answer is None else set(answer.split())
+
+
+def refuse_duplicates(
+    folder: Path, squeue: Callable[[], str] = lambda: ask_squeue(DUPLICATES) or ""
+) -> None:
     """Refuse to run while jobs of an earlier run are in the queue.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,8 @@ from rich.table import Table
 from ptbench.configuration.loading import Study
 from ptbench.configuration.models import Cell, Model
 from ptbench.report.formatting import framework_name
-from ptbench.training.attempts import look
+from ptbench.slurm import job_numbers
+from ptbench.training.attempts import Seen, look
 from ptbench.training.records import read_metrics
 
 State = Literal["done", "diverged", "running", "interrupted", "failed", "missing"]
@@ -47,10 +48,18 @@ class CellStatus(Model):
     host: str | None = Field(None, description="Where that ran, or runs.")
 
 
-def cell_status(cell: Cell, results: Path) -> CellStatus:
-    """The state of a cell, from its metrics.json and its newest attempt."""
+def cell_status(cell: Cell, results: Path, jobs: Collection[str] | None = None) -> CellStatus:
+    """The state of a cell, from its metrics.json and its newest attempt.
+
+    Args:
+        cell: which.
+        results: the results folder.
+        jobs: that Slurm has; None: unknown.
+    """
     folder = results / "attempts" / cell.path
     seen = look(folder)
+    if seen and jobs is not None and without_job(seen, jobs):
+        seen = seen._replace(lives=False)
     facts = {}
     if seen is not None:
         log = folder / f"attempt-{seen.record.attempt}.log"
@@ -81,9 +90,20 @@ def cell_status(cell: Cell, results: Path) -> CellStatus:
     return CellStatus(path=cell.path, cell=cell, state=state, **facts)
 
 
+def without_job(seen: Seen, jobs: Collection[str]) -> bool:
+    """Whether an attempt was made under a Slurm job that Slurm no longer has."""
+    job = seen.record.holder.slurm_job
+    return job is not None and job.rpartition(" ")[2] not in jobs
+
+
 def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
     """The cells of every experiment; those that experiments share are in each of them."""
     known = {cell.path: cell_status(cell, results) for cell in study.cells}
+    running = [status.cell for status in known.values() if status.state == "running"]
+    # Asked after the first look, or a job that has just begun would seem gone; then looked again,
+    # for one that has just ended may have said how.
+    jobs = job_numbers() if running else None
+    known |= {cell.path: cell_status(cell, results, jobs) for cell in running}
     return {
         name: [known[cell.path] for cell in planned.cells]
         for name, planned in study.experiments.items()

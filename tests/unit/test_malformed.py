@@ -361,11 +361,19 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def analyse_arguments(results: Path) -> list[Any]:
+def analyse_arguments(results: Path, experiment: str = "demo") -> list[Any]:
     return [
-        "analyse", "demo", "--study", results / "study.json", "--results", results,
+        "analyse", experiment, "--study", results / "study.json", "--results", results,
         "--output", results / "out",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", ["zaremba-small", "", "nonesuch"])
+def test_an_experiment_that_the_study_does_not_have(
+    results: Path, refused: Callable[..., str], experiment: str
+) -> None:
+    said = refused(*analyse_arguments(results, experiment))
+    assert f'the study has no experiment "{experiment}"; it has demo' in said
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "history.csv", "provenance.json"])

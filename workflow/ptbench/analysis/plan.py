@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from ptbench.analysis.statistics import DEFAULT_MARGIN
 from ptbench.configuration.models import Cell, Implementation, Model, Name
+from ptbench.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
@@ -42,7 +43,15 @@ class ExperimentPlan(Model):
 
 
 def plan_experiment(study: Study, name: str) -> ExperimentPlan:
-    """The plan of one of a study's experiments."""
+    """The plan of one of a study's experiments.
+
+    Raises:
+        ConfigurationError: if the study has no experiment of this name.
+    """
+    if name not in study.experiments:
+        raise ConfigurationError(
+            f'the study has no experiment "{name}"; it has {", ".join(sorted(study.experiments))}'
+        )
     planned = study.experiments[name]
     return ExperimentPlan(
         name=name,

@@ -116,13 +116,17 @@ def test_a_cell_whose_result_was_removed_is_to_be_run_anew(study: Study, tmp_pat
     assert states(study, tmp_path)[cell.path] == "missing"
 
 
-def test_a_result_that_cannot_be_read_is_a_failure(study: Study, tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
+    study: Study, tmp_path: Path
+) -> None:
     cell = study.cells[0]
     write_cell(tmp_path, metrics(cell, 4.7))
     path = tmp_path / "cells" / cell.path / "metrics.json"
     path.write_text("{")
     assert states(study, tmp_path)[cell.path] == "failed"
-    assert "metrics.json cannot be read" in failures(study_status(study, tmp_path), tmp_path, [])
+    text = failures(study_status(study, tmp_path), tmp_path, ["snakemake"])
+    assert "metrics.json cannot be read" in text
+    assert text.endswith(f"again: snakemake --force -- {path}")
 
 
 def test_the_grid_has_every_framework_and_state(study: Study, tmp_path: Path) -> None:

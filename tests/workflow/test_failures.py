@@ -20,13 +20,17 @@ OTHER = f"{VARIANT}/pytorch/devices-1/seed-1"
 TARGET = f"results/cells/{CELL}/metrics.json"
 
 
-def status(project: Project) -> dict[str, int]:
-    answer = subprocess.run(
-        [sys.executable, "-m", "ptbench", "status", "--json"],
+def ask_status(project: Project, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "ptbench", "status", *arguments],
         cwd=project.folder, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(project.folder / "workflow")},
-    )  # fmt: skip
-    return {state: n for state, n in json.loads(answer.stdout)["states"].items() if n}
+    ).stdout  # fmt: skip
+
+
+def status(project: Project) -> dict[str, int]:
+    states = json.loads(ask_status(project, "--json"))["states"]
+    return {state: n for state, n in states.items() if n}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,18 @@ def test_the_first_command_then_finishes_the_report(failed: tuple[Project, str])
     project.snakemake("--cores", "2", *CONFIG)
     assert Path(project.folder / "results" / "report" / "index.html").exists()
     assert project.planned(*CONFIG) == []
+
+
+def test_the_command_for_a_result_that_cannot_be_read_trains_that_cell(
+    failed: tuple[Project, str],
+) -> None:
+    project, _ = failed
+    (project.folder / TARGET).write_text("{")
+    said = ask_status(project, "--failed", "--again", shlex.join(["snakemake", "-n", *CONFIG]))
+    (again,) = re.findall(r"^  again: (.*)$", said, re.MULTILINE)
+    planned = project.snakemake(*shlex.split(again)[1:]).stdout
+    assert f"output: {TARGET}" in planned
+    assert OTHER not in planned
 
 
 def test_a_study_that_cannot_be_written_down_is_a_sentence(failed: tuple[Project, str]) -> None:

@@ -169,12 +169,14 @@ def failures(status: dict[str, list[CellStatus]], results: Path, command: Sequen
     for cell in distinct(status):
         if cell.state not in ("failed", "interrupted"):
             continue
-        target = str(results / "cells" / cell.path / "metrics.json")
+        target = results / "cells" / cell.path / "metrics.json"
+        # Snakemake sees no reason to make a file anew that is there, though it cannot be read.
+        again = [*command, *(["--force"] if target.exists() else []), "--", str(target)]
         times = "" if cell.attempts < 2 else f" (attempt {cell.attempts})"
         lines = [
             f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}",
             f"  log:   {cell.log or 'none'}",
-            f"  again: {shlex.join([*command, '--', target])}",
+            f"  again: {shlex.join(again)}",
         ]
         paragraphs.append("\n".join(lines))
     return "\n".join(paragraphs)

@@ -50,4 +50,6 @@ onstart:
 # What failed, why, and the command that runs it alone.
 onerror:
     again = command_without_targets(sys.argv, workflow.dag_settings.targets)
-    shell("python -m ptbench status --failed --again {again:q}")
+    shell(
+        "python -m ptbench status --failed --snakemake-log {log:q} --again {again:q}"
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,15 @@ from tests.support.fake_results import metrics, write_cell, write_diverged
 from ptbench.configuration.loading import Study, load_study
 from ptbench.configuration.models import Cell
 from ptbench.errors import InterruptionError
-from ptbench.report.status import failures, show, status_json, study_status
+from ptbench.report.status import (
+    after_errors,
+    distinct,
+    failures,
+    job_errors,
+    show,
+    status_json,
+    study_status,
+)
 from ptbench.training.attempts import Attempt
 
 
@@ -61,7 +72,7 @@ def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: P
         assert counts["states"] == {
             "done": 1, "diverged": 1, "running": 1, "interrupted": 1, "failed": 2, "missing": 0,
         }  # fmt: skip
-        text = failures(status, tmp_path, ["snakemake", "--cores", "1"])
+        text = failures(distinct(status), tmp_path, ["snakemake", "--cores", "1"])
         assert f"{failed.path} failed: " in text
         assert "no room for 20 GiB" in text
         assert f"{interrupted.path} interrupted: " in text
@@ -105,7 +116,7 @@ def test_a_cell_whose_slurm_job_is_gone_has_failed(
     for cell, job in zip(study.cells, ("hpc 4", "hpc 42", None), strict=False):
         foreign(tmp_path, cell, job)
     assert list(states(study, tmp_path).values())[:3] == [gone, there, outside]
-    said = failures(study_status(study, tmp_path), tmp_path, [])
+    said = failures(distinct(study_status(study, tmp_path)), tmp_path, [])
     assert (f"{study.cells[0].path} failed: " in said) is (gone == "failed")
 
 
@@ -116,6 +127,69 @@ def test_a_cell_whose_result_was_removed_is_to_be_run_anew(study: Study, tmp_pat
     assert states(study, tmp_path)[cell.path] == "missing"
 
 
+def block(cell: Cell, message: str = "", rule: str = "train") -> str:
+    """A failed job in Snakemake's log, locally or, with a message, in a Slurm job."""
+    slurm = f", /p/results/logs/slurm/rule_train/{cell.seed}/7.log" if message else ""
+    return (
+        f"[Sat Oct  3 10:00:00 2026]\nError in rule {rule}:\n"
+        + (f"    message: {message}\n" if message else "")
+        + "    jobid: 3\n    input: results/corpora/synthetic/corpus.json\n"
+        f"    output: results/cells/{cell.path}/metrics.json\n"
+        f"    log: results/logs/cells/{cell.path}.log{slurm} "
+        "(check log file(s) for error details)\n"
+        "    shell:\n        python -m ptbench train\n"
+        "        (command exited with non-zero exit code)\n"
+    )
+
+
+def test_the_jobs_that_failed_are_read_from_snakemakes_log(study: Study) -> None:
+    first, second, third, other, *_ = study.cells
+    log = (
+        f"rule train:\n    output: results/cells/{third.path}/metrics.json\n    jobid: 3\n\n"
+        + block(first)
+        + "Trying to restart job 3.\n"
+        + block(second, "SLURM-job '7' failed.\nSee its log.")
+        + block(other, rule="analyse")
+        + "1 of 4 steps (25%) done\n"
+    )
+    slurm = "/p/results/logs/slurm/rule_train/2/7.log"
+    assert job_errors(log) == {
+        first.path: f"results/logs/cells/{first.path}.log",
+        second.path: f"results/logs/cells/{second.path}.log, {slurm}",
+    }
+    assert job_errors("") == {}
+
+
+def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_before(
+    study: Study, tmp_path: Path
+) -> None:
+    begun, never, before, waiting, done, _ = study.cells
+    outside = never.model_copy(update={"seed": 9})
+    (tmp_path / "study.json").touch()
+    for cell in (begun, before):
+        with pytest.raises(MemoryError), attempt(tmp_path, cell):
+            raise MemoryError("no room")
+    old = (tmp_path / "study.json").stat().st_mtime - 60
+    os.utime(tmp_path / "attempts" / before.path / "attempt-1.json", (old, old))
+    write_cell(tmp_path, metrics(done, 4.7))  # at another try
+    errors = {cell.path: f"{cell.path}.log" for cell in (*study.cells[:5], outside)}
+    with attempt(tmp_path, waiting):
+        found = after_errors(distinct(study_status(study, tmp_path)), errors, tmp_path)
+    listed = dict(
+        re.findall(r"^(\S+) failed: (.*)\n  log:   ", failures(found, tmp_path, []), re.MULTILINE)
+    )
+    early = "its job ended before its trainer began"
+    held = f"its job failed, though a process on {socket.gethostname()} seems to be at it"
+    assert listed == {
+        begun.path: "out of memory (MemoryError: no room)",
+        never.path: early,
+        before.path: early,
+        waiting.path: held,
+        outside.path: early,
+    }
+    assert f"  log:   {before.path}.log\n" in failures(found, tmp_path, [])
+
+
 def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
     study: Study, tmp_path: Path
 ) -> None:
@@ -124,7 +198,7 @@ def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
     path = tmp_path / "cells" / cell.path / "metrics.json"
     path.write_text("{")
     assert states(study, tmp_path)[cell.path] == "failed"
-    text = failures(study_status(study, tmp_path), tmp_path, ["snakemake"])
+    text = failures(distinct(study_status(study, tmp_path)), tmp_path, ["snakemake"])
     assert "metrics.json cannot be read" in text
     assert text.endswith(f"again: snakemake --force -- {path}")
 

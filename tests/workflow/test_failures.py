@@ -112,6 +112,24 @@ def test_the_first_command_then_finishes_the_report(failed: tuple[Project, str])
     assert project.planned(*CONFIG) == []
 
 
+def test_a_job_that_fails_before_it_can_record_an_attempt_is_named_at_the_end(
+    failed: tuple[Project, str],
+) -> None:
+    project, _ = failed
+    cell = f"{VARIANT}/pytorch/devices-1/seed-3"
+    (project.folder / "results" / "attempts" / cell).write_text("a file where its folder should be")
+    target = f"results/cells/{cell}/metrics.json"
+    answer = project.snakemake("--cores", "1", *CONFIG, "--", target, expect=1)
+    said = answer.stdout + answer.stderr
+    start = (
+        f"{cell} failed: its job ended before its trainer began\n"
+        f"  log:   results/logs/cells/{cell}.log\n"
+        "  again: "
+    )
+    (again,) = re.findall(f"^{re.escape(start)}(.*)$", said, re.MULTILINE)
+    assert shlex.split(again)[-2:] == ["--", target]
+
+
 def test_the_command_for_a_result_that_cannot_be_read_trains_that_cell(
     failed: tuple[Project, str],
 ) -> None:

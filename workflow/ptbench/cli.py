@@ -245,7 +245,15 @@ def status(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ptbench.configuration.loading import read_study
-    from ptbench.report.status import failures, show, status_json, study_status
+    from ptbench.report.status import (
+        after_errors,
+        distinct,
+        failures,
+        job_errors,
+        show,
+        status_json,
+        study_status,
+    )
 
     study = read_study(arguments.study) if arguments.study.exists() else load(arguments.config)
     found = study_status(study, arguments.results)
@@ -254,7 +262,9 @@ def status(arguments: argparse.Namespace) -> None:
         return
     if not arguments.failed:
         show(found, Console(width=None if sys.stdout.isatty() else 120))
-    if text := failures(found, arguments.results, shlex.split(arguments.again)):
+    errors = job_errors("".join(log.read_text(errors="replace") for log in arguments.snakemake_log))
+    cells = after_errors(distinct(found), errors, arguments.results)
+    if text := failures(cells, arguments.results, shlex.split(arguments.again)):
         print(text)
 
 
@@ -475,6 +485,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", type=Path, default=Path("results"))
     sub.add_argument("--json", action="store_true", help="for machines")
     sub.add_argument("--failed", action="store_true", help="only the cells that failed")
+    sub.add_argument(
+        "--snakemake-log", type=Path, nargs="*", default=[],
+        help="of a run: the cells whose jobs failed in it are listed, whether begun or not",
+    )  # fmt: skip
     sub.add_argument("--again", default="uv run snakemake --cores 1", help="what runs the workflow")
 
     sub = command(schema)

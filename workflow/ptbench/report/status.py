@@ -6,9 +6,10 @@ Reads only, so it can be asked while the workflow runs.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptbench.configuration.loading import Study
-from ptbench.configuration.models import Cell, Model
+from ptbench.configuration.models import Cell, Model, parse_cell_path
 from ptbench.report.formatting import framework_name
 from ptbench.slurm import job_numbers
 from ptbench.training.attempts import Seen, look
@@ -33,6 +34,14 @@ STATES: dict[State, str] = {  # and the colour of each
     "failed": "red",
     "missing": "dim",
 }
+
+# What Snakemake's log has of a failed job: its output and its logs.
+JOB_ERROR = re.compile(
+    r"^Error in rule train:\n(?:.*\n)*?"
+    r" {4}output: results/cells/(.+)/metrics\.json\n"
+    r"(?: {4}log: (.+) \(check )?",
+    re.MULTILINE,
+)
 
 
 class CellStatus(Model):
@@ -115,6 +124,47 @@ def distinct(status: dict[str, list[CellStatus]]) -> list[CellStatus]:
     return list({cell.path: cell for cells in status.values() for cell in cells}.values())
 
 
+def job_errors(log: str) -> dict[str, str]:
+    """The cells whose jobs failed, by path, and where to read of it; from Snakemake's own log."""
+    return dict(JOB_ERROR.findall(log))
+
+
+def after_errors(
+    cells: Iterable[CellStatus], errors: Mapping[str, str], results: Path
+) -> list[CellStatus]:
+    """The cells and those of failed jobs, where a job may have failed before it began an attempt.
+
+    Then the cell's files tell of no attempt or of an older one.
+
+    Args:
+        cells: as their files tell.
+        errors: as `job_errors` returns them.
+        results: the results folder.
+    """
+    known = {cell.path: cell for cell in cells}
+    run_began = touched(results / "study.json")
+    for path, log in errors.items():
+        cell = known.setdefault(path, cell_status(parse_cell_path(path), results))
+        record = results / "attempts" / path / f"attempt-{cell.attempts}.json"
+        if cell.state == "running":
+            reason = f"its job failed, though a process on {cell.host} seems to be at it"
+        elif cell.state == "missing" or (
+            cell.state in ("failed", "interrupted") and touched(record) < run_began
+        ):
+            reason = "its job ended before its trainer began"
+        else:
+            continue
+        known[path] = CellStatus(
+            path=path, cell=cell.cell, state="failed", reason=reason, log=log or None
+        )
+    return list(known.values())
+
+
+def touched(path: Path) -> float:
+    """When a file was last written or touched [s since 1970]; 0 if it is not there."""
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
 def status_json(status: dict[str, list[CellStatus]]) -> str:
     """For machines: how many cells are in each state, and each cell."""
     cells = distinct(status)
@@ -159,14 +209,16 @@ def _counts(cells: Iterable[CellStatus]) -> list[str]:
     return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in STATES)]
 
 
-def failures(status: dict[str, list[CellStatus]], results: Path, command: Sequence[str]) -> str:
+def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str]) -> str:
     """Of each cell that failed or was interrupted: why, its log, and how to run it alone.
 
     Args:
+        cells: each once.
+        results: the results folder.
         command: what runs the workflow, without targets.
     """
     paragraphs = []
-    for cell in distinct(status):
+    for cell in cells:
         if cell.state not in ("failed", "interrupted"):
             continue
         target = results / "cells" / cell.path / "metrics.json"

@@ -135,7 +135,7 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
     write_atomically(folder / "metrics.json", result.model_dump_json(indent=1))
 
 
-def write_diverged(results: Path, cell: Cell) -> None:
+def write_diverged(results: Path, cell: Cell, **changes: Any) -> None:
     """A run whose loss left the recipe's limit in its first epoch."""
     result = metrics(
         cell,
@@ -147,6 +147,7 @@ def write_diverged(results: Path, cell: Cell) -> None:
         train=None,
         valid=None,
         test=None,
+        **changes,
     )
     write_cell(results, result, epochs=[])
 

@@ -18,7 +18,13 @@ from tests.support.fake_results import (
     write_results,
 )
 
-from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows, read_corpus_facts
+from ptbench.analysis.collect import (
+    OUTDATED,
+    AnalysisError,
+    CorpusFacts,
+    collect_rows,
+    read_corpus_facts,
+)
 from ptbench.analysis.experiment import analyse
 from ptbench.analysis.plan import ExperimentPlan
 
@@ -123,6 +129,40 @@ def test_different_fingerprints_are_never_averaged_or_compared(tmp_path: Path, w
     assert f"ffffffffffff in {odd.path}" in message
     assert all(cell.path in message for cell in experiment.cells)
     assert "\n" not in message
+
+
+def test_a_partial_report_counts_cells_of_the_present_recipe_alone(tmp_path: Path) -> None:
+    experiment = plan(variants=("a", "b"), frameworks=("jax",))
+    write_results(tmp_path, experiment)
+    renewed = experiment.cells[1]
+    write_cell(tmp_path, metrics(renewed, 4.7, fingerprint="ffffffffffff"))
+    with pytest.raises(AnalysisError, match="different settings"):
+        collect_rows(experiment, tmp_path)
+    present = {"a": "ffffffffffff", "b": "eeeeeeeeeeee"}
+    a, b = collect_rows(experiment, tmp_path, present)
+    assert [cell.state for cell in a.cells] == ["missing", "ok", "missing"]
+    assert a.nlls("test") == pytest.approx([4.7])
+    assert a.problem == (
+        f"invalid: seed 1 has no result ({OUTDATED}), seed 3 has no result ({OUTDATED})"
+    )
+    assert b.problem == f"no seed has a result ({OUTDATED})"
+    analysis = analyse(experiment, [a, b], CorpusFacts(), [])
+    assert [cell.reason for cell in analysis.rows[0].cells] == [OUTDATED, None, OUTDATED]
+    assert analysis.rows[1].fingerprint is None
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "history.csv"])
+def test_a_partial_report_counts_what_cannot_be_read_as_missing_and_says_why(
+    tmp_path: Path, name: str
+) -> None:
+    experiment = plan(frameworks=("jax",))
+    write_results(tmp_path, experiment)
+    path = tmp_path / "cells" / experiment.cells[0].path / name
+    path.write_text("{\n1\n")
+    (row,) = collect_rows(experiment, tmp_path, {"tiny": "0123456789ab"})
+    assert [cell.state for cell in row.cells] == ["missing", "ok", "ok"]
+    assert row.problem is not None
+    assert row.problem.startswith(f"seed 1 has no result ({path} cannot be read")
 
 
 def test_different_variants_may_have_different_fingerprints(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from tests.unit.test_configuration import (
     folder_with,
 )
 
+from ptbench.analysis.collect import OUTDATED
 from ptbench.cli import main
-from ptbench.configuration.loading import load_study
+from ptbench.configuration.loading import load_study, read_study
 from ptbench.configuration.models import Recipe, Specification
 
 Files = dict[str, bytes]
@@ -414,6 +415,22 @@ def test_a_cell_that_contradicts_itself_or_the_others(
 ) -> None:
     changed(results, change)
     assert message in refused(*analyse_arguments(results))
+
+
+def test_a_partial_report_is_made_all_the_same_and_says_what_does_not_count(
+    results: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fingerprint = read_study(results / "study.json").specification("demo-lstm").fingerprint
+    cells = results / "cells" / "demo-lstm"
+    for path in cells.glob("jax/**/metrics.json"):  # the others are of an older recipe
+        path.write_text(path.read_text().replace("0123456789ab", fingerprint, 1))
+    (cells / "jax" / "devices-1" / "seed-2" / "metrics.json").write_text("{")
+    arguments = ["--study", results / "study.json", "--results", results]
+    main([str(word) for word in ("partial", *arguments, "--output", results / "partial")])
+    assert "The report on 1 of 10 cells" in capfd.readouterr().out
+    page = (results / "partial" / "index.html").read_text()
+    assert page.count(f"no seed has a result ({OUTDATED})") >= 4
+    assert "seed-2/metrics.json cannot be read" in page
 
 
 def test_a_results_folder_that_may_not_be_written_to(

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from tests.support.fake_results import metrics, write_cell, write_diverged
 
+from ptbench.analysis.collect import OUTDATED
 from ptbench.configuration.loading import Study, load_study
 from ptbench.configuration.models import Cell
 from ptbench.errors import InterruptionError
@@ -25,11 +26,17 @@ from ptbench.report.status import (
     study_status,
 )
 from ptbench.training.attempts import Attempt
+from ptbench.training.records import Metrics
 
 
 @pytest.fixture
 def study() -> Study:
     return load_study({"frameworks": ["pytorch", "jax"], "seeds": [1, 2, 3], "devices": [1]})
+
+
+def finished(study: Study, cell: Cell) -> Metrics:
+    """The result of a cell as the study has it."""
+    return metrics(cell, 4.7, fingerprint=study.specification(cell.variant).fingerprint)
 
 
 def attempt(results: Path, cell: Cell) -> Attempt:
@@ -48,8 +55,8 @@ def test_cells_that_nobody_has_begun_are_missing(study: Study, tmp_path: Path) -
 
 def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: Path) -> None:
     done, diverged, running, interrupted, failed, killed = study.cells
-    write_cell(tmp_path, metrics(done, 4.7))
-    write_diverged(tmp_path, diverged)
+    write_cell(tmp_path, finished(study, done))
+    write_diverged(tmp_path, diverged, fingerprint=finished(study, diverged).fingerprint)
     with attempt(tmp_path, running):
         with pytest.raises(InterruptionError), attempt(tmp_path, interrupted):
             raise InterruptionError("told to end by signal 15")
@@ -123,7 +130,7 @@ def test_a_cell_whose_slurm_job_is_gone_has_failed(
 def test_a_cell_whose_result_was_removed_is_to_be_run_anew(study: Study, tmp_path: Path) -> None:
     cell = study.cells[0]
     with attempt(tmp_path, cell) as made:
-        made.finish(metrics(cell, 4.7))
+        made.finish(finished(study, cell))
     assert states(study, tmp_path)[cell.path] == "missing"
 
 
@@ -171,10 +178,10 @@ def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_befo
             raise MemoryError("no room")
     old = (tmp_path / "study.json").stat().st_mtime - 60
     os.utime(tmp_path / "attempts" / before.path / "attempt-1.json", (old, old))
-    write_cell(tmp_path, metrics(done, 4.7))  # at another try
+    write_cell(tmp_path, finished(study, done))  # at another try
     errors = {cell.path: f"{cell.path}.log" for cell in (*study.cells[:5], outside)}
     with attempt(tmp_path, waiting):
-        found = after_errors(distinct(study_status(study, tmp_path)), errors, tmp_path)
+        found = after_errors(distinct(study_status(study, tmp_path)), errors, study, tmp_path)
     listed = dict(
         re.findall(r"^(\S+) failed: (.*)\n  log:   ", failures(found, tmp_path, []), re.MULTILINE)
     )
@@ -194,7 +201,7 @@ def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
     study: Study, tmp_path: Path
 ) -> None:
     cell = study.cells[0]
-    write_cell(tmp_path, metrics(cell, 4.7))
+    write_cell(tmp_path, finished(study, cell))
     path = tmp_path / "cells" / cell.path / "metrics.json"
     path.write_text("{")
     assert states(study, tmp_path)[cell.path] == "failed"
@@ -203,8 +210,25 @@ def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
     assert text.endswith(f"again: snakemake --force -- {path}")
 
 
+def test_a_result_of_another_recipe_is_outdated_and_its_cell_missing(
+    study: Study, tmp_path: Path
+) -> None:
+    outdated, diverged, *current = study.cells
+    write_cell(tmp_path, metrics(outdated, 4.7, fingerprint="ffffffffffff"))
+    write_diverged(tmp_path, diverged, fingerprint="ffffffffffff")
+    for cell in current:
+        write_cell(tmp_path, finished(study, cell))
+    status = study_status(study, tmp_path)
+    counts = json.loads(status_json(status))
+    assert {state: n for state, n in counts["states"].items() if n} == {"done": 4, "missing": 2}
+    assert [cell["reason"] for cell in counts["cells"][:2]] == [OUTDATED, OUTDATED]
+    console = Console(record=True, width=120)
+    show(status, console)
+    assert f"2 of the missing have a result that is {OUTDATED}" in console.export_text()
+
+
 def test_the_grid_has_every_framework_and_state(study: Study, tmp_path: Path) -> None:
-    write_cell(tmp_path, metrics(study.cells[0], 4.7))
+    write_cell(tmp_path, finished(study, study.cells[0]))
     console = Console(record=True, width=120)
     show(study_status(study, tmp_path), console)
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]

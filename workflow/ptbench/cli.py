@@ -227,15 +227,20 @@ def partial(arguments: argparse.Namespace) -> None:
 
     study = read_study(arguments.study)
     with Log(arguments.log) as log:
-        folders = []
-        for name in study.experiments:
+        folders, done = [], set()
+        for name, planned in study.experiments.items():
             folders.append(arguments.output / "experiments" / name)
-            plan = plan_experiment(study, name)
-            analyse_experiment(plan, arguments.results, WORKFLOW / "published", folders[-1])
+            analysis = analyse_experiment(
+                plan_experiment(study, name),
+                arguments.results,
+                WORKFLOW / "published",
+                folders[-1],
+                {each.variant: each.fingerprint for each in planned.specifications},
+            )
+            cells = (cell for row in analysis.rows for cell in row.cells)
+            done |= {cell.path for cell in cells if cell.state != "missing"}
         page = render_report(folders, arguments.output, RunFacts(**run_facts()))
-        cells = [arguments.results / "cells" / cell.path for cell in study.cells]
-        done = sum((cell / "metrics.json").exists() for cell in cells)
-        log.say(f"The report on {done} of {len(cells)} cells is at {page}")
+        log.say(f"The report on {len(done)} of {len(study.cells)} cells is at {page}")
 
 
 def status(arguments: argparse.Namespace) -> None:
@@ -263,7 +268,7 @@ def status(arguments: argparse.Namespace) -> None:
     if not arguments.failed:
         show(found, Console(width=None if sys.stdout.isatty() else 120))
     errors = job_errors("".join(log.read_text(errors="replace") for log in arguments.snakemake_log))
-    cells = after_errors(distinct(found), errors, arguments.results)
+    cells = after_errors(distinct(found), errors, study, arguments.results)
     if text := failures(cells, arguments.results, shlex.split(arguments.again)):
         print(text)
 

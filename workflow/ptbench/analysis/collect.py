@@ -1,7 +1,7 @@
 """Reading what the runs of an experiment left behind, grouped into the rows of its table.
 
 A row is (variant, framework, devices); its seeds are averaged elsewhere. Cells that have no
-metrics.json are kept, as missing.
+metrics.json are kept, as missing; so are, for a partial report, those whose result cannot count.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from ptbench.errors import PtbenchError
 from ptbench.training.records import Epoch, Metrics, Score, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
+OUTDATED = "outdated: its recipe has changed"  # why a result no longer counts
 MAXIMUM_FAILED = 1  # seeds of a row that may fail before the others no longer stand for it
 
 
@@ -66,6 +67,7 @@ class CellResult:
     metrics: Metrics | None = None
     history: tuple[Epoch, ...] = ()
     provenance: Provenance = field(default_factory=Provenance)
+    unusable: str | None = None  # why what it left does not count
 
     @property
     def state(self) -> State:
@@ -100,11 +102,16 @@ class Row:
     def problem(self) -> str | None:
         """Which seeds failed, in words; None if none did."""
         words = {"missing": "has no result", "diverged": "diverged"}
-        failed = [f"seed {c.cell.seed} {words[c.state]}" for c in self.cells if c.state != "ok"]
+        failed = [
+            f"seed {c.cell.seed} {words[c.state]}" + (f" ({c.unusable})" if c.unusable else "")
+            for c in self.cells
+            if c.state != "ok"
+        ]
         if not failed:
             return None
         if all(cell.state == "missing" for cell in self.cells):
-            return "no seed has a result"
+            reasons = dict.fromkeys(cell.unusable for cell in self.cells if cell.unusable)
+            return "no seed has a result" + (f" ({'; '.join(reasons)})" if reasons else "")
         listed = ", ".join(failed)
         return listed if self.usable else f"invalid: {listed}"
 
@@ -114,14 +121,25 @@ class Row:
         return [score.nll for score in scores if score is not None]
 
 
-def collect_rows(plan: ExperimentPlan, results_folder: Path) -> list[Row]:
+def collect_rows(
+    plan: ExperimentPlan, results_folder: Path, fingerprints: Mapping[str, str] | None = None
+) -> list[Row]:
     """The rows of an experiment, by variant and devices as planned, then by framework.
+
+    Args:
+        plan: the experiment.
+        results_folder: holds cells/.
+        fingerprints: of each variant as it is now, for a report on what is there: a cell of another
+            is missing, and so is one that cannot be read. None: every result must count.
 
     Raises:
         AnalysisError: if a file cannot be read, or cells that would be averaged or compared were
             run with different settings, as their fingerprints tell, or scored on other tokens.
     """
-    cells = [_read_cell(cell, results_folder) for cell in plan.cells]
+    if fingerprints is None:
+        cells = [_read_cell(cell, results_folder) for cell in plan.cells]
+    else:
+        cells = [_usable(cell, results_folder, fingerprints[cell.variant]) for cell in plan.cells]
     rows: dict[tuple[str, int, str], list[CellResult]] = defaultdict(list)
     for cell in cells:
         rows[cell.cell.variant, cell.cell.devices, cell.cell.framework].append(cell)
@@ -152,6 +170,16 @@ def collect_rows(plan: ExperimentPlan, results_folder: Path) -> list[Row]:
         for key in order
         for variant, devices, framework in [key]
     ]
+
+
+def _usable(cell: Cell, results_folder: Path, fingerprint: str) -> CellResult:
+    try:
+        result = _read_cell(cell, results_folder)
+    except AnalysisError as error:
+        return CellResult(cell, unusable=str(error))
+    if result.metrics and result.metrics.fingerprint != fingerprint:
+        return CellResult(cell, unusable=OUTDATED)
+    return result
 
 
 def _read_cell(cell: Cell, results_folder: Path) -> CellResult:

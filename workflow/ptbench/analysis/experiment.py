@@ -35,7 +35,7 @@ class CellLine(Model):
     cell: Cell = Field(description="Which run.")
     path: str = Field(description="Its folder, relative to results/cells.")
     state: State = Field(description="ok, diverged or missing.")
-    reason: str | None = Field(None, description="Why it counts as diverged.")
+    reason: str | None = Field(None, description="Why it counts as diverged or missing.")
     best_epoch: int | None = Field(None, description="Epoch of the lowest validation nll.")
     epochs: int | None = Field(None, description="Epochs trained.")
     valid_perplexity: float | None = Field(None, description="After the best epoch.")
@@ -245,7 +245,9 @@ def _cell_line(row: Row, index: int) -> CellLine:
     result = row.cells[index]
     metrics = result.metrics
     if metrics is None:
-        return CellLine(cell=result.cell, path=result.cell.path, state="missing")
+        return CellLine(
+            cell=result.cell, path=result.cell.path, state="missing", reason=result.unusable
+        )
     return CellLine(
         cell=result.cell,
         path=result.cell.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ptbench.analysis.collect import collect_rows, read_corpus_facts
@@ -14,7 +15,11 @@ from ptbench.training.records import write_atomically
 
 
 def analyse_experiment(
-    plan: ExperimentPlan, results_folder: Path, published_folder: Path, output_folder: Path
+    plan: ExperimentPlan,
+    results_folder: Path,
+    published_folder: Path,
+    output_folder: Path,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Analysis:
     """Analyse the planned cells that exist and write everything the report needs of them.
 
@@ -26,11 +31,12 @@ def analyse_experiment(
         results_folder: holds cells/ and corpora/.
         published_folder: holds the published numbers as CSV.
         output_folder: made if need be.
+        fingerprints: as `collect_rows` takes them.
 
     Raises:
         AnalysisError: if results cannot be read or must not be averaged; nothing is written then.
     """
-    rows = collect_rows(plan, results_folder)
+    rows = collect_rows(plan, results_folder, fingerprints)
     corpus = read_corpus_facts(results_folder, plan.corpus_folder)
     analysis = analyse(plan, rows, corpus, read_published(published_folder))
     figures = write_figures(analysis, rows, output_folder / "figures")

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ptbench.analysis.collect import OUTDATED
 from ptbench.configuration.loading import Study
 from ptbench.configuration.models import Cell, Model, parse_cell_path
 from ptbench.report.formatting import framework_name
@@ -49,19 +50,22 @@ class CellStatus(Model):
 
     path: str = Field(description="Its folder, relative to results/cells.")
     cell: Cell = Field(description="Which run.")
-    state: State = Field(description="missing: nothing of it is there yet.")
+    state: State = Field(description="missing: no result of its recipe is there yet.")
     attempts: int = Field(0, description="How often it was begun.")
-    reason: str | None = Field(None, description="Why it diverged, failed or was interrupted.")
+    reason: str | None = Field(None, description="Why it is in this state.")
     log: str | None = Field(None, description="Log of its newest attempt.")
     since: str | None = Field(None, description="When its newest attempt began (UTC).")
     host: str | None = Field(None, description="Where that ran, or runs.")
 
 
-def cell_status(cell: Cell, results: Path, jobs: Collection[str] | None = None) -> CellStatus:
+def cell_status(
+    cell: Cell, study: Study, results: Path, jobs: Collection[str] | None = None
+) -> CellStatus:
     """The state of a cell, from its metrics.json and its newest attempt.
 
     Args:
         cell: which.
+        study: knows its recipe.
         results: the results folder.
         jobs: that Slurm has; None: unknown.
     """
@@ -84,8 +88,11 @@ def cell_status(cell: Cell, results: Path, jobs: Collection[str] | None = None) 
     if metrics_path.exists() and not (seen and seen.status == "running"):
         try:
             metrics = read_metrics(metrics_path)
-            state = "done" if metrics.status == "ok" else "diverged"
-            facts["reason"] = metrics.reason
+            if metrics.fingerprint != study.specification(cell.variant).fingerprint:
+                state, facts["reason"] = "missing", OUTDATED
+            else:
+                state = "done" if metrics.status == "ok" else "diverged"
+                facts["reason"] = metrics.reason
         except (OSError, ValueError):
             state = "failed"
             facts["reason"] = f"{metrics_path} cannot be read"
@@ -107,12 +114,12 @@ def without_job(seen: Seen, jobs: Collection[str]) -> bool:
 
 def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
     """The cells of every experiment; those that experiments share are in each of them."""
-    known = {cell.path: cell_status(cell, results) for cell in study.cells}
+    known = {cell.path: cell_status(cell, study, results) for cell in study.cells}
     running = [status.cell for status in known.values() if status.state == "running"]
     # Asked after the first look, or a job that has just begun would seem gone; then looked again,
     # for one that has just ended may have said how.
     jobs = job_numbers() if running else None
-    known |= {cell.path: cell_status(cell, results, jobs) for cell in running}
+    known |= {cell.path: cell_status(cell, study, results, jobs) for cell in running}
     return {
         name: [known[cell.path] for cell in planned.cells]
         for name, planned in study.experiments.items()
@@ -130,7 +137,7 @@ def job_errors(log: str) -> dict[str, str]:
 
 
 def after_errors(
-    cells: Iterable[CellStatus], errors: Mapping[str, str], results: Path
+    cells: Iterable[CellStatus], errors: Mapping[str, str], study: Study, results: Path
 ) -> list[CellStatus]:
     """The cells and those of failed jobs, where a job may have failed before it began an attempt.
 
@@ -139,12 +146,13 @@ def after_errors(
     Args:
         cells: as their files tell.
         errors: as `job_errors` returns them.
+        study: knows the recipes.
         results: the results folder.
     """
     known = {cell.path: cell for cell in cells}
     run_began = touched(results / "study.json")
     for path, log in errors.items():
-        cell = known.setdefault(path, cell_status(parse_cell_path(path), results))
+        cell = known.setdefault(path, cell_status(parse_cell_path(path), study, results))
         record = results / "attempts" / path / f"attempt-{cell.attempts}.json"
         if cell.state == "running":
             reason = f"its job failed, though a process on {cell.host} seems to be at it"
@@ -201,6 +209,11 @@ def show(status: dict[str, list[CellStatus]], console: Console) -> None:
                 f"since {cell.since}",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
+    if outdated := sum(cell.reason == OUTDATED for cell in distinct(status)):
+        console.print(
+            f"{outdated} of the missing have a result that is {OUTDATED}",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def _counts(cells: Iterable[CellStatus]) -> list[str]:

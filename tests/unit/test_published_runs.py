@@ -62,3 +62,12 @@ def test_the_readme_has_every_published_speed() -> None:
     for row in rows:
         speed, fraction = float(row["tokens_per_second"]), float(row["fraction_of_bound"])
         assert f"| {speed:,.0f} | {fraction:.2f} |" in readme, row
+
+
+def test_a_mixture_closes_more_than_half_of_the_softmax_bottleneck_in_every_framework() -> None:
+    """As the experiment's description has it; the true process has 2.6923 nats on the test text."""
+    with (PUBLISHED / "softmax-bottleneck" / "table.csv").open() as file:
+        nll = {(r["variant"], r["framework"]): float(r["test_nll"]) for r in csv.DictReader(file)}
+    for framework in FRAMEWORKS:
+        softmax, mixture = (nll[f"bottleneck-{head}", framework] for head in ("softmax", "mixture"))
+        assert (softmax - mixture) / (softmax - 2.6923) > 0.5

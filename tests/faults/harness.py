@@ -27,17 +27,18 @@ from ptbench.training.records import read_history, read_metrics
 
 ROOT = Path(__file__).parents[2]
 CORPUS = MarkovCorpus(
-    kind="synthetic", process="markov", seed=1, train_tokens=16_000, valid_tokens=1_500,
+    kind="synthetic", process="markov", seed=1, train_tokens=8_000, valid_tokens=1_500,
     test_tokens=1_500, topics=5, openers_per_topic=2, content_words_per_topic=14,
     function_words=16, topic_loyalty=0.97, closing_probability=0.15,
 )  # fmt: skip
-# Two to three fetches an epoch, and a checkpoint after each. What could be lost on the way: Adam's
+# Three fetches an epoch, and a checkpoint after each. What could be lost on the way: Adam's
 # moments, the carried state, the masks of dropout, what the plateau and the patience have seen.
 RECIPE = Recipe(
-    layers=1, embedding_size=16, hidden_size=16, batch_size=16, sequence_length=8,
-    test_batch_size=16, dropout=0.2, initialization_scale=0.2, optimizer="adam",
-    learning_rate=0.02, schedule="plateau", plateau_patience=0, plateau_threshold=0.05,
-    patience=2, epochs=5,
+    layers=1, embedding_size=16, hidden_size=16, mixtures=2, latent_size=8, batch_size=16,
+    sequence_length=8, test_batch_size=16, dropout=0.2, initialization_scale=0.2, optimizer="adam",
+    learning_rate=0.02, schedule="plateau", plateau_patience=0, plateau_threshold=0.2,
+    learning_rate_decay=1e-4,  # soon nothing moves, and patience ends any framework's run
+    patience=2, epochs=15,
 )  # fmt: skip
 
 CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}  # of history.csv
@@ -103,7 +104,12 @@ class Trainer:
                 "--threads", str(self.devices), *self.arguments, *arguments,
             ],
             env={
-                **os.environ, "PYTHONPATH": "workflow", "OMP_WAIT_POLICY": "passive", **environment
+                **os.environ, "PYTHONPATH": "workflow", "OMP_WAIT_POLICY": "passive",
+                # JAX compiles for longer than it trains: once for all that are started, here.
+                "JAX_COMPILATION_CACHE_DIR": str(self.corpus.parent / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                **environment,
             },
             cwd=ROOT, start_new_session=True, text=True,
             # A test run behind an `&` ignores it, and so would the trainer.
@@ -145,7 +151,10 @@ class Trainer:
     def kill_until_done(
         self, random: random.Random, kills: int, delay: float, at_start: float = 0.0
     ) -> Iterator[str]:
-        """Kill the trainer again and again, then let it end; yields what each did.
+        """Kill the trainer again and again, then let it end.
+
+        Yields what became of each: `killed early`, perhaps before it had begun; `killed`, after it
+        had saved something; or `finished`.
 
         Args:
             random: chooses the moments.
@@ -157,7 +166,8 @@ class Trainer:
         while self.kills < kills:
             process = self.start()
             began = time.monotonic()
-            if started and random.random() < at_start:
+            early = bool(started) and random.random() < at_start
+            if early:
                 time.sleep(random.uniform(0, min(started)))
             elif self.wait_for_checkpoint(process):
                 started.append(time.monotonic() - began)
@@ -173,6 +183,6 @@ class Trainer:
             self.kills += 1
             _, alive = psutil.wait_procs(family, timeout=30)
             assert not alive, f"{alive} outlived the trainer that started them"
-            yield "killed"
+            yield "killed early" if early else "killed"
         self.finish()
         yield "finished"

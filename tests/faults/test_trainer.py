@@ -69,10 +69,10 @@ def status(toy: Toy) -> str | None:
 def test_killed_again_and_again_it_ends_as_one_that_was_not(toy: Toy, uninterrupted: Any) -> None:
     moments = toy.kill_until_done(random.Random(1), kills=6, delay=0.5, at_start=0.3)
     did = list(moments)
-    assert did.count("killed") >= 3
+    assert toy.kills >= 3
     assert toy.result() == uninterrupted
-    metrics = read_metrics(toy.output / "metrics.json")
-    assert metrics.attempts >= did.count("killed") - 2, "some died before they had begun"
+    attempts = read_metrics(toy.output / "metrics.json").attempts
+    assert did.count("killed") <= attempts <= toy.kills + 1
     assert {path.name for path in toy.checkpoints.iterdir()} == {"best.safetensors"}
 
 

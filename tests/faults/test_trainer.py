@@ -142,7 +142,7 @@ def test_a_step_that_never_ends_is_not_waited_for_longer_than_the_grace(toy: Toy
 
 
 def test_a_failure_is_told_in_full_kept_and_gone_on_from(toy: Toy, uninterrupted: Any) -> None:
-    process = toy.start(TOY_FAILS="150")
+    process = toy.start(TOY_FAILS="100")
     ended(process)
     assert process.returncode == 1
     assert not (toy.output / "metrics.json").exists()

@@ -139,7 +139,10 @@ class Trainer:
         last = self.checkpoints / "last.safetensors"
 
         def written() -> int:
-            return last.stat().st_mtime_ns if last.exists() else 0
+            try:
+                return last.stat().st_mtime_ns
+            except FileNotFoundError:  # none yet, or the new one is just taking its place
+                return 0
 
         before = written()
         while process.poll() is None:

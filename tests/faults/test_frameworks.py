@@ -46,7 +46,7 @@ def test_killed_and_told_to_end_it_ends_as_one_that_was_not(
     kills, moments = INTERRUPTIONS - told, random.Random(f"{framework} {devices}")
     half_epoch = metrics.seconds_per_epoch / 2
     did = list(trainer.kill_until_done(moments, kills, half_epoch, at_start=0.3))
-    assert trainer.kills == kills
+    assert 1 <= trainer.kills <= kills  # a fast machine may be done before the last
     assert "goes on" in trainer.log.read_text(), "it trained all anew"
     assert trainer.result() == reference.result()
     attempts = read_metrics(trainer.output / "metrics.json").attempts

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ptbench.backends.allocator import keep_memory
 from ptbench.backends.contract import (
     OPTIMIZER_SLOTS,
     Backend,
@@ -33,7 +34,6 @@ from ptbench.backends.jax.devices import (
     DATA,
     claim_devices,
     compiler_options,
-    keep_memory,
     settings,
 )
 from ptbench.backends.jax.model import (
@@ -156,7 +156,7 @@ class JaxBackend(Backend):
     ) -> None:
         super().__init__(recipe, vocabulary_size, devices, seed, accelerator, threads)
         tuned = recipe.implementation == "tuned"
-        self._memory_is_kept = tuned and accelerator == "cpu" and keep_memory()
+        self._memory_is_kept = tuned and accelerator == "cpu" and keep_memory(arenas=1)
         claimed = claim_devices(accelerator, devices, threads)
         mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
         everywhere = PartitionSpec()

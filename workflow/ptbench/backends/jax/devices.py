@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 from typing import Any
 
@@ -16,7 +14,6 @@ from ptbench.errors import PtbenchError
 # The mesh's one axis: the replicas, among which the batch is shared.
 DATA = "data"
 MATMUL_PRECISION = "highest"  # float32 on GPUs, not TF32
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def claim_devices(accelerator: Accelerator, devices: int, threads: int) -> list[Any]:
@@ -48,23 +45,6 @@ def claim_devices(accelerator: Accelerator, devices: int, threads: int) -> list[
             "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
         )
     return list(found[:devices])
-
-
-def keep_memory() -> bool:
-    """Have glibc keep freed memory, for the rest of the process; says whether it could.
-
-    XLA's temporary arrays would otherwise be mapped from and returned to the system at every step,
-    and page faults cost a quarter of the time of a small model. One arena for all threads, because
-    only the first can grow without mapping.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        return bool(
-            mallopt(M_ARENA_MAX, 1)
-            and mallopt(M_MMAP_MAX, 0)
-            and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        )
-    return False
 
 
 def compiler_options(accelerator: Accelerator) -> dict[str, Any]:

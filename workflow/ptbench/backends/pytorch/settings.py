@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 
 import torch
 
+from ptbench.backends.allocator import keep_memory
 from ptbench.configuration.models import Accelerator, Recipe
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Settings:
@@ -64,15 +61,3 @@ def onednn_products_are_float32() -> bool:
     exact = a.double() @ b.double().T
     error = ((a @ b.T).double() - exact).norm() / exact.norm()
     return bool(error < 1e-6)  # float32 rounds at 6e-8, bfloat16 at 4e-3
-
-
-def keep_memory() -> bool:
-    """Have glibc keep freed memory, for the rest of the process; says whether it could.
-
-    Large tensors would otherwise be mapped from and returned to the system at every step, and
-    page faults cost a third of the time of a small model.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-    return False

@@ -22,8 +22,8 @@ FLOPS: dict[Accelerator, float] = {"cpu": 10e9, "cuda": 1e12}
 # Seconds for one time step of one layer, forwards and backwards, in which a small model does little
 # but start kernels: some fifty, at 10 microseconds each, and Python around them.
 STEP_LATENCY: dict[Accelerator, float] = {"cpu": 0.2e-3, "cuda": 1e-3}
-# Weights of a dense matrix that take as long as one of a sparse product, which nothing shares: 24
-# bytes of gathered inputs and scattered sums for each token, at 200 GB/s on a GTX 1060.
+# Weights of a dense matrix that take as long as one of a sparse product, which nothing shares: an
+# estimate, from 24 bytes of gathered inputs and scattered sums a token, at 200 GB/s on a GTX 1060.
 SPARSE_COST = 100
 BACKWARD = 2  # a backward pass is twice the work of a forward pass
 START_UP = 900.0  # seconds: imports from a shared file system, and compiling with XLA

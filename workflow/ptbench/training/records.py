@@ -120,9 +120,8 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = str(
-            path
-        )  # a full disk has none, and the neighbour's tells nobody anything
+        # A full disk has none, and the neighbour's tells nobody anything.
+        error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

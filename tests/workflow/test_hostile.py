@@ -14,7 +14,6 @@ from ptbench.training.checkpoints import read_arrays
 
 HOSTILE = "a b\"; touch pwned; '$(touch pwned)' `touch pwned` & $HOME"
 
-
 LINES = 400
 # An address that has none of its files, and would make one if a shell read it.
 MIRROR = "file:/nowhere'; touch pwned; '$(touch pwned)"

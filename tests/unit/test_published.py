@@ -10,10 +10,12 @@ from tests.support.fake_results import metrics, plan, score_of, write_cell
 from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows
 from ptbench.analysis.experiment import PublishedResult, analyse
 from ptbench.analysis.published import PublishedValue, read_published
+from ptbench.training.records import Seconds
 
-PUBLISHED = Path(__file__).parents[2] / "workflow" / "published"
-HEADER = "experiment,variant,framework,metric,value,std,source,locator,note"
-ROW = "zaremba-small,zaremba-small,tensorflow,test_perplexity,113.304,,zhang,Table 5.1,block"
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "workflow" / "published"
+HEADER = "experiment,variant,framework,devices,metric,value,std,source,locator,note"
+ROW = "zaremba-small,zaremba-small,tensorflow,1,test_perplexity,113.304,,zhang,Table 5.1,block"
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -31,13 +33,19 @@ def test_every_file_of_published_numbers_can_be_read_and_none_is_empty() -> None
     "value", read_published(PUBLISHED), ids=lambda v: f"{v.source}-{v.variant}"
 )
 def test_every_published_number_is_within_what_its_metric_can_be(value: PublishedValue) -> None:
-    # A perplexity left in nats, a speed in hours or a count in millions would fall outside.
+    # A perplexity left in nats, a time in hours or a count in millions would fall outside.
+    perplexity = (2, 10_000)
     low, high = {
-        "train_perplexity": (2, 10_000),
-        "valid_perplexity": (2, 10_000),
-        "test_perplexity": (2, 10_000),
+        "train_perplexity": perplexity,
+        "valid_perplexity": perplexity,
+        "test_perplexity": perplexity,
         "tokens_per_second": (100, 10**7),
+        "seconds_per_epoch": (60, 3600),
+        "training_seconds": (300, 10**6),
+        "total_seconds": (300, 10**6),
+        "epochs": (1, 1000),
         "parameters": (10**5, 10**9),
+        "peak_device_memory_bytes": (10**7, 10**11),
     }[value.metric]
     assert low < value.value < high
     assert value.metric != "parameters" or value.value.is_integer()
@@ -54,6 +62,8 @@ def test_every_published_number_is_within_what_its_metric_can_be(value: Publishe
         (ROW.replace("113.304", ""), "value=''"),
         (ROW.replace("tensorflow", "theano"), "framework='theano'"),
         (ROW.replace("113.304,,", "113.304,-2,"), "std='-2'"),
+        (ROW.replace(",1,", ",0,"), "devices='0'"),
+        (ROW.replace(",1,", ",,"), "devices=''"),
         (ROW.replace(",zhang,", ",,"), "source=''"),
         (ROW.replace("Table 5.1", ""), "locator=''"),
         (ROW.replace("zaremba-small", "Zaremba Small"), "experiment='Zaremba Small'"),
@@ -83,7 +93,7 @@ def test_a_wrong_header_is_refused(tmp_path: Path, header: str) -> None:
 
 @pytest.fixture
 def beside(tmp_path: Path) -> list[PublishedResult]:
-    """Three seeds of test perplexity exp(4.7 ± 0.01), on one and two devices, beside three rows."""
+    """Three seeds of test perplexity exp(4.7 ± 0.01), on one and two devices, beside four rows."""
     experiment = plan("zaremba-small", ("zaremba-small",), ("pytorch", "tensorflow"), (1, 2))
     for cell in experiment.cells:
         nll = 4.7 + 0.01 * (cell.seed - 2)
@@ -94,6 +104,7 @@ def beside(tmp_path: Path) -> list[PublishedResult]:
         ROW.replace("113.304", "109.947"),  # exp(4.7) = 109.947
         ROW.replace("tensorflow", "").replace("113.304", "220"),
         ROW.replace("tensorflow", "").replace("test_perplexity,113.304", "parameters,4652000"),
+        ROW.replace(",1,", ",2,"),
         ROW.replace("zaremba-small,zaremba-small", "zaremba-small,zaremba-small+epochs=2"),
         ROW.replace("zaremba-small,zaremba-small", "zaremba-medium,zaremba-small"),
     )
@@ -101,15 +112,19 @@ def beside(tmp_path: Path) -> list[PublishedResult]:
     return list(analyse(experiment, rows, CorpusFacts(), read_published(tmp_path)).published)
 
 
-def test_a_number_is_set_beside_its_framework_or_all_on_one_device(
+def test_a_number_is_set_beside_its_framework_or_all_on_its_number_of_devices(
     beside: list[PublishedResult],
 ) -> None:
-    assert [(line.published.metric, line.published.value, line.framework) for line in beside] == [
-        ("test_perplexity", 109.947, "tensorflow"),
-        ("test_perplexity", 220, "pytorch"),
-        ("test_perplexity", 220, "tensorflow"),
-        ("parameters", 4_652_000, "pytorch"),
-        ("parameters", 4_652_000, "tensorflow"),
+    assert [
+        (line.published.metric, line.published.value, line.framework, line.published.devices)
+        for line in beside
+    ] == [
+        ("test_perplexity", 109.947, "tensorflow", 1),
+        ("test_perplexity", 220, "pytorch", 1),
+        ("test_perplexity", 220, "tensorflow", 1),
+        ("parameters", 4_652_000, "pytorch", 1),
+        ("parameters", 4_652_000, "tensorflow", 1),
+        ("test_perplexity", 113.304, "tensorflow", 2),
     ]
 
 
@@ -120,3 +135,37 @@ def test_the_gap_is_ours_over_the_published_less_one(beside: list[PublishedResul
     assert beside[1].inside is False
     assert beside[3].relative_gap == pytest.approx(4_651_600 / 4_652_000 - 1)
     assert beside[3].inside is None  # a count has no interval
+
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "low", "high"),
+    [
+        ("tokens_per_second", 2000, 1500, 2500),
+        ("seconds_per_epoch", 20, 15, 25),
+        ("training_seconds", 200, 150, 250),
+        ("total_seconds", 300, 250, 350),
+        ("epochs", 2, 1.5, 2.5),
+        ("peak_device_memory_bytes", 3_000_000, None, None),
+    ],
+)
+def test_a_time_is_set_beside_our_median_and_quartiles_and_a_size_beside_the_largest(
+    tmp_path: Path, metric: str, ours: float, low: float | None, high: float | None
+) -> None:
+    experiment = plan("zaremba-small", ("zaremba-small",), ("tensorflow",))
+    for cell in experiment.cells:
+        result = metrics(
+            cell,
+            4.7,
+            tokens_per_second=1000 * cell.seed,
+            seconds_per_epoch=10 * cell.seed,
+            seconds=Seconds(training=100 * cell.seed, total=100 * cell.seed + 100),
+            epochs=cell.seed,
+            peak_device_memory_bytes=1_000_000 * cell.seed,
+        )
+        write_cell(tmp_path, result)
+    write(tmp_path, HEADER, ROW.replace("test_perplexity,113.304", f"{metric},1000"))
+    rows = collect_rows(experiment, tmp_path)
+    [line] = analyse(experiment, rows, CorpusFacts(), read_published(tmp_path)).published
+    assert (line.ours, line.low, line.high) == (ours, low, high)
+    assert line.relative_gap == pytest.approx(ours / 1000 - 1)
+    assert line.inside is None  # quartiles are no interval of a mean

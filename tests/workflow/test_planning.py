@@ -103,7 +103,7 @@ def test_a_missing_cell_is_run_again_alone_by_the_same_command_or_by_its_path(
 
 def test_a_new_published_number_is_set_beside_ours_without_training(finished: Project) -> None:
     with (finished.folder / "workflow/published/zaremba2014.csv").open("a") as file:
-        file.write("tiny,tiny,,valid_perplexity,9.5,,a source,Table 1,\n")
+        file.write("tiny,tiny,,1,valid_perplexity,9.5,,a source,Table 1,\n")
     assert finished.planned(*RUN) == [
         "results/experiments/tiny/analysis.json",
         "results/report/index.html",

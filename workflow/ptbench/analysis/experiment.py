@@ -62,7 +62,9 @@ class RowResult(Model):
     best_epoch: Quartiles | None = Field(description="Epoch of the lowest validation nll.")
     tokens_per_second: Quartiles | None = Field(description="Training speed [tokens/s].")
     seconds_per_epoch: Quartiles | None = Field(description="Training and validation [s].")
+    training_seconds: Quartiles | None = Field(description="Training steps after the first [s].")
     total_seconds: Quartiles | None = Field(description="Wall-clock of the process [s].")
+    epochs: Quartiles | None = Field(description="Epochs trained.")
     seconds: Seconds | None = Field(description="Mean over seeds, so that the clocks add up [s].")
     parameters: int | None = Field(description="Trainable numbers in the model.")
     peak_memory_bytes: int | None = Field(description="Largest of the seeds [bytes].")
@@ -166,7 +168,7 @@ def analyse(
             if value.experiment == plan.name
             and value.variant == row.variant
             and value.framework in (None, row.framework)
-            and row.devices == 1
+            and value.devices == row.devices
         ),
     )
 
@@ -201,7 +203,9 @@ def _row_result(row: Row) -> RowResult:
         seconds_per_epoch=quartiles(
             [m.seconds_per_epoch for m in metrics if m.seconds_per_epoch is not None]
         ),
+        training_seconds=quartiles([m.seconds.training for m in metrics]),
         total_seconds=quartiles([m.seconds.total for m in metrics]),
+        epochs=quartiles([m.epochs for m in metrics]),
         seconds=_mean_seconds([m.seconds for m in metrics]) if metrics else None,
         parameters=max((m.parameters for m in metrics), default=None),
         peak_memory_bytes=max((m.peak_memory_bytes for m in metrics), default=None),
@@ -293,7 +297,7 @@ def _beside(value: PublishedValue, row: RowResult) -> PublishedResult:
         relative_gap=None if ours is None else ours / value.value - 1,
         inside=(
             low <= value.value <= high
-            if value.metric != "tokens_per_second" and low is not None and high is not None
+            if value.metric.endswith("perplexity") and low is not None and high is not None
             else None
         ),
     )
@@ -302,11 +306,15 @@ def _beside(value: PublishedValue, row: RowResult) -> PublishedResult:
 def _our_number(
     metric: PublishedMetric, row: RowResult
 ) -> tuple[float | None, float | None, float | None]:
-    """Our value and its 95 % interval; for a speed, median and quartiles; a count has no spread."""
-    if metric == "parameters":
-        return row.parameters, None, None
-    if metric == "tokens_per_second":
-        speed = row.tokens_per_second
-        return (speed.median, speed.low, speed.high) if speed else (None, None, None)
-    split = {"train_perplexity": row.train, "valid_perplexity": row.valid}.get(metric, row.test)
-    return (split.perplexity, split.low, split.high) if split else (None, None, None)
+    """Our value and its spread.
+
+    A perplexity has its 95 % interval, a speed, a time or a number of epochs is a median with
+    quartiles, and a size has no spread.
+    """
+    if metric in ("parameters", "peak_device_memory_bytes"):
+        return getattr(row, metric), None, None
+    ours: PerplexitySummary | Quartiles | None = getattr(row, metric.removesuffix("_perplexity"))
+    if ours is None:
+        return None, None, None
+    middle = ours.median if isinstance(ours, Quartiles) else ours.perplexity
+    return middle, ours.low, ours.high

@@ -15,19 +15,26 @@ from ptbench.analysis.collect import AnalysisError
 from ptbench.configuration.models import VARIANT_PATTERN, Framework, Model, Name
 
 PublishedMetric = Literal[
-    "train_perplexity", "valid_perplexity", "test_perplexity", "tokens_per_second", "parameters"
+    "train_perplexity",
+    "valid_perplexity",
+    "test_perplexity",
+    "tokens_per_second",
+    "seconds_per_epoch",
+    "training_seconds",
+    "total_seconds",
+    "epochs",
+    "parameters",
+    "peak_device_memory_bytes",
 ]
 
 
 class PublishedValue(Model):
-    """One row: a number, where it was printed, and which row of ours it is set beside.
-
-    All are of a single device.
-    """
+    """One row: a number, where it was printed, and which row of ours it is set beside."""
 
     experiment: Name = Field(description="Experiment that answers it.")
     variant: str = Field(pattern=f"^{VARIANT_PATTERN}$", description="Variant that answers it.")
     framework: Framework | None = Field(description="Only framework it is set beside; empty: any.")
+    devices: int = Field(ge=1, description="Data-parallel replicas that it was measured with.")
     metric: PublishedMetric = Field(description="What was measured, in our words and units.")
     value: float = Field(gt=0, allow_inf_nan=False, description="The number.")
     std: float | None = Field(ge=0, description="Its standard deviation, if printed.")

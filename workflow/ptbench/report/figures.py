@@ -215,13 +215,13 @@ def _seed_ticks(axes: Axes, values: Sequence[float], y: float, row: RowResult) -
 def draw_perplexity(analysis: Analysis) -> Figure:
     """The mean of each row with its interval and its seeds, the floor and published values."""
     published = _published_lines(analysis)
-    sources = list(dict.fromkeys(source for _, source, _ in published))
+    sources = list(dict.fromkeys(source for *_, source, _ in published))
     dashes = {
         source: [(1, 1.5), (4, 1.5, 1, 1.5), (7, 2)][i % 3] for i, source in enumerate(sources)
     }
 
     def limits(variant: str) -> tuple[float, float] | None:
-        values = [value for v, _, value in published if v == variant]
+        values = [value for (v, _), _, value in published if v == variant]
         for row in (row for row in analysis.rows if row.variant == variant):
             summary = row.perplexity(analysis.metric)
             values += _seed_values(row, analysis.metric)
@@ -234,8 +234,8 @@ def draw_perplexity(analysis: Analysis) -> Figure:
     for axes, rows in drawn:
         if analysis.floor_perplexity:
             axes.axvline(analysis.floor_perplexity, color=INK, linewidth=1.2, zorder=1)
-        for variant, source, value in published:
-            if variant == rows[0].variant:
+        for group, source, value in published:
+            if group == group_key(rows[0]):
                 axes.axvline(value, color=MUTED, linewidth=1.2, dashes=dashes[source], zorder=1)
         for y, row in enumerate(rows):
             summary = row.perplexity(analysis.metric)
@@ -271,10 +271,14 @@ def draw_perplexity(analysis: Analysis) -> Figure:
     return figure
 
 
-def _published_lines(analysis: Analysis) -> list[tuple[str, str, float]]:
-    """(variant, source, value) of the published values of the metric, each once."""
+def _published_lines(analysis: Analysis) -> list[tuple[tuple[str, int], str, float]]:
+    """(group of rows, source, value) of the published values of the metric, each once."""
     lines = (
-        (line.published.variant, line.published.source, line.published.value)
+        (
+            (line.published.variant, line.published.devices),
+            line.published.source,
+            line.published.value,
+        )
         for line in analysis.published
         if line.published.metric == analysis.metric
     )

@@ -18,7 +18,12 @@ METRIC_NAMES = {
     "valid_perplexity": "Validation perplexity",
     "test_perplexity": "Test perplexity",
     "tokens_per_second": "Tokens per second",
+    "seconds_per_epoch": "Seconds per epoch",
+    "training_seconds": "Training time",
+    "total_seconds": "Total time",
+    "epochs": "Epochs",
     "parameters": "Parameters",
+    "peak_device_memory_bytes": "Peak memory on the GPUs",
 }
 MINUS = "\N{MINUS SIGN}"
 FIGURE_SPACE = "\N{FIGURE SPACE}"  # as wide as a digit
@@ -43,8 +48,12 @@ class Group(Protocol):
 
 def group_title(group: Group) -> str:
     """Heading of the rows that differ by framework alone."""
-    devices = f"{group.devices} device" + ("" if group.devices == 1 else "s")
-    return f"{group.variant}, {devices}, {group.implementation}"
+    return f"{group.variant}, {format_devices(group.devices)}, {group.implementation}"
+
+
+def format_devices(devices: int) -> str:
+    """`1 device`, `2 devices`."""
+    return f"{devices} device" + ("" if devices == 1 else "s")
 
 
 def group_key(group: Group) -> tuple[str, int]:

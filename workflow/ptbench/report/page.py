@@ -152,6 +152,7 @@ def render_report(
         seconds=formatting.format_seconds,
         framework=framework_name,
         metric=formatting.METRIC_NAMES.__getitem__,
+        devices=formatting.format_devices,
         epoch=formatting.format_epoch,
         parameters=formatting.format_parameters,
         bytes=formatting.format_bytes,
@@ -266,7 +267,10 @@ def _published_by_metric(
 
 
 def _published_value(line: PublishedResult) -> str:
-    return _number(line.published.metric, line.published.value)
+    """The published value, followed by its standard deviation where one was printed."""
+    metric, std = line.published.metric, line.published.std
+    text = _number(metric, line.published.value)
+    return text if std is None else f"{text} ± {_number(metric, std)}"
 
 
 def _ours(line: PublishedResult) -> str:
@@ -281,11 +285,19 @@ def _ours(line: PublishedResult) -> str:
 
 
 def _number(metric: str, value: float) -> str:
+    if metric.endswith("perplexity"):
+        return formatting.format_perplexity(value)
     if metric == "parameters":
         return formatting.format_parameters(round(value))
-    if metric == "tokens_per_second":
-        return formatting.format_count(value)
-    return formatting.format_perplexity(value)
+    if metric == "peak_device_memory_bytes":
+        return formatting.format_bytes(value)
+    if metric in ("training_seconds", "total_seconds"):
+        return formatting.format_seconds(value)
+    if metric == "seconds_per_epoch":
+        return f"{value:,.1f}"
+    if metric == "epochs":
+        return formatting.format_epoch(value)
+    return formatting.format_count(value)
 
 
 def _colour_rules() -> dict[str, dict[str, str]]:

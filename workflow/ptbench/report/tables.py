@@ -115,7 +115,7 @@ def differences_csv(analysis: Analysis) -> str:
 
 
 COMPARISON_COLUMNS = (
-    "variant", "framework", "metric", "published", "published_std", "ours", "ours_low",
+    "variant", "framework", "devices", "metric", "published", "published_std", "ours", "ours_low",
     "ours_high", "n_ok", "relative_gap", "inside_interval", "source", "locator", "note",
 )  # fmt: skip
 
@@ -127,6 +127,7 @@ def comparison_csv(analysis: Analysis) -> str:
             {
                 "variant": line.published.variant,
                 "framework": line.framework,
+                "devices": line.published.devices,
                 "metric": line.published.metric,
                 "published": line.published.value,
                 "published_std": line.published.std,

@@ -23,6 +23,7 @@ from tests.support.fake_results import (
 
 from ptbench.analysis.collect import AnalysisError
 from ptbench.analysis.experiment import Analysis
+from ptbench.analysis.published import read_published
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.page import RunFacts, render_report
 
@@ -185,6 +186,26 @@ def test_figures_follow_the_page_colours_and_have_words(page: Page) -> None:
     assert "var(--pytorch)" in styles
     assert "#c0392b" not in styles
     assert page.text.count("Median tokens per second. tiny, 1 device, stock: PyTorch") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "opened"), [("singh-lstm2-rate", 12, True), ("singh-hidden", 28, False)]
+)
+def test_published_numbers_name_their_variants_and_many_are_folded_away(
+    tmp_path: Path, name: str, count: int, opened: bool
+) -> None:
+    numbers = [value for value in read_published(PUBLISHED) if value.experiment == name]
+    variants = list(dict.fromkeys(value.variant for value in numbers))
+    experiment = plan(name, variants, ("keras",))
+    write_results(tmp_path, experiment)
+    folder = tmp_path / "experiments" / name
+    analyse_experiment(experiment, tmp_path, PUBLISHED, folder)
+    page = Page(render_report([folder], tmp_path / "report", FACTS).read_text())
+    assert f"{count} comparisons by metric, variant and framework" in page.text
+    assert (("details", {"open": None}) in page.elements) == opened
+    for variant in variants:
+        of_it = sum(value.variant == variant for value in numbers)
+        assert page.text.count(f"Keras {variant}, 1 device ") == of_it
 
 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:

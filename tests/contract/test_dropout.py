@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from tests.support.problems import (
+    AWD,
     BATCH,
     IMPLEMENTATIONS,
     TIME,
@@ -25,9 +26,9 @@ from tests.support.problems import (
 )
 from tests.support.remote import Backends
 
-from ptbench.backends.contract import GATES, Backend
+from ptbench.backends.contract import GATES, Backend, kept_weights
 from ptbench.backends.numpy_oracle import Masks, NumpyOracle
-from ptbench.configuration.models import Recipe
+from ptbench.configuration.models import KERNELS, Recipe
 
 STEPS = 4
 # Rates that are not one half, to tell what is kept from what is dropped, and all different, to tell
@@ -45,6 +46,8 @@ WORDS = recipe(**EVERYWHERE, word_dropout=0.25, recurrent_dropout=0.25, kernel="
 # Previous outputs are dropped by other code in each of these. One wide layer compiles faster than
 # two, and its masks are as unlikely to be equal by chance.
 ONE_LAYER = EVERYWHERE | {"recurrent_dropout": 0.25, "layers": 1, "hidden_size": 32}
+# Weights are dropped by other code where the previous output is, and for each kernel and cell.
+WEIGHTS = EVERYWHERE | {"weight_dropout": 0.3, "layers": 1, "hidden_size": 32}
 RECIPES = {
     "per step": PER_STEP,
     "locked": LOCKED,
@@ -55,12 +58,21 @@ RECIPES = {
     "sparse lstm, sparse kernel": recipe(**ONE_LAYER, kept_weights=0.3, kernel="sparse"),
     "gru, two biases": recipe(**ONE_LAYER, cell="gru", recurrent_bias=True),
     "rnn_tanh": recipe(**ONE_LAYER, cell="rnn_tanh"),
+    "weights": recipe(**EVERYWHERE, weight_dropout=0.3),
+    "weights, explicit steps": recipe(**WEIGHTS, kernel="cell"),
+    "weights, block": recipe(**WEIGHTS, kernel="block", recurrent_bias=True),
+    "weights, sparse kernel": recipe(**WEIGHTS, kept_weights=0.3, kernel="sparse"),
+    "weights, sparse gru": recipe(**WEIGHTS, kept_weights=0.3, cell="gru", recurrent_bias=True),
+    "weights, penalties": recipe(**EVERYWHERE, **AWD, dropout_kind="locked", word_dropout=0.1),
 }
 CASES = [
-    *itertools.product(RECIPES, IMPLEMENTATIONS, [1]),
+    *itertools.product([name for name in RECIPES if "penalties" not in name], IMPLEMENTATIONS, [1]),
     # With more devices each replica may drop words of its own, which the oracle does not.
     ("per step", "stock", 2),
     ("locked", "tuned", 2),
+    # but all drop the same weights
+    ("weights", "stock", 2),
+    ("weights, penalties", "tuned", 2),
 ]
 
 
@@ -92,6 +104,9 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
         gates = shut[f"rnn.{layer}.bias"].reshape(len(GATES[recipe.cell]), -1)
         gates[:] = 1  # an output other than zero even for a word that is dropped
         gates[1:2] = -200  # forget or update, if the cell has them; the sigmoid of this is 0
+    state = backend.initial_state(BATCH, training=True)
+    gradient = backend.gradients(*distinct_batch(), state)  # without one where a weight is dropped
+    weights = [gradient[f"rnn.{layer}.recurrent"] != 0 for layer in range(recipe.layers)]
     backend.load_parameters(shut)
     state = backend.initial_state(BATCH, training=True)
     inputs, targets, everything = distinct_batch()
@@ -134,6 +149,10 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
             kept[f"recurrent {layer}"][1:] / (1 - recipe.recurrent_dropout)
             for layer in range(recipe.layers)
         ],
+        weights=[
+            mask / (1 - recipe.weight_dropout) if recipe.weight_dropout else np.ones(1)
+            for mask in weights
+        ],
         latents=latents.reshape(TIME, BATCH, recipe.mixtures or 1, -1)
         / (1 - (recipe.latent_dropout if recipe.mixtures else 0)),
     )
@@ -170,6 +189,8 @@ class Observed:
 def observed(request: pytest.FixtureRequest, backends: Backends, framework: str) -> Observed:
     name, implementation, devices = request.param
     changed = RECIPES[name].model_copy(update={"implementation": implementation})
+    if framework != "numpy" and changed.kernel not in KERNELS[framework]:
+        pytest.skip(f"{framework} has no {changed.kernel} kernel")
     return Observed(backends, framework, changed, devices)
 
 
@@ -184,7 +205,11 @@ def test_a_step_is_that_of_the_oracle_which_drops_the_same_and_scales_by_1_over_
     oracle_state = oracle.initial_state(BATCH, training=True)
     for masks in observed.masks[:3]:
         oracle.masks = Masks(
-            masks.words, masks.units, [m[0] for m in masks.recurrent], masks.latents
+            masks.words,
+            masks.units,
+            [m[0] for m in masks.recurrent],
+            masks.weights,
+            masks.latents,
         )
         batch = distinct_batch()  # of a dropped word's units no more is known
         error, name = largest_error(
@@ -205,6 +230,29 @@ def test_units_are_kept_with_the_keep_probability(observed: Observed) -> None:
         kept = np.array([mask for _, mask in place])
         low, high = stats.binom.interval(1 - 1e-6, kept.size, 1 - rate)
         assert low <= kept.sum() <= high
+
+
+def test_weights_are_kept_with_the_keep_probability_anew_for_each_step_and_layer(
+    observed: Observed,
+) -> None:
+    recipe = observed.recipe
+    if not recipe.weight_dropout:
+        return
+    there = kept_weights(recipe, VOCABULARY, seed=0)
+    draws = []
+    for masks in observed.masks:
+        for layer, mask in enumerate(masks.weights):
+            places = there.get(f"rnn.{layer}.recurrent", np.ones(mask.shape, bool))
+            assert not mask[~places].any()
+            draws.append(mask[places] > 0)
+    keep = 1 - recipe.weight_dropout
+    kept = np.concatenate(draws)
+    low, high = stats.binom.interval(1 - 1e-6, kept.size, keep)
+    assert low <= kept.sum() <= high
+    chance = keep**2 + (1 - keep) ** 2  # that two independent draws agree
+    for one, other in itertools.combinations(draws, 2):
+        agreement = np.mean(one == other)
+        assert abs(agreement - chance) < 6 * math.sqrt(chance * (1 - chance) / len(one))
 
 
 def test_words_are_kept_with_the_keep_probability(observed: Observed) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.support import probes
 from tests.support.problems import (
     ADAM_DROPOUT,
+    ASGD_DROPOUT,
     BATCH,
     DROPOUT,
     IMPLEMENTATIONS,
@@ -32,7 +33,9 @@ BATCHES = [random_batch(seed) for seed in range(20)]
 RATES = [0.5] * len(BATCHES)
 both_device_counts = pytest.mark.parametrize("devices", [1, 2])
 every_optimizer = pytest.mark.parametrize(
-    "recipe", [DROPOUT, ADAM_DROPOUT, RMSPROP_DROPOUT], ids=lambda recipe: recipe.optimizer
+    "recipe",
+    [DROPOUT, ADAM_DROPOUT, RMSPROP_DROPOUT, ASGD_DROPOUT],
+    ids=lambda recipe: recipe.optimizer,
 )
 
 

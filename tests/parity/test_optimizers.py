@@ -35,6 +35,8 @@ RECIPES = {
     "rmsprop, decay, no clipping": recipe(
         optimizer="rmsprop", learning_rate=0.05, weight_decay=0.1, clip_norm=None, **MOMENTS
     ),
+    "asgd": recipe(optimizer="asgd"),
+    "asgd, decay, no clipping": recipe(optimizer="asgd", weight_decay=0.1, clip_norm=None),
 }
 # A misplaced epsilon, a moment not corrected, decoupled weight decay: wrong by more than 1e-3.
 UPDATE_ERROR = 1e-5

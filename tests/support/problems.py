@@ -48,6 +48,14 @@ DROPOUT = recipe(dropout=0.35, clip_norm=1000.0)
 ADAM_DROPOUT = recipe(
     optimizer="adam", learning_rate=0.01, weight_decay=0.01, dropout=0.35, clip_norm=0.5
 )
+# What AWD-LSTM adds to a model: dropped weights, penalties of activations, averaged parameters.
+AWD: dict[str, Any] = {
+    "weight_dropout": 0.3,
+    "activation_regularization": 2.0,
+    "temporal_activation_regularization": 1.0,
+    "optimizer": "asgd",
+}
+ASGD_DROPOUT = recipe(**AWD, learning_rate=0.5, dropout=0.35, clip_norm=0.5)
 RMSPROP_DROPOUT = recipe(optimizer="rmsprop", learning_rate=0.01, dropout=0.35, clip_norm=None)
 
 MOS: dict[str, Any] = {"mixtures": 3, "latent_size": 6}
@@ -58,6 +66,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "lstm, last layer wider": {"last_hidden_size": 20},
     "gru": {"cell": "gru"},
     "gru, two biases": {"cell": "gru", "recurrent_bias": True, "last_hidden_size": 8},
+    "lstm, penalties": {
+        "activation_regularization": 2.0, "temporal_activation_regularization": 3.0,
+    },
     "rnn_tanh": {"cell": "rnn_tanh"},
     "rnn_relu, two biases": {"cell": "rnn_relu", "recurrent_bias": True},
     "sparse lstm": {"kept_weights": 0.3, "weight_decay": 0.1},
@@ -70,7 +81,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixture, tied": MOS | {"latent_size": 12, "tie_weights": True, "softmax_bias": False},
     "mixture, tied behind a projection": MOS | {"tie_weights": True},
     "mixture, factorised": MOS | {"output_rank": 5},
-}
+    "mixture over a gru, penalties, mean per token": MOS
+    | {
+        "cell": "gru", "objective": "mean_per_token", "clip_norm": 0.1,
+        "activation_regularization": 5.0, "temporal_activation_regularization": 3.0,
+    },
+}  # fmt: skip
 # What a framework computes by other means than its usual ones, if it has them: (kernel, changes).
 KERNEL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cell, lstm": ("cell", {"last_hidden_size": 20}),
@@ -144,12 +160,15 @@ def moved(parameters: Parameters, initial: Parameters) -> Parameters:
 def train(
     backend: Backend, batches: Sequence[Batch], rates: Sequence[float], state: State = None
 ) -> tuple[list[float], list[float], State]:
-    """One step per batch and rate, the state carried: each nll, each norm, and the last state."""
+    """One step per batch and rate, the state carried: each nll, each norm, and the last state.
+
+    asgd's mean begins with the third.
+    """
     if state is None:
         state = backend.initial_state(BATCH, training=True)
     nll, norms = [], []
-    for batch, rate in zip(batches, rates, strict=True):
-        step = backend.train_step(*batch, state, rate)
+    for index, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
+        step = backend.train_step(*batch, state, rate, max(index - 1, 1))
         state = step.state
         nll.append(float(step.nll))
         norms.append(float(step.gradient_norm))

@@ -124,10 +124,8 @@ class RemoteBackend(Backend):
     def gradients(self, inputs: Any, targets: Any, mask: Any, state: State) -> Parameters:
         return self._ask("gradients", inputs, targets, mask, state)
 
-    def train_step(
-        self, inputs: Any, targets: Any, mask: Any, state: State, learning_rate: float
-    ) -> TrainStep:
-        return TrainStep(*self._ask("train_step", inputs, targets, mask, state, learning_rate))
+    def train_step(self, *arguments: Any) -> TrainStep:
+        return TrainStep(*self._ask("train_step", *arguments))
 
     def evaluate_step(self, inputs: Any, targets: Any, mask: Any, state: State) -> EvaluateStep:
         return EvaluateStep(*self._ask("evaluate_step", inputs, targets, mask, state))

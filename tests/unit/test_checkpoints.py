@@ -34,6 +34,7 @@ from ptbench.training import loop
 from ptbench.training.checkpoints import Checkpoints, Header, Identity, read_arrays, to_json
 from ptbench.training.loop import Run, Splits, Sums, train
 from ptbench.training.records import Epoch
+from ptbench.training.schedules import averages_since
 from ptbench.training.signals import Signals
 
 CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
@@ -56,6 +57,10 @@ RECIPES = {
         warm_up_epochs=1.5, feeding="sentences", epochs=3, weight_decay=0.01,
     ),
     "windows": Recipe(**SIZES, feeding="windows", schedule="constant", epochs=3),
+    "averaging": Recipe(
+        **SIZES, optimizer="asgd", averaging_interval=1, schedule="constant", epochs=6,
+        learning_rate=12.0, clip_norm=1.0, weight_dropout=0.2,
+    ),
 }  # fmt: skip
 
 
@@ -138,6 +143,8 @@ def test_the_recipes_meet_what_they_are_there_for(uninterrupted: dict[str, Any])
     assert stopped == "patience"
     history, *_ = uninterrupted["roll back"]
     assert history[2]["valid_nll"] > min(epoch["valid_nll"] for epoch in history[:3])
+    history, *_ = uninterrupted["averaging"]
+    assert averages_since(RECIPES["averaging"], [Epoch(**epoch) for epoch in history[:-1]])
 
 
 @pytest.mark.parametrize("name", RECIPES)

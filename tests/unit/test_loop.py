@@ -91,6 +91,36 @@ def test_rolling_back_trains_on_from_the_best_parameters() -> None:
     assert score.nll == pytest.approx(min(before), rel=1e-6)
 
 
+def test_averaged_parameters_are_scored_and_kept_and_training_goes_on_from_its_own() -> None:
+    changes: dict[str, Any] = {"schedule": "constant", "epochs": 3, "learning_rate": 6.0}
+    plain, _, _ = run(Recipe(**SIZES, **changes))
+    recipe = Recipe(**SIZES, **changes, optimizer="asgd", averaging_interval=None)
+    result, backend, _ = run(recipe)
+    assert [e.train_nll for e in result.history] == [e.train_nll for e in plain.history]
+    assert result.history[-1].valid_nll < plain.history[-1].valid_nll
+    assert result.best is not None
+    assert result.best_parameters is not None
+    backend.load_parameters(result.best_parameters)
+    score, _ = evaluate(backend, splits().valid, Clocks())
+    assert score.nll == pytest.approx(result.best.valid_nll, rel=1e-6)
+
+    # The mean is of all steps since the beginning, over the borders of epochs.
+    passed: list[Any] = []
+
+    class Watched(NumpyOracle):
+        def train_step(self, *arguments: Any) -> TrainStep:
+            step = super().train_step(*arguments)
+            passed.append(self.p["softmax.bias"].copy())
+            return step
+
+    watched = Watched(recipe, VOCABULARY, seed=3)
+    whole = train(watched, recipe, splits(), Clocks(), lambda _: None)
+    assert whole.best is not None
+    assert whole.best.epoch == 3
+    mean = np.mean(passed, axis=0)
+    np.testing.assert_allclose(whole.best_parameters["softmax.bias"], mean, rtol=1e-5)
+
+
 def is_zero(state: dict[str, Any]) -> bool:
     return not any(array.any() for array in state.values())
 

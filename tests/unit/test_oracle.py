@@ -55,6 +55,14 @@ MODELS: dict[str, dict[str, Any]] = {
     | {
         "dropout_kind": "locked", "input_dropout": 0.2, "hidden_dropout": 0.3,
         "output_dropout": 0.4, "word_dropout": 0.2, "recurrent_dropout": 0.3,
+        "weight_dropout": 0.4,
+    },
+    "weight dropout, gru": {"weight_dropout": 0.4, "cell": "gru", "recurrent_bias": True},
+    "weight dropout, sparse": {"weight_dropout": 0.4, "kept_weights": 0.6},
+    "penalties": {"activation_regularization": 2.0, "temporal_activation_regularization": 3.0},
+    "penalties, dropout, mean per token": {
+        "activation_regularization": 2.0, "temporal_activation_regularization": 3.0,
+        "dropout": 0.4, "objective": "mean_per_token", "cell": "gru",
     },
 }  # fmt: skip
 
@@ -65,6 +73,21 @@ def batch_of(steps: int, seed: int = 3) -> Batch:
     mask = np.ones((steps, BATCH), np.float32)
     mask[-1, 1] = 0
     return Batch(inputs, targets, mask)
+
+
+def penalties(oracle: NumpyOracle, batch: Batch, state: dict[str, Any]) -> float:
+    """The activation regularisations, summed over real tokens, by their definition."""
+    recipe = oracle.recipe
+    masks = oracle.dropout_masks(*batch.inputs.shape) if recipe.drops else oracle.no_masks
+    forward = oracle.forward(batch.inputs, state, masks)
+    h = forward.traces[-1].h[1:]
+    total = 0.0
+    for t, b in np.argwhere(batch.mask):
+        total += recipe.activation_regularization * float((forward.top[t, b] ** 2).mean())
+        if t and batch.mask[t - 1, b]:
+            change = float(((h[t, b] - h[t - 1, b]) ** 2).mean())
+            total += recipe.temporal_activation_regularization * change
+    return total
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS.keys())
@@ -82,8 +105,9 @@ def test_gradients_are_the_objective_s_central_differences(changes: dict[str, An
         before = array[index]
         array[index] = value
         nll, _, _ = oracle.loss_and_gradients(*batch, state)
+        total = nll + penalties(oracle, batch, state)
         array[index] = before
-        return nll / divisor
+        return total / divisor
 
     for name, array in oracle.p.items():
         for index in np.argwhere(np.broadcast_to(oracle.kept.get(name, True), array.shape)):
@@ -233,17 +257,32 @@ def test_rmsprop_s_mean_square_of_a_constant_gradient_grows_as_one_minus_decay_t
     assert directions([g] * 5, optimizer="rmsprop", **changes) == pytest.approx(expected)
 
 
+def test_averaged_sgd_moves_as_sgd_does_and_keeps_the_mean_of_its_last_parameters() -> None:
+    plain, averaging = oracle_with(), oracle_with(optimizer="asgd")
+    state, passed = plain.initial_state(BATCH, True), []
+    for averaged in (1, 1, 1, 2, 3):
+        for oracle in (plain, averaging):
+            oracle.train_step(*batch_of(TIME), state, 0.1, averaged)
+        passed.append(plain.p["softmax.weight"].copy())
+        if averaged == 1:
+            assert np.array_equal(averaging.slots["average"]["softmax.weight"], passed[-1])
+    assert np.array_equal(averaging.p["softmax.weight"], passed[-1])
+    mean = averaging.slots["average"]["softmax.weight"]
+    np.testing.assert_allclose(mean, np.mean(passed[2:], axis=0), rtol=1e-14)
+
+
 def test_a_gradient_of_zero_moves_nothing() -> None:
-    for optimizer in ("sgd", "adam", "rmsprop"):
+    for optimizer in ("sgd", "adam", "rmsprop", "asgd"):
         assert directions([0.0, 0.0], optimizer=optimizer) == [0, 0]
 
 
 def test_dropout_keeps_the_mean_of_what_it_drops() -> None:
     rates = {"dropout": 0.4, "latent_dropout": 0.3, "word_dropout": 0.2, "recurrent_dropout": 0.1}
-    oracle = oracle_with(mixtures=3, **rates)
+    oracle = oracle_with(mixtures=3, hidden_size=60, weight_dropout=0.6, **rates)
     oracle.vocabulary_size = 5000
     masks = oracle.dropout_masks(50, 400)
     drawn = [(0.4, m) for m in masks.units] + [(0.1, m) for m in masks.recurrent]
+    drawn += [(0.6, m) for m in masks.weights]
     for rate, mask in [*drawn, (0.2, masks.words), (0.3, masks.latents)]:
         keep = 1 - rate
         assert set(np.unique(mask)) == {0, 1 / keep}

@@ -6,10 +6,18 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ptbench.configuration.models import Recipe
 from ptbench.training.records import Epoch
-from ptbench.training.schedules import learning_rate, plateau_decays, rolls_back, stop
+from ptbench.training.schedules import (
+    averages_since,
+    learning_rate,
+    plateau_decays,
+    rolls_back,
+    stop,
+)
 
 
 def history(*valid_nlls: float, seconds: float = 1.0) -> list[Epoch]:
@@ -128,3 +136,32 @@ def test_training_stops_at_the_recipe_s_limit(
     limits: dict[str, Any], nlls: tuple[float, ...], expected: str | None
 ) -> None:
     assert stop(Recipe(**limits), history(*nlls)) == expected
+
+
+def merity_switches(nlls: list[float], interval: int) -> int | None:
+    """When the code of Merity et al. 2017 turns to ASGD, transcribed: the epochs before it."""
+    earlier: list[float] = []
+    for epoch, nll in enumerate(nlls, start=1):
+        if len(earlier) > interval and nll > min(earlier[:-interval]):
+            return epoch
+        earlier.append(nll)
+    return None
+
+
+@given(
+    nlls=st.lists(st.integers(0, 12).map(float), max_size=14),
+    interval=st.integers(1, 5),
+)
+def test_averaging_begins_where_the_code_of_merity_et_al_begins(
+    nlls: list[float], interval: int
+) -> None:
+    recipe = Recipe(optimizer="asgd", averaging_interval=interval)
+    assert averages_since(recipe, history(*nlls)) == merity_switches(nlls, interval)
+
+
+def test_averaging_begins_at_once_where_told_and_never_with_another_optimizer() -> None:
+    rising = history(1.0, 2.0, 3.0, 4.0)
+    assert averages_since(Recipe(optimizer="asgd", averaging_interval=None), rising) == 0
+    assert averages_since(Recipe(optimizer="asgd", averaging_interval=None), []) == 0
+    assert averages_since(Recipe(optimizer="sgd", averaging_interval=1), rising) is None
+    assert averages_since(Recipe(optimizer="asgd", averaging_interval=1), rising) == 3

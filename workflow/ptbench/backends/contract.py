@@ -62,10 +62,13 @@ FEATURES = (
     "locked dropout",
     "word dropout",
     "recurrent dropout",
+    "weight dropout",
+    "activation regularisation",
     "softmax cross-entropy",
     "SGD",
     "Adam",
     "RMSProp",
+    "averaged SGD",
     "weight decay",
     "gradient clipping by global norm",
     "uniform initialisation",
@@ -92,6 +95,7 @@ OPTIMIZER_SLOTS = {
     "sgd": (),
     "adam": ("first_moment", "second_moment"),
     "rmsprop": ("mean_square",),
+    "asgd": ("average",),
 }
 
 
@@ -115,13 +119,20 @@ class Backend(abc.ABC):
 
        With `recurrent_dropout`, U multiplies h after units of it are dropped, the same for all
        gates and all time steps of the window (Gal and Ghahramani 2016, arXiv:1512.05287); h itself
-       is carried whole.
+       is carried whole. With `weight_dropout`, weights of U are dropped, the same ones for all of
+       the batch and window (Merity et al. 2017, section 2): one draw for every training step.
     3. v_t is the last layer's (dropped) output. With K = `mixtures` > 0 (Yang et al. 2018,
        arXiv:1711.03953): K latents tanh(W_k v_t + b_k), each dropped with `latent_dropout`, take
        its place, and the prior over them is softmax(P v_t), without bias.
     4. Behind `softmax.projection`, where there is one, logits are the output matrix times v_t, or
        times each latent, plus the bias; log-probabilities are log sum_k prior_k softmax_k, in log
        space throughout.
+
+    The objective adds to the nll of each real token, before it is divided (`objective_divisor`),
+    `activation_regularization` times the mean square of v_t, and
+    `temporal_activation_regularization` times the mean square of h_t - h_{t-1} of the last layer
+    before dropout, if the token before it in the window is real, too (Merity et al. 2017, section
+    4.6; means are over units). A step's `nll` is without them.
 
     What is dropped becomes 0 and what is kept is divided by the probability of keeping it. Masks
     are drawn anew for every training step; with `dropout_kind: locked` those of units and latents
@@ -206,7 +217,13 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         """One optimizer update on the global batch, clipped once over all parameters.
 
@@ -219,6 +236,9 @@ class Backend(abc.ABC):
           p -= rate m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + epsilon)
         - rmsprop (Hinton 2012, lecture 6e; epsilon placed as in Keras 2.1.3 and torch.optim):
           s = decay s + (1 - decay) g^2; p -= rate g / (sqrt(s) + epsilon)
+        - asgd (Polyak and Juditsky 1992): p -= rate g; then a = (1 - 1 / n) a + p / n, where n is
+          `averaged`, the number of steps whose parameters the mean a is of, this one's included;
+          with n = 1 a is p exactly. Nothing but the snapshot shows a.
         """
 
     @abc.abstractmethod

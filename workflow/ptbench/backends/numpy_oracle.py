@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptbench.backends.contract import (
+    GATES,
     OPTIMIZER_SLOTS,
     Backend,
     EvaluateStep,
@@ -171,6 +172,7 @@ class Layer:
     b: Array  # [gates x width]
     r: Array  # [gates x width]
     mask: Array  # [batch, width], or 1
+    kept: Array | float = 1.0  # what the weights u were multiplied by, [width, gates x width]
 
     def forward(self, x: Array, h0: Array, c0: Array) -> LayerTrace:
         """Args: x: [time, batch, inputs]; h0, c0: [batch, width]."""
@@ -201,7 +203,8 @@ class Layer:
         d_z_input, d_z_recurrent = np.stack(d_input[::-1]), np.stack(d_recurrent[::-1])
         d_parameters = {
             "input": np.einsum("tbi,tbj->ij", trace.x, d_z_input),
-            "recurrent": np.einsum("tbi,tbj->ij", trace.h[:-1] * self.mask, d_z_recurrent),
+            "recurrent": self.kept
+            * np.einsum("tbi,tbj->ij", trace.h[:-1] * self.mask, d_z_recurrent),
             "bias": d_z_input.sum(axis=(0, 1)),
             "recurrent_bias": d_z_recurrent.sum(axis=(0, 1)),
         }
@@ -226,12 +229,13 @@ class Masks:
     words: Array  # [vocabulary, 1]
     units: list[Array]  # of the embedding's output and each layer's, [time or 1, batch, width]
     recurrent: list[Array]  # of each layer's previous output, [batch, width]
+    weights: list[Array]  # of each layer's recurrent weights, [width, gates x width]
     latents: Array  # [time or 1, batch, mixtures, latent]
 
     @classmethod
     def none(cls, layers: int) -> Masks:
         one = np.ones(1)
-        return cls(one, [one] * (layers + 1), [one] * layers, one)
+        return cls(one, [one] * (layers + 1), [one] * layers, [one] * layers, one)
 
 
 @dataclass
@@ -297,6 +301,9 @@ class NumpyOracle(Backend):
                 for rate, width in zip(recipe.unit_dropout, inputs_and_layers, strict=True)
             ],
             recurrent=[mask(recipe.recurrent_dropout, batch_size, n) for n in recipe.widths],
+            weights=[
+                mask(recipe.weight_dropout, n, len(GATES[recipe.cell]) * n) for n in recipe.widths
+            ],
             latents=mask(recipe.latent_dropout, times, batch_size, recipe.mixtures, latent),
         )
 
@@ -308,7 +315,8 @@ class NumpyOracle(Backend):
             name = f"rnn.{index}"
             w, u, b = (p[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
             r = p.get(f"{name}.recurrent_bias", np.zeros_like(b))
-            layer = Layer(CELLS[recipe.cell], w, u, b, r, masks.recurrent[index])
+            kept = masks.weights[index]
+            layer = Layer(CELLS[recipe.cell], w, u * kept, b, r, masks.recurrent[index], kept)
             h0 = state[f"state.{index}.h"]
             trace = layer.forward(x, h0, state.get(f"state.{index}.c", np.zeros_like(h0)))
             layers.append(layer)
@@ -379,8 +387,14 @@ class NumpyOracle(Backend):
         else:
             d_x = d_features[:, :, 0]
 
+        d_change = np.zeros_like(forward.top)
+        if recipe.penalizes:
+            d_top, d_change = self.penalty_gradients(forward, weights)
+            d_x = d_x + d_top
         for index in reversed(range(recipe.layers)):
             d_out = d_x * masks.units[index + 1]
+            if index == recipe.layers - 1:
+                d_out = d_out + d_change
             d_x, d_layer = forward.layers[index].backward(forward.traces[index], d_out)
             for kind, value in d_layer.items():
                 if (name := f"rnn.{index}.{kind}") in p:
@@ -389,6 +403,20 @@ class NumpyOracle(Backend):
         np.add.at(d_rows, forward.inputs, d_x * masks.units[0])
         d["embedding"] += d_rows * masks.words
         return d
+
+    def penalty_gradients(self, forward: Forward, weights: Array) -> tuple[Array, Array]:
+        """Of both activation regularisations, with respect to the last layer's dropped output and
+        to its output before dropout; both [time, batch, width].
+        """
+        recipe, h = self.recipe, forward.traces[-1].h[1:]
+        each = weights[..., None] / h.shape[-1]  # [time, batch, 1]
+        d_top = 2 * recipe.activation_regularization * each * forward.top
+        both_real = np.minimum(each[1:], each[:-1])
+        d_step = 2 * recipe.temporal_activation_regularization * both_real * (h[1:] - h[:-1])
+        d_h = np.zeros_like(h)
+        d_h[1:] += d_step
+        d_h[:-1] -= d_step
+        return d_top, d_h
 
     def loss_and_gradients(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: dict[str, Array]
@@ -409,7 +437,13 @@ class NumpyOracle(Backend):
         return {name: g.astype(np.float32) for name, g in gradients.items()}
 
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         nll, gradients, final = self.loss_and_gradients(inputs, targets, mask, state)
         norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
@@ -419,12 +453,15 @@ class NumpyOracle(Backend):
         for name, p in self.p.items():
             g = scale * gradients[name] + self.recipe.weight_decay * p
             p -= learning_rate * self.direction(name, g)
+            if self.recipe.optimizer == "asgd":
+                mean = self.slots["average"][name]
+                mean[:] = (1 - 1 / averaged) * mean + p / averaged
         return TrainStep(nll, norm, final)
 
     def direction(self, name: str, g: Array) -> Array:
         """What a rate of 1 subtracts from a parameter with gradient g; see the contract."""
         recipe = self.recipe
-        if recipe.optimizer == "sgd":
+        if recipe.optimizer in ("sgd", "asgd"):
             return g
         slots = {slot: arrays[name] for slot, arrays in self.slots.items()}
         if recipe.optimizer == "rmsprop":

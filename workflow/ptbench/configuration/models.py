@@ -169,6 +169,13 @@ class Recipe(Model):
         description="Probability of dropping a unit of the previous output in the recurrent "
         "product, the same at all time steps (Gal and Ghahramani).",
     )
+    weight_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropping a recurrent weight for a step (DropConnect, as "
+        "AWD-LSTM has it).",
+    )
     dropout_kind: Literal["per_step", "locked"] = Field(
         "per_step",
         description="Whether units and latents are dropped anew at every time step, or the same "
@@ -200,8 +207,30 @@ class Recipe(Model):
         description="Loss that is differentiated: summed over time and averaged over the batch "
         "(TensorFlow tutorial, Zaremba), or averaged over all tokens (PyTorch, Keras).",
     )
-    optimizer: Literal["sgd", "adam", "rmsprop"] = Field(
-        "sgd", description="Update rule; sgd and rmsprop are without momentum."
+    activation_regularization: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Multiple of the mean square of the last layer's dropped output, added to each "
+        "token's loss (AR).",
+    )
+    temporal_activation_regularization: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="The same of the change of the last layer's output, before dropout, from one "
+        "time step to the next (TAR).",
+    )
+    optimizer: Literal["sgd", "adam", "rmsprop", "asgd"] = Field(
+        "sgd",
+        description="Update rule; sgd and rmsprop are without momentum. asgd: sgd, scored with the "
+        "mean of its parameters.",
+    )
+    averaging_interval: int | None = Field(
+        5,
+        ge=1,
+        description="asgd's mean begins after the first epoch whose validation nll is above the "
+        "lowest of those that are more than so many epochs older (NT-ASGD); null: at once.",
     )
     learning_rate: float = Field(1.0, gt=0, le=1e6, description="Initial learning rate.")
     clip_norm: float | None = Field(
@@ -315,7 +344,13 @@ class Recipe(Model):
     def drops(self) -> bool:
         """Whether training drops anything at random."""
         latent = self.latent_dropout if self.mixtures else 0.0
-        return any((*self.unit_dropout, latent, self.word_dropout, self.recurrent_dropout))
+        whole = (self.word_dropout, self.recurrent_dropout, self.weight_dropout)
+        return any((*self.unit_dropout, latent, *whole))
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the objective has terms beside the negative log-likelihood."""
+        return bool(self.activation_regularization or self.temporal_activation_regularization)
 
     def global_batch_size(self, devices: int) -> int:
         """Sequences per training step over all `devices` together.

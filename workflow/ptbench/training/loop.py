@@ -12,19 +12,19 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from ptbench.backends.contract import Backend, Parameters, Scalar, State
+from ptbench.backends.contract import Backend, Parameters, Scalar, State, parameter_shapes
 from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import Feed
 from ptbench.errors import InterruptionError
 from ptbench.measurement.clocks import Clocks
 from ptbench.training.records import Epoch, Score, perplexity, score
-from ptbench.training.schedules import Stop, learning_rate, rolls_back, stop
+from ptbench.training.schedules import Stop, averages_since, learning_rate, rolls_back, stop
 
 WARM_UP_STEPS = 3  # steps that may compile or fill caches; trained on, but not counted as speed
 FETCH_EVERY = 50  # steps between fetches of the losses from the device
@@ -188,7 +188,11 @@ def train(
         if run.diverged:
             return run
         try:
-            valid, evaluation_seconds = evaluate(backend, splits.valid, clocks, keeper)
+            with mean_parameters(backend, recipe, run, clocks):
+                valid, evaluation_seconds = evaluate(backend, splits.valid, clocks, keeper)
+                better = run.best is None or valid.nll < run.best.valid_nll
+                with clocks("checkpointing"):
+                    scored = backend.parameters() if better else None
         except InterruptionError:
             keep()
             raise
@@ -213,10 +217,8 @@ def train(
         run.diverged = divergence(recipe, "validation", number, valid_nll, splits.valid)
         if run.diverged:
             return run
-        if run.best is None or epoch.valid_nll < run.best.valid_nll:
-            run.best = epoch
-            with clocks("checkpointing"):
-                run.best_parameters = backend.parameters()
+        if scored is not None:
+            run.best, run.best_parameters = epoch, scored
         keep()
         run.stopped = stop(recipe, run.history)
         if keeper.interrupted():
@@ -225,6 +227,23 @@ def train(
     backend.load_parameters(run.best_parameters)
     run.test, _ = evaluate(backend, splits.test, clocks, keeper)
     return run
+
+
+@contextlib.contextmanager
+def mean_parameters(backend: Backend, recipe: Recipe, run: Run, clocks: Clocks) -> Iterator[None]:
+    """asgd's mean in the place of the parameters it is of, once it has begun; else nothing."""
+    if averages_since(recipe, run.history) is None:
+        yield
+        return
+    with clocks("checkpointing"):
+        trained = backend.snapshot(run.state)
+        names = parameter_shapes(recipe, backend.vocabulary_size)
+        backend.load_parameters({name: trained[f"optimizer.average.{name}"] for name in names})
+    try:
+        yield
+    finally:
+        with clocks("checkpointing"):
+            run.state = backend.restore(trained)
 
 
 def divergence(recipe: Recipe, split: str, epoch: int, nll_sum: float, feed: Feed) -> str | None:
@@ -288,6 +307,8 @@ def train_epoch(
     pending: list[tuple[Scalar, Scalar]] = []
     reported = time.perf_counter()
     number = len(run.history) + 1
+    since = averages_since(recipe, run.history)
+    before_mean = math.inf if since is None else (since - len(run.history)) * len(feed)
     zero_state = backend.initial_state(feed.batch_size, training=True)
     # Closed at once, whatever happens: a thread may be preparing batches.
     with contextlib.closing(feed.epoch(number, sums.steps)) as batches:
@@ -299,7 +320,8 @@ def train_epoch(
             with clocks(clock):
                 for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
                     rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
-                    result = backend.train_step(*batch, run.state, rate)
+                    averaged = int(max(sums.steps + 1 - before_mean, 1))
+                    result = backend.train_step(*batch, run.state, rate, averaged)
                     run.state = result.state if feed.carries_state else zero_state
                     pending.append((result.nll, result.gradient_norm))
                     count = int(batch.mask.sum())

@@ -67,6 +67,26 @@ def plateau_decays(recipe: Recipe, history: Sequence[Epoch]) -> int:
     return decays
 
 
+def averages_since(recipe: Recipe, history: Sequence[Epoch]) -> int | None:
+    """How many epochs had passed when asgd's mean began; None if it has not, or there is none.
+
+    The non-monotone trigger of NT-ASGD (Merity et al. 2017, algorithm 1, as their code has it): an
+    epoch whose validation nll is above the lowest of those more than `averaging_interval` epochs
+    before it. The mean is of every step after that epoch.
+    """
+    if recipe.optimizer != "asgd":
+        return None
+    if recipe.averaging_interval is None:
+        return 0
+    lowest = float("inf")
+    for index, epoch in enumerate(history):
+        if index > recipe.averaging_interval:
+            lowest = min(lowest, history[index - recipe.averaging_interval - 1].valid_nll)
+        if epoch.valid_nll > lowest:
+            return index + 1
+    return None
+
+
 def rolls_back(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     """Whether the next epoch starts from the best parameters so far, not from the last.
 

@@ -308,7 +308,7 @@ def train_epoch(
     reported = time.perf_counter()
     number = len(run.history) + 1
     since = averages_since(recipe, run.history)
-    before_mean = math.inf if since is None else (since - len(run.history)) * len(feed)
+    averaged_before = None if since is None else (len(run.history) - since) * len(feed)  # steps
     zero_state = backend.initial_state(feed.batch_size, training=True)
     # Closed at once, whatever happens: a thread may be preparing batches.
     with contextlib.closing(feed.epoch(number, sums.steps)) as batches:
@@ -320,7 +320,7 @@ def train_epoch(
             with clocks(clock):
                 for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
                     rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
-                    averaged = int(max(sums.steps + 1 - before_mean, 1))
+                    averaged = 1 if averaged_before is None else averaged_before + sums.steps + 1
                     result = backend.train_step(*batch, run.state, rate, averaged)
                     run.state = result.state if feed.carries_state else zero_state
                     pending.append((result.nll, result.gradient_norm))

@@ -145,8 +145,11 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
             kept[f"units {place}"] / (1 - rate) for place, rate in enumerate(recipe.unit_dropout)
         ],
         # The previous output at the first step is the zero state, whose mask cannot be seen.
+        # Without that dropout, a row without gradient is one whose weights are all dropped.
         recurrent=[
             kept[f"recurrent {layer}"][1:] / (1 - recipe.recurrent_dropout)
+            if recipe.recurrent_dropout
+            else np.ones((TIME - 1, BATCH, 1))
             for layer in range(recipe.layers)
         ],
         weights=[

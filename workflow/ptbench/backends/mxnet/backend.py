@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ from ptbench.backends.contract import (
     rate_and_epsilon,
     state_names,
 )
-from ptbench.backends.mxnet.heads import ChunkedLoss
-from ptbench.backends.mxnet.layers import Array, States
+from ptbench.backends.mxnet.heads import ActivationPenalty, ChunkedLoss
+from ptbench.backends.mxnet.layers import Array, States, drop
 from ptbench.backends.mxnet.model import (
     LanguageModel,
     NegativeLogLikelihood,
@@ -50,7 +51,9 @@ from ptbench.backends.mxnet.model import (
 from ptbench.backends.mxnet.optimizer import make_optimizer
 from ptbench.configuration.models import Accelerator, Recipe
 
-WORDS_STREAM = 1  # tells the draw of dropped words from others with the same seed and step
+# Tell the draws that all replicas share from others with the same seed and step.
+WORDS_STREAM = 1
+WEIGHTS_STREAM = 2
 
 
 class MXNetBackend(Backend):
@@ -82,10 +85,17 @@ class MXNetBackend(Backend):
             False,
             "mxnet.layers.TimeSteps, also in place of the fused layers, which have none",
         ),
+        Feature(
+            "weight dropout",
+            False,
+            "MXNetBackend.dropped_weights: any layer's matrix is masked in place for a step",
+        ),
+        Feature("activation regularisation", False, "mxnet.heads.ActivationPenalty"),
         Feature("softmax cross-entropy", True, "nd.log_softmax and nd.pick"),
         Feature("SGD", True, "gluon.Trainer and optimizer.SGD"),
         Feature("Adam", False, "gluon.Trainer and Adam, over nd.adam_update"),
         Feature("RMSProp", False, "gluon.Trainer and RMSProp"),
+        Feature("averaged SGD", False, "gluon.Trainer and AveragedSGD, over optimizer.SGD"),
         Feature("weight decay", True, "optimizer.Optimizer(wd)"),
         Feature("gradient clipping by global norm", True, "gluon.utils.clip_global_norm"),
         Feature("uniform initialisation", True, "init.Uniform and init.LSTMBias"),
@@ -118,6 +128,9 @@ class MXNetBackend(Backend):
         self.nll.initialize(ctx=self.contexts)
         self.stored = stored_parameters(self.model, self.loss, recipe, vocabulary_size, kept)
         self.trained = [stored.parameter for stored in self.stored.values()]
+        self.recurrent = [
+            stored.parameter for name, stored in self.stored.items() if name.endswith(".recurrent")
+        ]
 
         # What runs as one graph: all of it, or where logits are many the model, and its loss by
         # chunks. An autograd.Function, as the sparse layers have it, can be in no graph.
@@ -126,6 +139,8 @@ class MXNetBackend(Backend):
         self.in_chunks = recipe.implementation == "tuned" and self.chunked.needed(tokens)
         in_graph = self.loss if recipe.kernel == "sparse" else self.nll
         in_graph.hybridize(**graph_flags(recipe))
+        self.penalty = ActivationPenalty(recipe)
+        self.penalty.hybridize(**graph_flags(recipe))
         self.added = list(self.loss.collect_params().values()) if self.in_chunks else []
         for parameter in self.added:
             parameter.grad_req = "add"
@@ -194,6 +209,32 @@ class MXNetBackend(Backend):
         kept = rng.random((self.vocabulary_size, 1)) < keep
         return [to_device((kept / keep).astype(np.float32), context)]
 
+    @contextlib.contextmanager
+    def dropped_weights(self) -> Iterator[None]:
+        """Drop some recurrent weights in place, so that any layer takes what is left, fused or not.
+
+        The next step's, the same on all replicas. At the end the weights are whole again, and the
+        gradients found meanwhile are with respect to them.
+        """
+        if not self.recipe.weight_dropout:
+            yield
+            return
+        dropped = []
+        for context in self.contexts:
+            mx.random.seed(random_seed(self.seed, self.step, 0, WEIGHTS_STREAM), ctx=context)
+            for parameter in self.recurrent:
+                weight = parameter.data(context)
+                with autograd.train_mode():
+                    kept = drop(mx.nd, mx.nd.ones_like(weight), self.recipe.weight_dropout)
+                dropped.append((weight, weight.copy(), parameter.grad(context), kept))
+                weight *= kept
+        try:
+            yield
+        finally:
+            for weight, whole, gradient, kept in dropped:
+                whole.copyto(weight)
+                gradient *= kept
+
     def forward_backward(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
     ) -> tuple[mx.nd.NDArray, State]:
@@ -214,26 +255,32 @@ class MXNetBackend(Backend):
         nlls, states = [], []
         heads: list[Array] = []
         head_gradients: list[Array] = []
-        for replica, context in enumerate(self.contexts):
-            if self.recipe.drops:
-                mx.random.seed(random_seed(self.seed, self.step, replica), ctx=context)
-            x, y, real = (share[replica] for share in shares)
-            if self.in_chunks:
-                with autograd.record():
-                    outputs, final = self.model(x, state[replica], *words[replica])
-                nll, gradients = self.chunked.with_gradients(
-                    outputs, y.reshape(-1), real.reshape(-1), divisor
-                )
-                heads += outputs
-                head_gradients += gradients
-            else:
-                with autograd.record():
-                    nll, final = self.nll(x, y, real, state[replica], *words[replica])
-                    heads.append(nll / divisor)
-                head_gradients.append(mx.nd.ones_like(nll))
-            nlls.append(nll)
-            states.append(final)
-        autograd.backward(heads, head_gradients)
+        with self.dropped_weights():
+            for replica, context in enumerate(self.contexts):
+                if self.recipe.drops:
+                    mx.random.seed(random_seed(self.seed, self.step, replica), ctx=context)
+                x, y, real = (share[replica] for share in shares)
+                arguments = (state[replica], *words[replica])
+                if self.in_chunks:
+                    with autograd.record():
+                        outputs, final, penalized = self.model(x, *arguments)
+                    nll, gradients = self.chunked.with_gradients(
+                        outputs, y.reshape(-1), real.reshape(-1), divisor
+                    )
+                    heads += outputs
+                    head_gradients += gradients
+                else:
+                    with autograd.record():
+                        nll, final, penalized = self.nll(x, y, real, *arguments)
+                        heads.append(nll / divisor)
+                    head_gradients.append(mx.nd.ones_like(nll))
+                if self.recipe.penalizes:
+                    with autograd.record():
+                        heads.append(self.penalty(*penalized, real) / divisor)
+                    head_gradients.append(mx.nd.ones_like(nll))
+                nlls.append(nll)
+                states.append(final)
+            autograd.backward(heads, head_gradients)
         for parameter, context, kept in self.gradient_masks:
             parameter.grad(context)[:] *= kept
         self.trainer.allreduce_grads()
@@ -248,7 +295,13 @@ class MXNetBackend(Backend):
         }
 
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         nll, final = self.forward_backward(inputs, targets, mask, state)
         # Every replica holds the same summed gradient, so each finds the same norm by itself.
@@ -263,6 +316,7 @@ class MXNetBackend(Backend):
         rate, epsilon = rate_and_epsilon(self.recipe, learning_rate, self.step)
         self.trainer.set_learning_rate(rate)
         self.trainer.optimizer.epsilon = epsilon
+        self.trainer.optimizer.averaged = averaged
         self.trainer.update(batch_size=1)
         self.step += 1
         return TrainStep(as_scalar(nll), as_scalar(norms[0]), final)
@@ -275,17 +329,17 @@ class MXNetBackend(Backend):
         x, y, real = (to_device(a, self.contexts[0]) for a in (inputs, targets, mask))
         words = self.dropped_words(False, self.contexts[0])
         if self.in_chunks:
-            outputs, final = self.model(x, state, *words)
+            outputs, final, _ = self.model(x, state, *words)
             nll = self.chunked(outputs, y.reshape(-1), real.reshape(-1))
         else:
-            nll, final = self.nll(x, y, real, state, *words)
+            nll, final, _ = self.nll(x, y, real, state, *words)
         return EvaluateStep(as_scalar(nll), final)
 
     def next_token_log_probabilities(
         self, inputs: Tokens, state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
         words = self.dropped_words(False, self.contexts[0])
-        outputs, final = self.model(to_device(inputs, self.contexts[0]), state, *words)
+        outputs, final, _ = self.model(to_device(inputs, self.contexts[0]), state, *words)
         log_p = self.loss.log_probabilities(mx.nd, *outputs)
         return log_p.asnumpy().reshape(*inputs.shape, self.vocabulary_size), final
 

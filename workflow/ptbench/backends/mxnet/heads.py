@@ -2,7 +2,7 @@
 
 A head makes of v [time, batch, width] the features that the output matrix multiplies, one row for
 each token, or one for each token and latent, token by token; a mixture also its log-prior. A loss
-takes what the head gives.
+takes what the head gives, and a penalty the last layer's output itself.
 """
 
 from __future__ import annotations
@@ -110,6 +110,33 @@ class MixtureLoss(gluon.HybridBlock):
     def log_probabilities(self, F: Any, features: Array, log_prior: Array) -> Array:  # noqa: N803
         log_components = F.log_softmax(self.output(features)).reshape((-4, -1, self.mixtures, 0))
         return log_sum_exp(F, F.broadcast_add(log_prior.expand_dims(-1), log_components))
+
+
+class ActivationPenalty(gluon.HybridBlock):
+    """What activation regularisations add to the summed nll."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.of_outputs = recipe.activation_regularization
+        self.of_changes = recipe.temporal_activation_regularization
+
+    def hybrid_forward(self, F: Any, h: Array, v: Array, mask: Array) -> Array:  # noqa: N803
+        """[1], summed over the real tokens.
+
+        Args:
+            h: [time, batch, width], the last layer's output; v: the same, dropped;
+            mask: [time, batch].
+        """
+        change = F.square(h - previous(F, h)).mean(axis=-1)
+        both_real = F.minimum(mask, previous(F, mask))
+        of_changes = self.of_changes * (change * both_real).sum()
+        return self.of_outputs * (F.square(v).mean(axis=-1) * mask).sum() + of_changes
+
+
+def previous(F: Any, x: Array) -> Array:  # noqa: N803
+    """x one time step before; at the first step x itself."""
+    first = F.slice_axis(x, axis=0, begin=0, end=1)
+    return F.slice_axis(F.concat(first, x, dim=0), axis=0, begin=0, end=-1)
 
 
 def log_probability(F: Any, logits: Array, targets: Array) -> Array:  # noqa: N803

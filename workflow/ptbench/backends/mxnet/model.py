@@ -63,8 +63,9 @@ class LanguageModel(gluon.HybridBlock):
         inputs: Array,
         states: list[States],
         words: Array = None,
-    ) -> tuple[list[Array], list[States]]:
-        """The head's outputs and each layer's final states.
+    ) -> tuple[list[Array], list[States], list[Array]]:
+        """The head's outputs, each layer's final states, and what is penalized of the last layer:
+        its output and that output dropped, each [time, batch, width], or nothing.
 
         Args:
             inputs: [time, batch]; words: [vocabulary, 1], what dropout multiplies each row by.
@@ -76,10 +77,10 @@ class LanguageModel(gluon.HybridBlock):
         x = drop(F, x, recipe.unit_dropout[0], self.locked)
         final = []
         for layer, state, rate in zip(self.layers, states, recipe.unit_dropout[1:], strict=True):
-            x, state = layer(x, state)
-            x = drop(F, x, rate, self.locked)
+            h, state = layer(x, state)
+            x = drop(F, h, rate, self.locked)
             final.append(state)
-        return self.head(x), final
+        return self.head(x), final, [h, x] if recipe.penalizes else []
 
 
 def output_loss(
@@ -114,10 +115,13 @@ class NegativeLogLikelihood(gluon.HybridBlock):
         mask: Array,
         states: list[States],
         words: Array = None,
-    ) -> tuple[Array, list[States]]:
-        """Summed negative log-likelihood [1] of the real tokens in nats, and the final states."""
-        outputs, states = self.model(inputs, states, words)
-        return self.loss(*outputs, targets.reshape(-1), mask.reshape(-1)), states
+    ) -> tuple[Array, list[States], list[Array]]:
+        """Summed negative log-likelihood [1] of the real tokens in nats, and beside it what the
+        model gives.
+        """
+        outputs, states, penalized = self.model(inputs, states, words)
+        nll = self.loss(*outputs, targets.reshape(-1), mask.reshape(-1))
+        return nll, states, penalized
 
 
 @dataclass(frozen=True)

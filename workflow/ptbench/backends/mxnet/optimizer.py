@@ -18,13 +18,43 @@ def make_optimizer(recipe: Recipe, slots: Slots) -> mx.optimizer.Optimizer:
     Args:
         slots: the arrays of the index-th parameter on a context.
     """
-    if recipe.optimizer == "sgd":
-        sgd = mx.optimizer.SGD(learning_rate=recipe.learning_rate, wd=recipe.weight_decay)
+    if recipe.optimizer in ("sgd", "asgd"):
+        rate_and_decay = {"learning_rate": recipe.learning_rate, "wd": recipe.weight_decay}
+        if recipe.optimizer == "asgd":
+            sgd = AveragedSGD(slots, **rate_and_decay)
+        else:
+            sgd = mx.optimizer.SGD(**rate_and_decay)
         if recipe.implementation == "tuned":
             sgd.aggregate_num = AGGREGATED_PARAMETERS
         return sgd
     kind = Adam if recipe.optimizer == "adam" else RMSProp
     return kind(recipe, slots)
+
+
+class AveragedSGD(mx.optimizer.SGD):
+    """MXNet's update, and after it that of the mean of the last `averaged` steps' parameters.
+
+    `averaged` is set before each step.
+    """
+
+    def __init__(self, slots: Slots, **keywords: float) -> None:
+        super().__init__(**keywords)
+        self.slots, self.averaged = slots, 1
+
+    def create_state(self, index: int, weight: mx.nd.NDArray) -> list[mx.nd.NDArray]:
+        return self.slots[index, weight.context]
+
+    def update_multi_precision(self, index: Any, weight: Any, grad: Any, state: Any) -> None:
+        """What `gluon.Trainer` calls, with one parameter or with lists of several."""
+        super().update_multi_precision(index, weight, grad, state)
+        if isinstance(index, int):
+            weight, state = [weight], [state]
+        for p, (average,) in zip(weight, state, strict=True):
+            if self.averaged == 1:
+                p.copyto(average)
+            else:
+                average *= 1 - 1 / self.averaged
+                average += p / self.averaged
 
 
 class SlotOptimizer(mx.optimizer.Optimizer):

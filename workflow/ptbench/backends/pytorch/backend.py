@@ -60,10 +60,13 @@ class PyTorchBackend(Backend):
         Feature(
             "recurrent dropout", False, "CellLayer; the fused layers cannot, so by explicit steps"
         ),
+        Feature("weight dropout", False, "call_layer, with torch.func.functional_call"),
+        Feature("activation regularisation", False, "activation_penalty, with torch.Tensor.diff"),
         Feature("softmax cross-entropy", True, "torch.nn.functional.cross_entropy"),
         Feature("SGD", True, "torch.optim.SGD"),
         Feature("Adam", True, "torch.optim.Adam"),
         Feature("RMSProp", True, "torch.optim.RMSprop"),
+        Feature("averaged SGD", False, "average, with torch.Tensor.lerp_, after torch.optim.SGD"),
         Feature("weight decay", True, "torch.optim.Optimizer(weight_decay)"),
         Feature("gradient clipping by global norm", True, "torch.nn.utils.clip_grad_norm_"),
         Feature("uniform initialisation", True, "torch.nn.init.uniform_"),
@@ -135,11 +138,18 @@ class PyTorchBackend(Backend):
         return self.replica.gradients()
 
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         after = self.new_state([])
-        self.tell("train_step", inputs, targets, mask, learning_rate, state.handle, after.handle)
-        result = self.replica.train_step(inputs, targets, mask, state.local, learning_rate)
+        batch, update = (inputs, targets, mask), (learning_rate, averaged)
+        self.tell("train_step", *batch, state.handle, after.handle, *update)
+        result = self.replica.train_step(*batch, state.local, *update)
         after.local = result.state
         self.step = self.replica.step
         return TrainStep(result.nll, result.gradient_norm, after)
@@ -150,7 +160,8 @@ class PyTorchBackend(Backend):
     ) -> EvaluateStep:
         self.replica.settings.apply()
         model = self.replica.model.eval()
-        return EvaluateStep(*self.replica.loss(model, inputs, targets, mask, state))
+        nll, _, state = self.replica.loss(model, inputs, targets, mask, state, 1.0, {})
+        return EvaluateStep(nll, state)
 
     @torch.no_grad()
     def next_token_log_probabilities(

@@ -151,11 +151,11 @@ def follow(
         connection.send(replicas[backend].peak_memory())
 
     def train_step(
-        backend: int, inputs: Tokens, targets: Tokens, mask: Mask, learning_rate: float,
-        before: int, after: int,
+        backend: int, inputs: Tokens, targets: Tokens, mask: Mask, before: int, after: int,
+        learning_rate: float, averaged: int,
     ) -> None:  # fmt: skip
         state = states[backend, before]
-        step = replicas[backend].train_step(inputs, targets, mask, state, learning_rate)
+        step = replicas[backend].train_step(inputs, targets, mask, state, learning_rate, averaged)
         states[backend, after] = step.state
 
     def backward(backend: int, inputs: Tokens, targets: Tokens, mask: Mask, before: int) -> None:

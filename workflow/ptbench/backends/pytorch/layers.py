@@ -2,7 +2,8 @@
 alone, and a derivative of our own.
 
 A layer takes x [time, batch, inputs], a state, and the mask [batch, width] of the previous output
-or None, and returns the outputs [time, batch, width] and the last state, which it detaches.
+or None, and returns the outputs [time, batch, width] and the last state, which it detaches. It
+knows no dropped weights: `call_layer` puts them in the place of its parameter.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from ptbench.backends.contract import GATES
@@ -68,6 +70,7 @@ class DenseLayer(nn.Module):
         super().__init__()
         self.rnn = rnn
         self.cell = recipe.cell
+        self.recurrent_name = f"rnn.weight_hh{suffix}"
         self.w_input, self.w_recurrent = f"weight_ih{suffix}", f"weight_hh{suffix}"
         self.b_input, self.b_recurrent = f"bias_ih{suffix}", f"bias_hh{suffix}"
         if not recipe.recurrent_bias:  # PyTorch always has two; one is enough
@@ -155,6 +158,8 @@ class TunedLayer(CellLayer):
 class SparseLayer(nn.Module):
     """An LSTM that has the kept weights alone, in torch.sparse's CSR format."""
 
+    recurrent_name = "w_recurrent"
+
     def __init__(
         self,
         inputs: int,  # noqa: ARG002 - every layer takes it
@@ -212,6 +217,20 @@ class TunedSparseLayer(SparseLayer):
             self.w_input, self.w_recurrent, self.bias, self.recurrent_bias,
         )  # fmt: skip
         return output, tuple(after)
+
+
+def call_layer(
+    layer: Any, x: Tensor, state: LayerState, mask: Tensor | None, weight_mask: Tensor | None
+) -> tuple[Tensor, LayerState]:
+    """A layer's outputs and last state; see the module.
+
+    Args:
+        weight_mask: what multiplies its recurrent weights, of their parameter's shape; None: 1.
+    """
+    if weight_mask is None:
+        return layer(x, state, mask)
+    dropped = layer.get_parameter(layer.recurrent_name) * weight_mask
+    return functional_call(layer, {layer.recurrent_name: dropped}, (x, state, mask))
 
 
 def layer_class(recipe: Recipe, accelerator: Accelerator) -> type[nn.Module]:

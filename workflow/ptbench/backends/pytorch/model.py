@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ptbench.backends.contract import GATES, Parameters, kept_weights, parameter_shapes
-from ptbench.backends.pytorch.heads import Dropout, Head
-from ptbench.backends.pytorch.layers import LayerState, Stored, layer_class
+from ptbench.backends.pytorch.heads import IGNORED, Dropout, Head
+from ptbench.backends.pytorch.layers import LayerState, Stored, call_layer, layer_class
 from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
+
+# What a training step multiplies parameters by, by canonical name: `embedding` [vocabulary, 1],
+# `rnn.{l}.recurrent` of the parameter's shape; 1 for those that are not there.
+ParameterMasks = Mapping[str, Tensor]
+
+
+class Outputs(NamedTuple):
+    """What the recurrent layers have made of a window."""
+
+    top: Tensor  # the last layer's outputs, dropped, [time, batch, width]
+    undropped: Tensor  # the same before dropout
+    state: list[LayerState]  # the last
 
 
 class LanguageModel(nn.Module):
@@ -47,43 +59,47 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, inputs: Tensor, targets: Tensor, state: list[LayerState], scale: float,
-        words: Tensor | None,
-    ) -> tuple[Tensor, list[LayerState]]:  # fmt: skip
-        """`scale` times the summed nll of the targets that are not IGNORED, and the last state;
-        see `run`.
+        masks: ParameterMasks,
+    ) -> tuple[Tensor, Tensor | None, list[LayerState]]:  # fmt: skip
+        """`scale` times the summed nll of the targets that are not IGNORED, `scale` times what
+        training adds to it, if anything, and the last state; see `run`.
         """
-        v, state = self.run(inputs, state, words)
-        return self.head.loss(v, targets, scale), state
+        outputs = self.run(inputs, state, masks)
+        penalty = None
+        if self.training and self.recipe.penalizes:
+            penalty = scale * activation_penalty(self.recipe, outputs, targets != IGNORED)
+        return self.head.loss(outputs.top, targets, scale), penalty, outputs.state
 
     def log_probabilities(
         self, inputs: Tensor, state: list[LayerState]
     ) -> tuple[Tensor, list[LayerState]]:
         """[time, batch, vocabulary] of each next word, and the last state."""
-        v, state = self.run(inputs, state, None)
-        return self.head.log_probabilities(v), state
+        outputs = self.run(inputs, state, {})
+        return self.head.log_probabilities(outputs.top), outputs.state
 
-    def run(
-        self, inputs: Tensor, state: list[LayerState], words: Tensor | None
-    ) -> tuple[Tensor, list[LayerState]]:
-        """The last layer's (dropped) outputs [time, batch, width], and the last state.
+    def run(self, inputs: Tensor, state: list[LayerState], masks: ParameterMasks) -> Outputs:
+        """All but the head.
 
         Args:
             inputs: [time, batch].
             state: of every layer.
-            words: what multiplies each word's row of the embedding, [vocabulary, 1]; None: 1.
+            masks: of words and recurrent weights.
         """
         x = self.embedding(inputs)
+        words = masks.get("embedding")
         x = self.dropout[0](x if words is None else x * words[inputs])
         last = []
-        for layer, before, dropout in zip(self.layers, state, self.dropout[1:], strict=True):
+        undropped = x
+        for index, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
             mask = None
             if self.training and self.recipe.recurrent_dropout:
                 # not ones_like, whose strides are the state's: then masks would depend on them
                 mask = self.recurrent_dropout(before[0].new_ones(before[0].shape))
-            x, after = layer(x, before, mask)
+            weight_mask = masks.get(f"rnn.{index}.recurrent")
+            undropped, after = call_layer(layer, x, before, mask, weight_mask)
             last.append(after)
-            x = dropout(x)
-        return x, last
+            x = self.dropout[index + 1](undropped)
+        return Outputs(x, undropped, last)
 
     def canonical(self) -> dict[str, Stored]:
         """Each trained parameter by its canonical name, in canonical order."""
@@ -130,3 +146,16 @@ class LanguageModel(nn.Module):
                 recurrent = name.endswith(".recurrent")
                 draw = nn.init.orthogonal_ if recurrent else nn.init.xavier_uniform_
                 parameter.copy_(stored.stored(draw(torch.empty(self.shapes[name])).numpy()))
+
+
+def activation_penalty(recipe: Recipe, outputs: Outputs, real: Tensor) -> Tensor:
+    """Both activation regularisations, summed over the tokens that are real, [time, batch]."""
+    penalty = outputs.top.new_zeros(())
+    if recipe.activation_regularization:
+        squares = outputs.top.square().mean(-1)
+        penalty = penalty + recipe.activation_regularization * (squares * real).sum()
+    if recipe.temporal_activation_regularization:
+        squares = outputs.undropped.diff(dim=0).square().mean(-1)
+        both_real = real[1:] & real[:-1]
+        penalty = penalty + recipe.temporal_activation_regularization * (squares * both_real).sum()
+    return penalty

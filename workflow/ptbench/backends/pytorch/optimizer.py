@@ -15,7 +15,12 @@ from ptbench.backends.pytorch.model import LanguageModel
 from ptbench.configuration.models import Recipe
 
 # torch.optim's names of the contract's slots
-SLOTS = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq", "mean_square": "square_avg"}
+SLOTS = {
+    "first_moment": "exp_avg",
+    "second_moment": "exp_avg_sq",
+    "mean_square": "square_avg",
+    "average": "ax",  # torch.optim.ASGD's name
+}
 
 
 def optimizer_of(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer:
@@ -25,21 +30,22 @@ def optimizer_of(recipe: Recipe, parameters: list[Any]) -> torch.optim.Optimizer
         eps = recipe.optimizer_epsilon
         return torch.optim.RMSprop(parameters, alpha=recipe.rmsprop_decay, eps=eps, **common)
     common["fused"] = recipe.implementation == "tuned"
-    if recipe.optimizer == "sgd":
+    if recipe.optimizer in ("sgd", "asgd"):
         return torch.optim.SGD(parameters, **common)
     betas = recipe.adam_beta1, recipe.adam_beta2
     return torch.optim.Adam(parameters, betas=betas, eps=recipe.optimizer_epsilon, **common)
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: list[Any], recipe: Recipe, learning_rate: float
-) -> Tensor:
+    optimizer: torch.optim.Optimizer, parameters: list[Any], recipe: Recipe, learning_rate: float,
+    averaged: int,
+) -> Tensor:  # fmt: skip
     """One clipped update; the gradients' norm before clipping."""
     group = optimizer.param_groups[0]
     group["lr"] = learning_rate
     limit = math.inf if recipe.clip_norm is None else recipe.clip_norm
     on_cpu = parameters[0].device.type == "cpu"
-    if recipe.implementation == "tuned" and recipe.optimizer == "sgd" and on_cpu:
+    if recipe.implementation == "tuned" and recipe.optimizer in ("sgd", "asgd") and on_cpu:
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if (
             limit < norm < math.inf
@@ -52,13 +58,31 @@ def update(
     else:
         norm = nn.utils.clip_grad_norm_(parameters, limit)
     optimizer.step()
+    if recipe.optimizer == "asgd":
+        average(optimizer, parameters, averaged)
     return norm
+
+
+@torch.no_grad()
+def average(optimizer: torch.optim.Optimizer, parameters: list[Any], averaged: int) -> None:
+    """asgd's mean of so many steps' parameters, in the state of the SGD that made them.
+
+    torch.optim.ASGD counts those steps itself, and has no fused loop.
+    """
+    for p in parameters:
+        state = optimizer.state[p]
+        if "ax" not in state:
+            state["ax"] = torch.zeros_like(p)
+        if averaged == 1:
+            state["ax"].copy_(p)  # lerp_ may give 0 for -0
+        else:
+            state["ax"].lerp_(p, 1 / averaged)
 
 
 def slots(optimizer: torch.optim.Optimizer, model: LanguageModel) -> Parameters:
     """The optimizer's arrays, `{slot}.{parameter}`, each a copy in canonical shape.
 
-    torch.optim makes them, zero, in its first step.
+    They are made, zero, in the first step.
     """
     arrays: Parameters = {}
     for slot in OPTIMIZER_SLOTS[model.recipe.optimizer]:

@@ -23,7 +23,7 @@ from ptbench.backends.contract import (
 )
 from ptbench.backends.pytorch.heads import IGNORED
 from ptbench.backends.pytorch.layers import LayerState
-from ptbench.backends.pytorch.model import LanguageModel
+from ptbench.backends.pytorch.model import LanguageModel, ParameterMasks
 from ptbench.backends.pytorch.optimizer import load_slots, optimizer_of, slots, update
 from ptbench.backends.pytorch.settings import Settings
 from ptbench.configuration.models import Accelerator, Recipe
@@ -45,7 +45,7 @@ class Replica:
         )
         self.model = LanguageModel(recipe, vocabulary_size, seed, accelerator).to(self.device)
         self.trained = list(self.model.canonical_parameters().values())
-        self.words = torch.Generator(self.device)
+        self.shared_draws = torch.Generator(self.device)
         self.parallel: nn.Module = self.model
         if devices > 1:
             device_ids = [self.device] if accelerator == "cuda" else None
@@ -60,51 +60,63 @@ class Replica:
 
     def loss(
         self, model: nn.Module, inputs: Tokens, targets: Tokens, mask: Mask,
-        state: list[LayerState], scale: float = 1.0, words: Tensor | None = None,
-    ) -> tuple[Tensor, list[LayerState]]:  # fmt: skip
-        """`scale` times the summed nll of the real tokens, and the last state."""
+        state: list[LayerState], scale: float, masks: ParameterMasks,
+    ) -> tuple[Tensor, Tensor | None, list[LayerState]]:  # fmt: skip
+        """`scale` times the summed nll of the real tokens, `scale` times what training adds to it,
+        if anything, and the last state.
+        """
         real_targets = self.tensor(np.where(mask > 0, targets, IGNORED))
-        return model(self.tensor(inputs), real_targets, state, scale, words)
+        return model(self.tensor(inputs), real_targets, state, scale, masks)
 
     def backward(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: list[LayerState]
     ) -> tuple[Tensor, list[LayerState]]:
         """Put the objective's gradient, summed over replicas, into every parameter's grad."""
         self.settings.apply()
-        words = self.draw_words()
+        masks = self.draw_masks()
         # DistributedDataParallel averages over the replicas; the objective is their sum.
         scale = self.devices / objective_divisor(self.recipe, mask)
         mine = device_columns(mask.shape[1], self.devices)[self.rank]
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, state = self.loss(
-            self.parallel, inputs[:, mine], targets[:, mine], mask[:, mine], state, scale, words
+        loss, penalty, state = self.loss(
+            self.parallel, inputs[:, mine], targets[:, mine], mask[:, mine], state, scale, masks
         )
-        loss.backward()
+        (loss if penalty is None else loss + penalty).backward()
         nll = loss.detach() / scale
         if self.devices > 1:
             torch.distributed.all_reduce(nll)
         return nll, state
 
-    def draw_words(self) -> Tensor | None:
-        """Seed the step's dropout; draw which words all replicas drop."""
-        if self.recipe.drops:
+    def draw_masks(self) -> ParameterMasks:
+        """Seed the step's dropout; draw which words and weights all replicas drop."""
+        recipe = self.recipe
+        if recipe.drops:
             entropy = np.random.SeedSequence([self.seed, self.step, self.rank])
             torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        if not self.recipe.word_dropout:
-            return None
-        entropy = np.random.SeedSequence([self.seed, self.step], spawn_key=(1,))
-        self.words.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        keep = 1 - self.recipe.word_dropout
-        words = torch.empty(self.vocabulary_size, 1, device=self.device)
-        return words.bernoulli_(keep, generator=self.words).div_(keep)
+        if recipe.word_dropout or recipe.weight_dropout:
+            entropy = np.random.SeedSequence([self.seed, self.step], spawn_key=(1,))
+            self.shared_draws.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        masks = {}
+        if recipe.word_dropout:
+            masks["embedding"] = self.draw_mask(recipe.word_dropout, (self.vocabulary_size, 1))
+        if recipe.weight_dropout:
+            for name, parameter in self.model.canonical_parameters().items():
+                if name.endswith(".recurrent"):
+                    masks[name] = self.draw_mask(recipe.weight_dropout, parameter.shape)
+        return masks
+
+    def draw_mask(self, rate: float, shape: tuple[int, ...]) -> Tensor:
+        """0 or 1 / keep probability, the same on all replicas."""
+        mask = torch.empty(shape, device=self.device)
+        return mask.bernoulli_(1 - rate, generator=self.shared_draws).div_(1 - rate)
 
     def train_step(
         self, inputs: Tokens, targets: Tokens, mask: Mask, state: list[LayerState],
-        learning_rate: float,
+        learning_rate: float, averaged: int,
     ) -> TrainStep:  # fmt: skip
         nll, state = self.backward(inputs, targets, mask, state)
-        norm = update(self.optimizer, self.trained, self.recipe, learning_rate)
+        norm = update(self.optimizer, self.trained, self.recipe, learning_rate, averaged)
         self.step += 1
         return TrainStep(nll, norm, state)
 

@@ -23,13 +23,12 @@ from ptbench.backends.contract import (
     check_parameters,
     device_columns,
     objective_divisor,
-    rate_and_epsilon,
     state_names,
 )
 from ptbench.backends.tensorflow import devices as tensorflow_devices
 from ptbench.backends.tensorflow import heads
 from ptbench.backends.tensorflow.model import Dropout, LanguageModel
-from ptbench.backends.tensorflow.optimizer import clip, update_variable
+from ptbench.backends.tensorflow.optimizer import clip, step_numbers, update_variable
 from ptbench.configuration.models import Accelerator, Recipe
 
 Tensor = Any  # tf.Tensor
@@ -61,10 +60,26 @@ class TensorFlowBackend(Backend):
             "layers.py: explicit steps, as Keras' layers drop by a generator of their own and its "
             "GRU drops what it carries",
         ),
+        Feature(
+            "weight dropout",
+            False,
+            "model.py, over tf.nn.experimental.stateless_dropout; tf.keras.StatelessScope feeds it "
+            "to Keras' layers",
+        ),
+        Feature(
+            "activation regularisation",
+            False,
+            "model.py, as activity_regularizer of Keras' layers counts padding",
+        ),
         Feature("softmax cross-entropy", True, "tf.nn.sparse_softmax_cross_entropy_with_logits"),
         Feature("SGD", True, "tf.raw_ops.ResourceApplyGradientDescent"),
         Feature("Adam", False, "optimizer.py"),
         Feature("RMSProp", False, "optimizer.py"),
+        Feature(
+            "averaged SGD",
+            False,
+            "optimizer.py, as the mean of tf.train.ExponentialMovingAverage forgets",
+        ),
         Feature("weight decay", False, "optimizer.py"),
         Feature("gradient clipping by global norm", True, "tf.clip_by_global_norm"),
         Feature("uniform initialisation", True, "tf.random.stateless_uniform"),
@@ -113,8 +128,11 @@ class TensorFlowBackend(Backend):
         model, replica = self._model, tf.distribute.get_replica_context()
         dropout = Dropout(self.recipe, self.seed, step, replica.replica_id_in_sync_group)
         with tf.GradientTape() as tape:
-            output, state = model(inputs, state, dropout)
-            objective = model.loss(output, targets, mask / divisor)
+            forward, weights = model(inputs, state, dropout), mask / divisor
+            loss = model.loss(forward.output, targets, weights)
+            objective = loss
+            if self.recipe.penalizes:
+                objective += model.penalty(forward, weights)
         # Dense, because the embedding's sparse gradient has a row for every token: the global norm
         # would take a word's rows apart.
         found = tape.gradient(objective, model.parameters)
@@ -123,9 +141,9 @@ class TensorFlowBackend(Backend):
             gradients[name] *= kept
         sums = replica.all_reduce(
             tf.distribute.ReduceOp.SUM,
-            [objective * divisor, *(gradients[name] for name in model.parameters)],
+            [loss * divisor, *(gradients[name] for name in model.parameters)],
         )
-        return sums[0], sums[1:], state
+        return sums[0], sums[1:], forward.state
 
     @tf.function(autograph=False)
     def _gradients(self, *arguments: Tensor) -> list[Tensor]:
@@ -133,7 +151,7 @@ class TensorFlowBackend(Backend):
 
     @tf.function(autograph=False)
     def _train(
-        self, rate: Tensor, epsilon: Tensor, *arguments: Tensor
+        self, numbers: tuple[Tensor, ...], *arguments: Tensor
     ) -> tuple[Tensor, Tensor, State]:
         parameters = self._model.parameters
         one = partial(update_variable, self.recipe)
@@ -141,7 +159,7 @@ class TensorFlowBackend(Backend):
         def update(strategy: Any, gradients: list[Tensor], factor: Tensor) -> None:
             for (name, variable), gradient in zip(parameters.items(), gradients, strict=True):
                 slots = [variables[name] for variables in self._slots.values()]
-                strategy.extended.update(variable, one, (rate, epsilon, gradient, factor, *slots))
+                strategy.extended.update(variable, one, (numbers, gradient, factor, *slots))
 
         def replica_step(*arguments: Tensor) -> tuple[Tensor, Tensor, State]:
             nll, gradients, state = self._replica_gradients(*arguments)
@@ -156,13 +174,14 @@ class TensorFlowBackend(Backend):
     def _evaluate(
         self, inputs: Tensor, targets: Tensor, mask: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        output, state = self._model(inputs, state)
-        return self._model.evaluate(output, targets, mask), state
+        forward = self._model(inputs, state)
+        return self._model.evaluate(forward.output, targets, mask), forward.state
 
     @tf.function(autograph=False)
     def _predict(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        output, state = self._model(inputs, state)
-        return tf.reshape(heads.log_probabilities(output), (*inputs.shape, -1)), state
+        forward = self._model(inputs, state)
+        log_p = heads.log_probabilities(forward.output)
+        return tf.reshape(log_p, (*inputs.shape, -1)), forward.state
 
     def parameters(self) -> Parameters:
         model = self._model
@@ -214,11 +233,18 @@ class TensorFlowBackend(Backend):
         }
 
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         arguments = self._step_arguments(inputs, targets, mask, state)
-        rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
-        nll, norm, state = self._train(*(tf.constant(r, tf.float32) for r in rates), *arguments)
+        numbers = step_numbers(self.recipe, learning_rate, self.step, averaged)
+        tensors = tuple(tf.constant(number, tf.float32) for number in numbers)
+        nll, norm, state = self._train(tensors, *arguments)
         self.step += 1
         return TrainStep(self._local(nll)[0], self._local(norm)[0], state)
 

@@ -1,9 +1,10 @@
 """Recurrent layers, by every kernel and implementation; `recurrent_layer` chooses.
 
 Every layer holds its parameters as variables and is called with its input [time, batch, inputs],
-the state it starts from, h and with an LSTM c, each [batch, width], and the mask of what it drops
-of its previous output [batch, width], or None. It returns its output [time, batch, width] and the
-state after it. What is computed is in `Backend`'s docstring; z is the gates before their
+the state it starts from, h and with an LSTM c, each [batch, width], the mask of what it drops of
+its previous output [batch, width], or None, and its recurrent weights after some of them have been
+dropped, in the shape in which they are stored, or None. It returns its output [time, batch, width]
+and the state after it. What is computed is in `Backend`'s docstring; z is the gates before their
 non-linearities, and d_a the derivative of the objective with respect to a.
 """
 
@@ -243,6 +244,12 @@ class RecurrentLayer(tf.Module, abc.ABC):
     def new_variables(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tf.Variable]:
         return {kind: tf.Variable(tf.zeros(shape), name=kind) for kind, shape in shapes.items()}
 
+    def recurrent_weights(self, dropped: Tensor | None) -> Tensor:
+        """What multiplies the previous output: its variable if nothing of it is dropped."""
+        if dropped is not None:
+            return dropped
+        return tf.convert_to_tensor(self.variables_of["recurrent"])
+
     @property
     def recurrent_bias(self) -> Tensor | None:
         return self.variables_of.get("recurrent_bias")
@@ -255,7 +262,7 @@ class RecurrentLayer(tf.Module, abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None
+        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None, dropped: Tensor | None
     ) -> tuple[Tensor, LayerState]: ...
 
 
@@ -288,11 +295,12 @@ class KerasLayer(RecurrentLayer):
             more = {"recurrent_bias": self.shapes["recurrent_bias"]}
             self.variables_of |= self.new_variables(more)
 
-    def _values(self) -> list[tuple[Any, Tensor]]:
+    def _values(self, dropped: Tensor | None) -> list[tuple[Any, Tensor]]:
         """What the layer is to compute with instead of its own weights."""
         cell = self.layer.cell
         if self.recipe.cell != "gru":
-            return [(cell.bias, self.whole_bias)] if self.recipe.recurrent_bias else []
+            values = [] if dropped is None else [(cell.recurrent_kernel, dropped)]
+            return values + ([(cell.bias, self.whole_bias)] if self.recipe.recurrent_bias else [])
 
         def keras_order(array: Tensor) -> Tensor:
             r, z, n = tf.split(array, 3, axis=-1)
@@ -303,15 +311,15 @@ class KerasLayer(RecurrentLayer):
         recurrent = tf.zeros_like(bias) if recurrent is None else tf.convert_to_tensor(recurrent)
         return [
             (cell.kernel, keras_order(self.variables_of["input"])),
-            (cell.recurrent_kernel, keras_order(self.variables_of["recurrent"])),
+            (cell.recurrent_kernel, keras_order(self.recurrent_weights(dropped))),
             (cell.bias, keras_order(tf.stack([bias, recurrent]))),
         ]
 
     def __call__(
-        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None
+        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None, dropped: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         assert recurrent_mask is None
-        with tf.keras.StatelessScope(self._values()):
+        with tf.keras.StatelessScope(self._values(dropped)):
             y, *state = self.layer(tf.transpose(x, (1, 0, 2)), initial_state=list(state))
         return tf.transpose(y, (1, 0, 2)), tuple(state)
 
@@ -324,10 +332,10 @@ class BlockLstm(RecurrentLayer):
         self.variables_of = self.new_variables(self.shapes)
 
     def __call__(
-        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None
+        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None, dropped: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         assert recurrent_mask is None
-        w = tf.concat([self.variables_of["input"], self.variables_of["recurrent"]], axis=0)
+        w = tf.concat([self.variables_of["input"], self.recurrent_weights(dropped)], axis=0)
         return self._block(x, w, tf.convert_to_tensor(self.whole_bias), *state)
 
     def _block(
@@ -378,18 +386,16 @@ class ExplicitSteps(RecurrentLayer):
         self.variables_of = self.new_variables(self.shapes | stored)
         self.cell = CELLS[recipe.cell]
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def weights(self, dropped: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Input and recurrent weights, bias and recurrent bias, as values."""
-        w, u, b = (
-            tf.convert_to_tensor(self.variables_of[k]) for k in ("input", "recurrent", "bias")
-        )
-        r = self.recurrent_bias
+        w, b = (tf.convert_to_tensor(self.variables_of[kind]) for kind in ("input", "bias"))
+        u, r = self.recurrent_weights(dropped), self.recurrent_bias
         return w, u, b, None if r is None else tf.convert_to_tensor(r)
 
     def __call__(
-        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None
+        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None, dropped: Tensor | None
     ) -> tuple[Tensor, LayerState]:
-        w, u, b, r = self.weights()
+        w, u, b, r = self.weights(dropped)
         outputs = []
         for x_t in tf.unstack(x):
             h = state[0] if recurrent_mask is None else state[0] * recurrent_mask
@@ -409,13 +415,13 @@ class HandDerivedSteps(ExplicitSteps):
     """
 
     def __call__(
-        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None
+        self, x: Tensor, state: LayerState, recurrent_mask: Tensor | None, dropped: Tensor | None
     ) -> tuple[Tensor, LayerState]:
         @tf.custom_gradient
         def outputs_and_state(*given: Tensor) -> Any:
             return self._forward(recurrent_mask, state, *given)
 
-        y, *after = outputs_and_state(x, *(t for t in self.weights() if t is not None))
+        y, *after = outputs_and_state(x, *(t for t in self.weights(dropped) if t is not None))
         return y, tuple(after)
 
     def _forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,9 @@ from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_fi
 Tensor = Any  # tf.Tensor
 States = dict[str, Any]  # by name, as `state_names` has it, each [batch, width]
 
-WORDS = 2**31 - 1  # where a replica's number stands for other dropout
+# Where a replica's number stands for other dropout: what every replica drops alike.
+WORDS = 2**31 - 1
+WEIGHTS = WORDS - 1  # of the first layer; the next one's is one less
 
 
 class Dropout:
@@ -50,6 +52,16 @@ class Dropout:
         ones = tf.ones((1, batch_size, width))
         return self(ones, self.recipe.recurrent_dropout, f"recurrent.{layer}")[0]
 
+    def weights(self, u: Tensor, layer: int) -> Tensor | None:
+        """A layer's recurrent weights, some dropped, the same by every replica.
+
+        None if none are to be dropped.
+        """
+        if not self.recipe.weight_dropout:
+            return None
+        seed = tf.random.fold_in(self._step, WEIGHTS - layer, alg=RANDOM_GENERATOR)
+        return self._drop(u, self.recipe.weight_dropout, seed)
+
     def words(self, x: Tensor, inputs: Tensor, vocabulary_size: int) -> Tensor:
         """Rows [time, batch, embedding] of whole words dropped, the same by every replica."""
         if not self.recipe.word_dropout:
@@ -64,6 +76,15 @@ class Dropout:
         return tf.nn.experimental.stateless_dropout(
             x, rate, seed=seed, rng_alg=RANDOM_GENERATOR, noise_shape=noise_shape
         )
+
+
+class Forward(NamedTuple):
+    """What comes of a window."""
+
+    output: heads.Output  # what the head makes probabilities of
+    state: States  # after the last step
+    top: Tensor  # the last layer's output, [time, batch, width]
+    dropped_top: Tensor  # the same after dropout
 
 
 class LanguageModel(tf.Module):
@@ -117,8 +138,8 @@ class LanguageModel(tf.Module):
 
     def __call__(
         self, inputs: Tensor, state: Mapping[str, Tensor], dropout: Dropout | None = None
-    ) -> tuple[heads.Output, States]:
-        """What the head makes probabilities of, and the state after the last step.
+    ) -> Forward:
+        """Probabilities and state, with the dropout of a training step or without.
 
         Args:
             inputs: [time, batch].
@@ -137,12 +158,13 @@ class LanguageModel(tf.Module):
         states: States = {}
         for index, layer in enumerate(self.layers):
             names = [name for name in state_names(recipe) if name.startswith(f"state.{index}.")]
-            mask = (
-                None if dropout is None else dropout.recurrent(inputs.shape[1], layer.width, index)
-            )
-            x, after = layer(x, tuple(state[name] for name in names), mask)
+            mask = weights = None
+            if dropout is not None:
+                mask = dropout.recurrent(inputs.shape[1], layer.width, index)
+                weights = dropout.weights(p[f"rnn.{index}.recurrent"], index)
+            top, after = layer(x, tuple(state[name] for name in names), mask, weights)
             states |= zip(names, after, strict=True)
-            x = drop(x, recipe.unit_dropout[index + 1], f"units.{index + 1}")
+            x = drop(top, recipe.unit_dropout[index + 1], f"units.{index + 1}")
 
         width = x.shape[-1]
         features, log_prior = tf.reshape(x, (-1, 1, width)), None
@@ -157,7 +179,8 @@ class LanguageModel(tf.Module):
             projected = heads.all_rows(features) @ p["softmax.projection"]
             features = tf.reshape(projected, (*features.shape[:2], -1))
         matrix = p["embedding" if recipe.tie_weights else "softmax.weight"]
-        return heads.Output(features, log_prior, matrix, p.get("softmax.bias")), states
+        output = heads.Output(features, log_prior, matrix, p.get("softmax.bias"))
+        return Forward(output, states, top, x)
 
     def loss(self, output: heads.Output, targets: Tensor, weights: Tensor) -> Tensor:
         """Negative log-likelihoods [nats] times weights, summed, to be differentiated.
@@ -168,6 +191,17 @@ class LanguageModel(tf.Module):
         tuned = self.recipe.implementation == "tuned"
         function = heads.chunked_nll if tuned else heads.summed_nll
         return function(output, tf.reshape(targets, [-1]), tf.reshape(weights, [-1]))
+
+    def penalty(self, forward: Forward, weights: Tensor) -> Tensor:
+        """Both activation regularisations of every token times weights [time, batch], summed."""
+
+        def summed(units: Tensor, weights: Tensor) -> Tensor:
+            return tf.reduce_sum(tf.reduce_mean(tf.square(units), axis=-1) * weights)
+
+        change = forward.top[1:] - forward.top[:-1]
+        both_real = tf.minimum(weights[1:], weights[:-1])
+        size = self.recipe.activation_regularization * summed(forward.dropped_top, weights)
+        return size + self.recipe.temporal_activation_regularization * summed(change, both_real)
 
     def evaluate(self, output: heads.Output, targets: Tensor, weights: Tensor) -> Tensor:
         """The same not to be differentiated."""

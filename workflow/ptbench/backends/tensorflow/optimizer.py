@@ -9,9 +9,23 @@ from typing import Any
 
 import tensorflow as tf
 
+from ptbench.backends.contract import rate_and_epsilon
 from ptbench.configuration.models import Recipe
 
 Tensor = Any  # tf.Tensor
+
+
+def step_numbers(
+    recipe: Recipe, learning_rate: float, step: int, averaged: int
+) -> tuple[float, ...]:
+    """What an update has of its own: rate, epsilon and, for asgd, the past's share of the mean.
+
+    Args:
+        step: steps taken before this one.
+        averaged: steps whose parameters the mean is of, this one's included.
+    """
+    rates = rate_and_epsilon(recipe, learning_rate, step)
+    return (*rates, 1 - 1 / averaged) if recipe.optimizer == "asgd" else rates
 
 
 def clip(recipe: Recipe, gradients: list[Tensor], norm: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -27,8 +41,7 @@ def clip(recipe: Recipe, gradients: list[Tensor], norm: Tensor) -> tuple[list[Te
 def update_variable(
     recipe: Recipe,
     p: tf.Variable,
-    rate: Tensor,
-    epsilon: Tensor,
+    numbers: tuple[Tensor, ...],
     g: Tensor,
     factor: Tensor,
     *slots: tf.Variable,
@@ -36,17 +49,23 @@ def update_variable(
     """One parameter's update on one device.
 
     Args:
-        rate, epsilon: as `rate_and_epsilon` gives them.
+        numbers: as `step_numbers` gives them.
         g, factor: the clipped gradient is their product.
         slots: in the order of `OPTIMIZER_SLOTS`.
     """
-    if recipe.optimizer != "sgd" or recipe.weight_decay:
+    rate, epsilon, *shares = numbers
+    descends = recipe.optimizer in ("sgd", "asgd")
+    if recipe.weight_decay or not descends:
         g, factor = factor * g, tf.constant(1.0)
     if recipe.weight_decay:
         g += recipe.weight_decay * p
-    if recipe.optimizer == "sgd":
+    if descends:
         # What tf.compat.v1.train.GradientDescentOptimizer applies: one pass over memory.
         tf.raw_ops.ResourceApplyGradientDescent(var=p.handle, alpha=rate * factor, delta=g)
+        if recipe.optimizer == "asgd":
+            (a,), (past,) = slots, shares
+            now = tf.convert_to_tensor(p)
+            a.assign(now + past * (a - now))  # p exactly, if the past has no share
     elif recipe.optimizer == "adam":
         m, v = slots
         new_m = m.assign(recipe.adam_beta1 * m + (1 - recipe.adam_beta1) * g)

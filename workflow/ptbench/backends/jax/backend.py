@@ -43,6 +43,7 @@ from ptbench.backends.jax.model import (
     native_parameters,
     network,
     next_word_log_probabilities,
+    penalties,
 )
 from ptbench.backends.jax.optimizer import update
 from ptbench.configuration.models import Accelerator, Recipe
@@ -77,23 +78,25 @@ def objective_gradients(
     """
     keys = dropout_keys(recipe, seed, step)
 
-    def objective(parameters: Tree) -> tuple[Array, Tree]:
-        v, final = network(recipe, parameters, kept, batch.inputs, state, keys)
+    def objective(parameters: Tree) -> tuple[Array, tuple[Array, Tree]]:
+        h, v, final = network(recipe, parameters, kept, batch.inputs, state, keys)
         weights = batch.mask / divisor
-        return loss(recipe, parameters, v, batch.targets, weights, keys), final
+        nll = loss(recipe, parameters, v, batch.targets, weights, keys)
+        value = nll + penalties(recipe, h, v, weights) if recipe.penalizes else nll
+        return value, (nll, final)
 
-    (value, final), gradients = jax.value_and_grad(objective, has_aux=True)(parameters)
+    gradients, (nll, final) = jax.grad(objective, has_aux=True)(parameters)
     if recipe.kernel != "sparse":
         gradients |= {name: gradients[name] * mask for name, mask in kept.items()}
-    gradients, value = jax.lax.psum((gradients, value), DATA)
-    return gradients, value * divisor, final
+    gradients, nll = jax.lax.psum((gradients, nll), DATA)
+    return gradients, nll * divisor, final
 
 
 def evaluate(
     recipe: Recipe, parameters: Tree, kept: Tree, batch: Batch, state: Tree
 ) -> EvaluateStep:
     """Summed nll without dropout."""
-    v, final = network(recipe, parameters, kept, batch.inputs, state, None)
+    _, v, final = network(recipe, parameters, kept, batch.inputs, state, None)
     return EvaluateStep(loss(recipe, parameters, v, batch.targets, batch.mask, None), final)
 
 
@@ -101,7 +104,7 @@ def predict(
     recipe: Recipe, parameters: Tree, kept: Tree, inputs: Array, state: Tree
 ) -> tuple[Array, Tree]:
     """Log-probabilities [time, batch, vocabulary] without dropout, and the final state."""
-    v, final = network(recipe, parameters, kept, inputs, state, None)
+    _, v, final = network(recipe, parameters, kept, inputs, state, None)
     return next_word_log_probabilities(recipe, parameters, v), final
 
 
@@ -126,10 +129,13 @@ class JaxBackend(Backend):
         Feature("locked dropout", False, "model.py, over jax.random.bernoulli"),
         Feature("word dropout", False, "model.py, over jax.random.bernoulli"),
         Feature("recurrent dropout", False, "model.py, over jax.random.bernoulli"),
+        Feature("weight dropout", False, "model.py, over jax.random.bernoulli"),
+        Feature("activation regularisation", False, "model.py, in what jax.grad differentiates"),
         Feature("softmax cross-entropy", False, "heads.py, over jax.nn.logsumexp"),
         Feature("SGD", False, "optimizer.py"),
         Feature("Adam", False, "optimizer.py"),
         Feature("RMSProp", False, "optimizer.py"),
+        Feature("averaged SGD", False, "optimizer.py"),
         Feature("weight decay", False, "optimizer.py"),
         Feature("gradient clipping by global norm", False, "optimizer.py"),
         Feature("uniform initialisation", True, "jax.random.uniform"),
@@ -264,13 +270,19 @@ class JaxBackend(Backend):
         return self._canonical(gradients)
 
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         arguments = self._step_arguments(inputs, targets, mask, state)
         gradients, nll, final = self._gradients(self._parameters, *arguments)
-        rates = np.array(rate_and_epsilon(self.recipe, learning_rate, self.step), np.float32)
+        rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
         self._parameters, self._slots, norm = self._update(
-            self._parameters, self._slots, gradients, *rates
+            self._parameters, self._slots, gradients, *np.array((*rates, averaged), np.float32)
         )
         self.step += 1
         return TrainStep(nll, norm, final)

@@ -1,4 +1,4 @@
-"""The network from words to losses, its dropout, and its initial parameters."""
+"""The network from words to losses and penalties, its dropout, and its initial parameters."""
 
 from __future__ import annotations
 
@@ -30,27 +30,35 @@ State = Tree  # as in `state_names`
 # -------------------------------------------------------------------------------------- dropout
 
 
+# Tells the key of the dropped weights from the two into which a step's key is split.
+WEIGHTS_STREAM = 2
+
+
 class Keys(NamedTuple):
     """Keys of the masks of one training step."""
 
     words: Array
     units: Array  # [1 + layers]
     recurrent: Array  # [layers]
+    weights: Array  # [layers]
     latents: Array
 
 
 def dropout_keys(recipe: Recipe, seed: int, step: Array) -> Keys | None:
-    """A function of (seed, step, replica) alone; words are dropped alike on all replicas.
+    """Functions of (seed, step, replica) alone; the same on all replicas for words and weights.
 
     None if nothing is dropped. To be called on every replica at once.
     """
     if not recipe.drops:
         return None
     key = jax.random.key(seed, impl=random_generator(recipe))
-    words, others = jax.random.split(jax.random.fold_in(key, step))
+    of_step = jax.random.fold_in(key, step)
+    words, others = jax.random.split(of_step)
+    weights = jax.random.split(jax.random.fold_in(of_step, WEIGHTS_STREAM), recipe.layers)
     others = jax.random.fold_in(others, jax.lax.axis_index(DATA))
     keys = jax.random.split(others, 2 * recipe.layers + 2)
-    return Keys(words, keys[: recipe.layers + 1], keys[recipe.layers + 1 : -1], keys[-1])
+    units, recurrent = keys[: recipe.layers + 1], keys[recipe.layers + 1 : -1]
+    return Keys(words, units, recurrent, weights, keys[-1])
 
 
 def mask(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
@@ -71,7 +79,7 @@ def drop(recipe: Recipe, x: Array, rate: float, key: Array) -> Array:
 
 def network(
     recipe: Recipe, parameters: Tree, kept: Tree, inputs: Array, state: State, keys: Keys | None
-) -> tuple[Array, State]:
+) -> tuple[Array, Array, State]:
     """Embedding and recurrent layers.
 
     Args:
@@ -81,7 +89,8 @@ def network(
         keys: of the dropout masks; None for no dropout.
 
     Returns:
-        The last layer's output, dropped, [time, batch, width]; and the state after the last step.
+        The last layer's output before dropout and after it, both [time, batch, width]; and the
+        state after the last step.
     """
     x = parameters["embedding"][inputs]
     if keys is not None:
@@ -96,22 +105,28 @@ def network(
         if keys is not None and recipe.recurrent_dropout:
             shape = (inputs.shape[1], width)
             recurrent_mask = mask(keys.recurrent[layer], recipe.recurrent_dropout, shape)
-        weights = layer_weights(recipe, parameters, kept, layer, x.shape[-1])
+        weights = layer_weights(recipe, parameters, kept, layer, x.shape[-1], keys)
         before = tuple(state[name] for name in names)
-        x, after = run_layer(recipe, x, weights, before, recurrent_mask)
+        h, after = run_layer(recipe, x, weights, before, recurrent_mask)
         final |= dict(zip(names, after, strict=True))
+        x = h
         if keys is not None:
-            x = drop(recipe, x, recipe.unit_dropout[layer + 1], keys.units[layer + 1])
-    return x, final
+            x = drop(recipe, h, recipe.unit_dropout[layer + 1], keys.units[layer + 1])
+    return h, x, final
 
 
-def layer_weights(recipe: Recipe, parameters: Tree, kept: Tree, layer: int, inputs: int) -> Weights:
+def layer_weights(
+    recipe: Recipe, parameters: Tree, kept: Tree, layer: int, inputs: int, keys: Keys | None
+) -> Weights:
+    """A layer's weights, the recurrent ones dropped; of sparse matrices, the values are."""
     name = f"rnn.{layer}"
     matrices = {"input": inputs, "recurrent": recipe.widths[layer]}
     bias = parameters[f"{name}.bias"]
 
     def matrix(kind: str) -> Any:
         values = parameters[f"{name}.{kind}"]
+        if kind == "recurrent" and keys is not None and recipe.weight_dropout:
+            values = values * mask(keys.weights[layer], recipe.weight_dropout, values.shape)
         if recipe.kernel != "sparse":
             return values
         return BCOO(
@@ -175,6 +190,23 @@ def loss(
     nll = chunked_nll if recipe.implementation == "tuned" else weighted_nll
     features = output_features(recipe, parameters, v, keys)
     return nll(output_layer(recipe, parameters), features, targets.ravel(), weights.ravel())
+
+
+def penalties(recipe: Recipe, h: Array, v: Array, weights: Array) -> Array:
+    """Sum of weights times each token's activation regularisations.
+
+    Args:
+        h: the last layer's output before dropout, [time, batch, width].
+        v: the same, dropped.
+        weights: [time, batch]; a change of h counts with the lesser one of its two tokens.
+    """
+    both = jnp.minimum(weights[1:], weights[:-1])
+    activation = jnp.vdot(jnp.mean(v**2, axis=-1), weights)
+    change = jnp.vdot(jnp.mean((h[1:] - h[:-1]) ** 2, axis=-1), both)
+    return (
+        recipe.activation_regularization * activation
+        + recipe.temporal_activation_regularization * change
+    )
 
 
 def next_word_log_probabilities(recipe: Recipe, parameters: Tree, v: Array) -> Array:

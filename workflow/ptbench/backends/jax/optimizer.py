@@ -1,4 +1,4 @@
-"""The update: clipping, weight decay, and the direction that each optimizer takes."""
+"""The update: clipping, weight decay, each optimizer's direction, and averaging."""
 
 from __future__ import annotations
 
@@ -45,7 +45,17 @@ def rmsprop(
 
 
 # The direction in which gradients move the parameters, and the slots afterwards.
-OPTIMIZERS = {"sgd": sgd, "adam": adam, "rmsprop": rmsprop}
+OPTIMIZERS = {"sgd": sgd, "adam": adam, "rmsprop": rmsprop, "asgd": sgd}
+
+
+def running_mean(average: Tree, parameters: Tree, averaged: Array) -> Tree:
+    """The mean of `averaged` steps' parameters, from that of all but the last; of one step, exact.
+
+    By the change, as the two terms' rounded weights would not add up to one.
+    """
+    return jax.tree.map(
+        lambda a, p: jnp.where(averaged == 1, p, a + (p - a) / averaged), average, parameters
+    )
 
 
 def update(
@@ -55,8 +65,13 @@ def update(
     gradients: Tree,
     rate: Array,
     epsilon: Array,
+    averaged: Array,
 ) -> tuple[Tree, dict[str, Tree], Array]:
-    """Parameters and slots after one update, and the norm of all gradients before clipping."""
+    """Parameters and slots after one update, and the norm of all gradients before clipping.
+
+    Args:
+        averaged: steps of which asgd keeps the mean; no part of any other compiled update.
+    """
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in gradients.values()))
     if recipe.clip_norm is not None:
         scale = jnp.where(norm > recipe.clip_norm, recipe.clip_norm / norm, 1)
@@ -64,4 +79,7 @@ def update(
     if recipe.weight_decay:
         gradients = jax.tree.map(lambda g, p: g + recipe.weight_decay * p, gradients, parameters)
     direction, slots = OPTIMIZERS[recipe.optimizer](recipe, gradients, slots, epsilon)
-    return jax.tree.map(lambda p, d: p - rate * d, parameters, direction), slots, norm
+    parameters = jax.tree.map(lambda p, d: p - rate * d, parameters, direction)
+    if recipe.optimizer == "asgd":
+        slots = {"average": running_mean(slots["average"], parameters, averaged)}
+    return parameters, slots, norm

@@ -35,7 +35,7 @@ from ptbench.backends.contract import (
 )
 from ptbench.backends.keras import devices as process
 from ptbench.backends.keras.model import LanguageModel
-from ptbench.backends.keras.optimizer import clips_by_rate, optimizer_of
+from ptbench.backends.keras.optimizer import AveragedSGD, clips_by_rate, optimizer_of
 from ptbench.configuration.models import Accelerator, Recipe
 
 
@@ -73,10 +73,25 @@ class KerasBackend(Backend):
             "recurrent_dropout of Keras' cells, overridden to draw one mask for all gates; "
             "kernel fused falls back to explicit time steps",
         ),
+        Feature(
+            "weight dropout",
+            False,
+            "a keras.layers.Wrapper of keras.layers.Dropout and the layer's stateless_call",
+        ),
+        Feature(
+            "activation regularisation",
+            False,
+            "keras.ops; the activity_regularizer of Keras' layers knows of no padding and no time",
+        ),
         Feature("softmax cross-entropy", True, "keras.losses.SparseCategoricalCrossentropy"),
         Feature("SGD", True, "keras.optimizers.SGD"),
         Feature("Adam", False, "Adam, a keras.optimizers.Optimizer"),
         Feature("RMSProp", False, "RMSProp, a keras.optimizers.Optimizer"),
+        Feature(
+            "averaged SGD",
+            False,
+            "AveragedSGD, a keras.optimizers.SGD; Keras' use_ema is an exponential average",
+        ),
         Feature("weight decay", False, "keras.optimizers.SGD(weight_decay), but Adam and RMSProp"),
         Feature("gradient clipping by global norm", True, "keras.optimizers(global_clipnorm)"),
         Feature("uniform initialisation", True, "keras.initializers.RandomUniform"),
@@ -132,8 +147,8 @@ class KerasBackend(Backend):
             tf.GradientTape() as tape,
             keras.StatelessScope(zip(generators, tf.unstack(seeds), strict=True)),
         ):
-            nll, state = self.model.nll(tokens, targets, mask, state, training=True)
-            objective = nll / divisor
+            objective, nll, state = self.model.objective(tokens, targets, mask, state)
+            objective = objective / divisor
         # The embedding's gradient is sparse, with a row for each occurrence of a word. Those must
         # be added up before its norm is taken and before replicas are summed.
         gradients = tape.gradient(objective, self.variables)
@@ -174,13 +189,11 @@ class KerasBackend(Backend):
     def _seeds(self, replica: int) -> npt.NDArray[np.int64]:
         """Of each generator of random numbers, for the next step on a replica."""
         generators = self.model.non_trainable_variables  # nothing else is
-        words = self.model.word_dropout.dropout
-        # A word is dropped on all replicas or on none.
-        shared = words.seed_generator.state if words.rate else None
+        shared = {id(generator) for generator in self.model.shared_generators()}
         seeds = []
         for index, generator in enumerate(generators):
             draw = (self.step * len(generators) + index) * self.devices
-            seeds.append((self.seed, draw if generator is shared else draw + replica))
+            seeds.append((self.seed, draw if id(generator) in shared else draw + replica))
         return np.array(seeds, np.int64).reshape(-1, 2)
 
     def _arranged(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -198,9 +211,17 @@ class KerasBackend(Backend):
         return self.strategy.experimental_distribute_values_from_function(on_device)
 
     def train_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State, learning_rate: float
+        self,
+        inputs: Tokens,
+        targets: Tokens,
+        mask: Mask,
+        state: State,
+        learning_rate: float,
+        averaged: int = 1,
     ) -> TrainStep:
         batch = self._batch(inputs, targets, mask, state)
+        if isinstance(self.optimizer, AveragedSGD):
+            self.optimizer.share.assign(1 / averaged)
         result = self.update(tf.constant(learning_rate, tf.float32), *batch)
         self.step += 1
         return TrainStep(*result)

@@ -46,10 +46,26 @@ def recurrent_layer(
         "bias_initializer": initializers.recurrent_layer_bias(),
     }
     if hoisted:
-        return HoistedRecurrent(
+        layer = HoistedRecurrent(
             recipe.cell, recipe.recurrent_bias, recipe.recurrent_dropout, **options
         )
-    options["recurrent_dropout"] = recipe.recurrent_dropout
+    else:
+        layer = keras_layer(recipe, options, kept)
+    return WeightDropout(layer, recipe.weight_dropout) if recipe.weight_dropout else layer
+
+
+def keras_layer(
+    recipe: Recipe,
+    options: dict[str, Any],
+    kept: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]] | None,
+) -> keras.layers.Layer:
+    """One layer of the recipe, all of its time steps Keras'.
+
+    Args:
+        options: of the layer or its cell.
+        kept: as `recurrent_layer` has it.
+    """
+    options = options | {"recurrent_dropout": recipe.recurrent_dropout}
     if recipe.cell == "lstm":
         options["unit_forget_bias"] = False  # would be 1, whatever the recipe says
     elif recipe.cell != "gru":
@@ -73,10 +89,11 @@ def stored_parameters(
     kept: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]] | None,
 ) -> list[Stored]:
     """The parameters `{prefix}.input` and so on of a layer that `recurrent_layer` made."""
-    inner = layer.layer if isinstance(layer, TwoBiases) else layer
-    weights = inner if isinstance(inner, HoistedRecurrent) else inner.cell
+    if isinstance(layer, WeightDropout):
+        layer = layer.layer
+    weights = holder_of_weights(layer)
     kernels = {"input": weights.kernel, "recurrent": weights.recurrent_kernel}
-    if recipe.cell == "gru" and weights is not inner:
+    if isinstance(weights, keras.layers.GRUCell):
         return [
             *(gru_weight(f"{prefix}.{kind}", kernel) for kind, kernel in kernels.items()),
             gru_biases(prefix, weights.bias, recipe.recurrent_bias),
@@ -92,6 +109,65 @@ def stored_parameters(
     if recipe.recurrent_bias:
         stored.append(as_it_is(f"{prefix}.recurrent_bias", layer.recurrent_bias))
     return stored
+
+
+def holder_of_weights(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """What has the kernels and the bias of a layer that `recurrent_layer` made."""
+    while isinstance(layer, keras.layers.Wrapper):
+        layer = layer.layer
+    return layer if isinstance(layer, HoistedRecurrent) else layer.cell
+
+
+# Layers called with another value in a weight's place, which so keep cuDNN's kernel on a GPU.
+
+
+def call_with(
+    layer: keras.layers.Layer,
+    variable: keras.Variable,
+    value: Any,
+    x: Any,
+    initial_state: Any,
+    training: bool,
+) -> Any:
+    """What a recurrent layer gives if one of its variables has that value."""
+    outputs, _ = layer.stateless_call(
+        [value if v is variable else v for v in layer.trainable_variables],
+        layer.non_trainable_variables,
+        x,
+        initial_state=initial_state,
+        training=training,
+    )
+    return outputs
+
+
+class WeightDropout(keras.layers.Wrapper):
+    """A recurrent layer that drops recurrent weights: the same ones at all time steps."""
+
+    def __init__(self, layer: keras.layers.Layer, rate: float) -> None:
+        super().__init__(layer)
+        self.dropout = keras.layers.Dropout(rate)
+
+    def call(self, x: Any, initial_state: Any, training: bool = False) -> Any:
+        if not training:
+            return self.layer(x, initial_state=initial_state)
+        kernel = holder_of_weights(self.layer).recurrent_kernel
+        dropped = self.dropout(ops.convert_to_tensor(kernel), training=True)
+        return call_with(self.layer, kernel, dropped, x, initial_state, training)
+
+
+class TwoBiases(keras.layers.Wrapper):
+    """A recurrent layer of one bias vector, given a second one."""
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.recurrent_bias = self.add_weight(
+            shape=self.layer.cell.bias.shape, initializer="zeros", name="recurrent_bias"
+        )
+
+    def call(self, x: Any, initial_state: Any, training: bool = False) -> Any:
+        bias = self.layer.cell.bias
+        both = bias + self.recurrent_bias
+        return call_with(self.layer, bias, both, x, initial_state, training)
 
 
 # Keras' layers, and what they leave out.
@@ -125,38 +201,6 @@ CELLS = {
     "rnn_tanh": keras.layers.SimpleRNNCell,
     "rnn_relu": keras.layers.SimpleRNNCell,
 }
-
-
-class TwoBiases(keras.layers.Layer):
-    """A recurrent layer of one bias vector, given a second one.
-
-    The layer is called with the sum in its bias' place, and so keeps cuDNN's kernel on a GPU.
-    """
-
-    def __init__(self, layer: keras.layers.RNN) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def build(self, input_shape: Any) -> None:
-        self.layer.build(input_shape)
-        self.layer.built = True
-        self.recurrent_bias = self.add_weight(
-            shape=self.layer.cell.bias.shape, initializer="zeros", name="recurrent_bias"
-        )
-
-    def call(self, x: Any, initial_state: Any, training: bool = False) -> Any:
-        bias = self.layer.cell.bias
-        weights = [
-            v + self.recurrent_bias if v is bias else v for v in self.layer.trainable_variables
-        ]
-        outputs, _ = self.layer.stateless_call(
-            weights,
-            self.layer.non_trainable_variables,
-            x,
-            initial_state=initial_state,
-            training=training,
-        )
-        return outputs
 
 
 class SparseLSTMCell(LSTMCell):

@@ -12,7 +12,7 @@ from keras import ops
 
 from ptbench.backends.contract import kept_weights, parameter_shapes
 from ptbench.backends.keras.heads import Mixture, Softmax, TunedMixture, TunedSoftmax
-from ptbench.backends.keras.layers import recurrent_layer, stored_parameters
+from ptbench.backends.keras.layers import WeightDropout, recurrent_layer, stored_parameters
 from ptbench.backends.keras.parameters import Initializers, Stored, as_it_is
 from ptbench.configuration.models import Accelerator, Recipe
 
@@ -33,7 +33,9 @@ class WordDropout(keras.layers.Layer):
 
 
 class LanguageModel(keras.Model):
-    """Tokens and states to the last layer's outputs and new states; its head gives the loss.
+    """Tokens and states to the last layer's outputs, before and after dropout, and new states.
+
+    Its head gives the loss.
 
     Tokens and outputs are [batch, time, ...], as Keras' layers want it, or [time, batch, ...] if
     `time_first`. States are arrays [batch, width] in the order of the contract's `state_names`.
@@ -98,28 +100,66 @@ class LanguageModel(keras.Model):
             shape[0 if self.time_first else 1] = 1
         return keras.layers.Dropout(rate, noise_shape=shape)
 
-    def call(self, tokens: Any, states: list[Any], training: bool = False) -> tuple[Any, list[Any]]:
+    def shared_generators(self) -> list[keras.Variable]:
+        """The generators of what is dropped on all replicas or on none: words and weights."""
+        dropouts = [self.word_dropout.dropout] if self.word_dropout.dropout.rate else []
+        dropouts += [
+            layer.dropout for layer in self.recurrent_layers if isinstance(layer, WeightDropout)
+        ]
+        return [dropout.seed_generator.state for dropout in dropouts]
+
+    def call(
+        self, tokens: Any, states: list[Any], training: bool = False
+    ) -> tuple[Any, Any, list[Any]]:
         x = self.word_dropout(self.embedding(tokens), tokens, training=training)
         x = self.dropouts[0](x, training=training)
         kinds = len(states) // len(self.recurrent_layers)  # of states in a layer
         final: list[Any] = []
         for index, layer in enumerate(self.recurrent_layers):
             state = states[index * kinds : (index + 1) * kinds]
-            x, *state = layer(x, initial_state=state, training=training)
-            x = self.dropouts[index + 1](x, training=training)
+            h, *state = layer(x, initial_state=state, training=training)
+            x = self.dropouts[index + 1](h, training=training)
             final += state
-        return x, final
+        return h, x, final
 
-    def nll(
-        self, tokens: Any, targets: Any, mask: Any, states: list[Any], training: bool = False
-    ) -> tuple[Any, list[Any]]:
+    def objective(
+        self, tokens: Any, targets: Any, mask: Any, states: list[Any]
+    ) -> tuple[Any, Any, list[Any]]:
+        """What training differentiates, not yet divided; the nll that is in it; new states."""
+        h, v, states = self(tokens, states, training=True)
+        nll = self.head.nll(v, targets, mask, training=True)
+        if not self.recipe.penalizes:
+            return nll, nll, states
+        return nll + self.penalties(h, v, mask), nll, states
+
+    def penalties(self, h: Any, v: Any, mask: Any) -> Any:
+        """Activation regularisations, summed over the tokens where the mask is 1.
+
+        Args:
+            h: the last layer's outputs.
+            v: the same after dropout.
+        """
+        recipe = self.recipe
+        terms = []
+        if recipe.activation_regularization:
+            squares = ops.mean(ops.square(v), axis=-1)
+            terms.append(recipe.activation_regularization * ops.sum(mask * squares))
+        if recipe.temporal_activation_regularization:
+            change = ops.diff(h, axis=0 if self.time_first else 1)
+            squares = ops.mean(ops.square(change), axis=-1)
+            pairs = (mask[1:], mask[:-1]) if self.time_first else (mask[:, 1:], mask[:, :-1])
+            both_real = ops.minimum(*pairs)
+            terms.append(recipe.temporal_activation_regularization * ops.sum(both_real * squares))
+        return sum(terms)
+
+    def nll(self, tokens: Any, targets: Any, mask: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         """Summed negative log-likelihood of the targets where the mask is 1, and new states."""
-        v, states = self(tokens, states, training=training)
-        return self.head.nll(v, targets, mask, training), states
+        _, v, states = self(tokens, states)
+        return self.head.nll(v, targets, mask, training=False), states
 
     def log_probabilities(self, tokens: Any, states: list[Any]) -> tuple[Any, list[Any]]:
         """Of each next word, [..., vocabulary]; and new states."""
-        v, states = self(tokens, states)
+        _, v, states = self(tokens, states)
         return self.head.log_probabilities(v), states
 
 

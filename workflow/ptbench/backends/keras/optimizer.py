@@ -63,16 +63,35 @@ class RMSProp(keras.optimizers.Optimizer):
         self.assign_sub(variable, learning_rate * gradient / (keras.ops.sqrt(s) + self.epsilon))
 
 
+class AveragedSGD(keras.optimizers.SGD):
+    """SGD that keeps the mean of its last parameters (Polyak and Juditsky 1992).
+
+    `share` is that of the next step's parameters in the mean: one over how many it is of.
+    """
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        if not self.built:
+            super().build(variables)
+            self.averages = self.add_optimizer_variables(variables, "average")
+            self.share = self.add_variable((), initializer="ones", name="share")
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        super().update_step(gradient, variable, learning_rate)
+        average = self.averages[self._get_variable_index(variable)]
+        self.assign(average, (1 - self.share) * average + self.share * variable)
+
+
 def clips_by_rate(recipe: Recipe) -> bool:
     """Whether gradients are clipped by scaling the learning rate: a pass less over all of them."""
-    plain = recipe.optimizer == "sgd" and not recipe.weight_decay
+    plain = recipe.optimizer in ("sgd", "asgd") and not recipe.weight_decay
     return recipe.implementation == "tuned" and plain and recipe.clip_norm is not None
 
 
 def optimizer_of(recipe: Recipe) -> keras.optimizers.Optimizer:
     """The recipe's optimizer. Without moments, Keras' decoupled weight decay is an L2 penalty."""
-    if recipe.optimizer == "sgd":
-        return keras.optimizers.SGD(
+    if recipe.optimizer in ("sgd", "asgd"):
+        kind = keras.optimizers.SGD if recipe.optimizer == "sgd" else AveragedSGD
+        return kind(
             recipe.learning_rate,
             weight_decay=recipe.weight_decay or None,
             global_clipnorm=None if clips_by_rate(recipe) else recipe.clip_norm,

@@ -11,6 +11,7 @@ import yaml
 
 from ptbench.configuration.loading import load_study
 from ptbench.configuration.models import FRAMEWORKS, Recipe
+from ptbench.report.formatting import framework_name
 from ptbench.training.records import read_history, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +38,11 @@ def test_a_published_run_is_of_the_recipe_and_reproduces_the_published_perplexit
     assert json.loads((cell / "provenance.json").read_text())["git_dirty"] is False
 
 
+def test_there_is_one_of_every_framework() -> None:
+    assert sorted(cell.parents[1].name for cell in CELLS) == sorted(FRAMEWORKS)
+
+
 def test_the_frameworks_agree_within_three_perplexity() -> None:
-    assert len(CELLS) >= 2
     for split in ("valid", "test"):
         values = [getattr(read_metrics(c / "metrics.json"), split).perplexity for c in CELLS]
         assert max(values) - min(values) < 3
@@ -50,8 +54,14 @@ def test_the_readme_has_every_published_run() -> None:
         metrics = read_metrics(cell / "metrics.json")
         assert metrics.valid is not None
         assert metrics.test is not None
-        row = f"| {metrics.valid.perplexity:.1f} | {metrics.test.perplexity:.1f} |"
-        assert row in readme, f"README.md has no {row} for {metrics.cell.framework}"
+        last = read_history(cell / "history.csv")[-1]
+        version = json.loads((cell / "provenance.json").read_text())["framework_version"]
+        row = (
+            f"| {framework_name(metrics.cell.framework)} {version.partition('+')[0]} "
+            f"| {metrics.valid.perplexity:.1f} | {metrics.test.perplexity:.1f} "
+            f"| {last.train_perplexity:.1f} | {metrics.best_epoch} | {metrics.parameters:,} |"
+        )
+        assert row in readme, f"README.md lacks {row}"
 
 
 def test_the_readme_has_every_published_speed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,15 @@ from tests.workflow.conftest import Project
 from ptbench.training.records import read_history, read_metrics
 
 FRAMEWORKS = ("pytorch", "tensorflow", "keras", "mxnet", "jax")
+# What a reader of a result may want to know of where it comes from.
+FACTS = {
+    "git_commit", "git_dirty", "framework_package", "framework_version", "versions", "python",
+    "lock_sha256", "cpu", "threads", "gpus", "host", "started", "finished", "command",
+}  # fmt: skip
+HISTORY = [
+    "epoch", "learning_rate", "train_nll", "train_perplexity", "valid_nll", "valid_perplexity",
+    "gradient_norm", "tokens_per_second", "training_seconds", "evaluation_seconds",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,14 @@ def test_every_framework_finishes_on_one_and_on_two_devices(demo: Project) -> No
             assert len(read_history(cell / "history.csv")) == metrics.epochs
             provenance = json.loads((cell / "provenance.json").read_text())
             assert len(provenance["devices"]) == devices
-            assert provenance["framework_version"]
+            assert provenance.keys() >= FACTS
+            for fact in ("git_commit", "framework_version", "lock_sha256", "cpu", "host"):
+                assert provenance[fact], fact
+            assert provenance["settings"]["implementation"] == "stock"
+            assert {"numpy", "safetensors"} < provenance["versions"].keys()
+            assert provenance["started"] < provenance["finished"]
+            header = (cell / "history.csv").read_text().partition("\n")[0]
+            assert header.split(",") == HISTORY
 
 
 def test_every_framework_learns_beyond_the_best_bigram_and_stays_above_the_floor(
@@ -37,8 +54,8 @@ def test_every_framework_learns_beyond_the_best_bigram_and_stays_above_the_floor
 ) -> None:
     facts = json.loads((demo.folder / "results/corpora/synthetic/corpus.json").read_text())
     truth = facts["true_process"]["test"]  # what the true process scores on that very sample
-    for framework in FRAMEWORKS:
-        cell = demo.folder / f"results/cells/demo-lstm/{framework}/devices-1/seed-1"
+    for framework, devices in itertools.product(FRAMEWORKS, (1, 2)):
+        cell = demo.folder / f"results/cells/demo-lstm/{framework}/devices-{devices}/seed-1"
         test = read_metrics(cell / "metrics.json").test
         assert test is not None
         assert test.nll < facts["best_bigram_nll_nats"]

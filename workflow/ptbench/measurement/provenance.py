@@ -18,7 +18,6 @@ import psutil
 import ptbench
 
 PROJECT = Path(__file__).resolve().parents[3]
-LIBRARIES = ("numpy", "safetensors", "pydantic", "psutil")
 
 
 def git(*arguments: str) -> str | None:
@@ -66,6 +65,12 @@ def gpus() -> list[dict[str, str]]:
     return [{"name": str(pynvml.nvmlDeviceGetName(h)), "driver": driver} for h in handles]
 
 
+def installed_versions() -> dict[str, str]:
+    """Every distribution in this environment, by its name in lower case."""
+    found = importlib.metadata.distributions()
+    return dict(sorted((each.name.lower(), each.version) for each in found if each.name))
+
+
 def lock_sha256() -> str | None:
     """SHA-256 of the lock that this environment was built from; None if ptbench did not."""
     try:
@@ -88,7 +93,7 @@ def provenance(package: str) -> dict[str, Any]:
         "framework_package": package,
         # not the distribution's, whose name depends on the accelerator (tensorflow-cpu)
         "framework_version": sys.modules[package].__version__,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": installed_versions(),
         "lock_sha256": lock_sha256(),
         "python": platform.python_version(),
         "system": platform.platform(),

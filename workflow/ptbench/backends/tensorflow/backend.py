@@ -296,4 +296,5 @@ class TensorFlowBackend(Backend):
         return tensorflow_devices.peak_memory(self.accelerator, self.devices)
 
     def settings(self) -> dict[str, str]:
-        return tensorflow_devices.settings(self.accelerator)
+        own = {"implementation": self.recipe.implementation}
+        return own | tensorflow_devices.settings(self.accelerator)

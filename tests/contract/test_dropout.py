@@ -310,7 +310,7 @@ def test_masks_depend_on_the_seed(backends: Backends, framework: str) -> None:
 
 
 def test_evaluation_drops_nothing(backends: Backends, framework: str) -> None:
-    for dropping in (LOCKED, WORDS):
+    for dropping in (LOCKED, WORDS, RECIPES["weights"]):
         backend = backends.get(framework, dropping)
         oracle = NumpyOracle(dropping, VOCABULARY)
         oracle.load_parameters(backend.parameters())

@@ -1,4 +1,5 @@
-"""A run on sentences or windows, through the training loop, is the oracle's.
+"""A run on sentences or windows, or one that is scored with its mean parameters, through the
+training loop, is the oracle's.
 
 Parallel streams are in `test_training.py`.
 """
@@ -37,6 +38,12 @@ SENTENCES = recipe(
     learning_rate=0.01, epochs=1, constant_epochs=1,
 )  # fmt: skip
 WINDOWS = recipe(**COMMON, feeding="windows", epochs=2, constant_epochs=1)
+# The mean is of all steps, over the border of the epochs, which train on from their own parameters.
+AVERAGING = recipe(
+    **COMMON, epochs=2, constant_epochs=1, optimizer="asgd", averaging_interval=None,
+    activation_regularization=2.0, temporal_activation_regularization=1.0,
+)  # fmt: skip
+RUNS = {"sentences": SENTENCES, "windows": WINDOWS, "averaging": AVERAGING}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def test_sentences_come_in_two_lengths_with_padding_and_windows_wrap(corpus: Pat
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("fed", [SENTENCES, WINDOWS], ids=lambda fed: fed.feeding)
+@pytest.mark.parametrize("fed", RUNS.values(), ids=RUNS)
 def test_losses_and_final_parameters_of_a_run_are_the_oracle_s(
     backends: Backends, framework: str, corpus: Path, fed: Recipe, implementation: str
 ) -> None:

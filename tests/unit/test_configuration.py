@@ -61,6 +61,18 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
         {"corpora": {"mine": {"kind": "folder", "folder": "x", "fils": 1}}},
         r"config.yaml: corpora.mine.fils: there is no such key",
     ),
+    (
+        {"mirrors": {"ptb": "file://data/ptb"}},
+        r"config.yaml: mirrors.ptb: file://data/ptb names a host, data; write file:/absolute",
+    ),
+    (
+        {"mirrors": {"ptb": "/data/ptb"}},
+        r"config.yaml: mirrors.ptb: /data/ptb is not an address; .* write file:/data/ptb$",
+    ),
+    (
+        {"mirrors": {"ptb": "ftp://data/ptb"}},
+        r"config.yaml: mirrors.ptb: \"ftp://data/ptb\" is not an http:, https: or file: address",
+    ),
 ]
 
 BAD_RECIPES: list[tuple[str, str]] = [

@@ -7,11 +7,12 @@ by `process`. Reading `corpora.yaml` and merging the user's own definitions over
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
 from ptbench.configuration.models import Model
 
@@ -21,7 +22,30 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 # The stationary law of a markov process is a dense linear system of this size at most: 130 MB.
 MAXIMUM_STATES = 4000
 
-MirrorAddress = Annotated[str, Field(pattern=r"^(https?://[^/\s]+\S*|file:.+)$")]
+ADDRESS_PATTERN = r"^(https?://[^/\s]+\S*|file:.+)$"
+
+
+def address_of_a_mirror(value: Any) -> Any:
+    """`value`, if it is an address that files can be had from, or no text at all.
+
+    Raises:
+        ValueError: what to write instead.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = urlsplit(value)
+    if parts.scheme == "file" and parts.netloc:
+        raise ValueError(
+            f"{value} names a host, {parts.netloc}; write file:/absolute/path or file:relative/path"
+        )
+    if re.match(ADDRESS_PATTERN, value):
+        return value
+    if value and not parts.scheme:
+        raise ValueError(f"{value} is not an address; for a folder on disk write file:{value}")
+    raise ValueError(f'"{value}" is not an http:, https: or file: address')
+
+
+MirrorAddress = Annotated[str, Field(pattern=ADDRESS_PATTERN), BeforeValidator(address_of_a_mirror)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -53,17 +77,6 @@ class Mirror(Model):
         "folder."
     )
     paths: SplitPaths = Field(description="Where the three files are within the archive or folder.")
-
-    @field_validator("url")
-    @classmethod
-    def _no_file_host(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme == "file" and parts.netloc:
-            raise ValueError(
-                f"{url} names a host, {parts.netloc}; write file:///absolute/path or "
-                "file:relative/path"
-            )
-        return url
 
 
 class DownloadedCorpus(Model):

@@ -12,9 +12,6 @@ from snakemake.utils import min_version
 min_version("9.24")
 
 
-configfile: "config.yaml"
-
-
 include: "workflow/rules/common.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/training.smk"
@@ -33,13 +30,12 @@ rule all:
 # Not rules: what these make, the rules merely use, so its age must not decide what is run again.
 onstart:
     trains = set(workflow.dag_settings.targets) != {"partial"}
-    try:
-        if trains:
-            refuse_duplicates(Path.cwd())
-        # `partial` has one of its own, for a study may be running on the other.
-        study.write(Path("results" if trains else "results/partial") / "study.json")
-    except (PtbenchError, OSError) as error:
-        raise WorkflowError(str(error))
+    if trains:
+        or_exit(refuse_duplicates, Path.cwd())
+    # `partial` has one of its own, for a study may be running on the other.
+    or_exit(
+        study.write, Path("results" if trains else "results/partial") / "study.json"
+    )
     if trains and not USES_CONDA:
         shell(
             "python -m ptbench environments {study.frameworks} --accelerator {ACCELERATOR}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.sentences import assert_no_frames
 
 
 def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,7 +40,7 @@ def test_a_bad_command_is_a_sentence(arguments: list[str], status: int, message:
     answer = ptbench(*arguments)
     assert answer.returncode == status
     assert message in answer.stderr
-    assert "Traceback" not in answer.stderr
+    assert_no_frames(answer.stderr)
 
 
 def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:
@@ -47,4 +48,4 @@ def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None
     answer = ptbench("schema", "--output", tmp_path / "file" / "folder")
     assert answer.returncode == 2
     assert "file/folder: Not a directory" in answer.stderr
-    assert "Traceback" not in answer.stderr
+    assert_no_frames(answer.stderr)

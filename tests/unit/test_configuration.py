@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.sentences import assert_no_frames
 
 from ptbench.backends.contract import kept_count, parameter_count, parameter_shapes
 from ptbench.configuration import loading
@@ -171,6 +172,7 @@ def test_a_bad_experiment_is_refused_with_file_key_value_and_what_is_allowed(
         (b"recipes: [", r"own.yaml, line \d+: not valid YAML"),
         (b"\xff\xfe", r"own.yaml: not UTF-8 at byte 0"),
         (b"- 1\n", r"own.yaml: must be a mapping"),
+        (b"recipes: {}\nrecipes: {}", r"own.yaml, line 2: not valid YAML: recipes is there twice"),
     ],
 )
 def test_a_file_that_is_not_yaml_is_refused_by_name_and_place(
@@ -197,7 +199,7 @@ def test_the_command_line_prints_the_sentence_and_no_traceback(tmp_path: Path) -
     )
     assert answer.returncode == 2
     assert "config.yaml: sedes: there is no such key; did you mean seeds?" in answer.stderr
-    assert "Traceback" not in answer.stderr
+    assert_no_frames(answer.stderr)
 
 
 def test_a_variant_has_one_name_however_it_is_written() -> None:

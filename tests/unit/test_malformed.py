@@ -20,6 +20,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support.fake_results import plan, write_corpus, write_results
+from tests.support.sentences import assert_no_frames
 from tests.unit.test_configuration import (
     BAD_CONFIGURATIONS,
     BAD_EXPERIMENTS,
@@ -65,7 +66,7 @@ def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., 
         assert exit_.value.code not in (0, None)
         said = capfd.readouterr().err
         assert said.startswith("ptbench: ") or "error: " in said, said
-        assert "Traceback" not in said
+        assert_no_frames(said)
         assert len(said) < 2000
         assert "arguments are required" not in said  # all are given; what is wrong is their content
         assert kept(files(tmp_path)) == kept(before)
@@ -139,22 +140,29 @@ def test_any_configuration_is_either_run_or_refused_in_words(
         return
     said = capfd.readouterr().err
     assert said.startswith("ptbench: ")
-    assert "Traceback" not in said
+    assert_no_frames(said)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"- demo", b"experiments: [", b"\xff\xfe\x00", b"a: !!python/object:os.system {}",
-     b"experiments: *nothing", b"{a: 1, a: 2}", b"\t: x", b"null", b"42", b"? [1]\n: 2\n"],
+    [b"[]", b"- demo", b"experiments: [", b"\xff\xfe\x00", b"a: !!python/object:os.system {}",
+     b"experiments: *nothing", b"{a: 1, a: 2}", b"\t: x", b"42", b"? [1]\n: 2\n"],
 )  # fmt: skip
 def test_a_configuration_that_is_no_mapping_of_known_keys(
     tmp_path: Path, refused: Callable[..., str], content: bytes
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    if content in (b"", b"null"):
-        pytest.skip("an empty file is a configuration of defaults")
     refused("validate", path)
+
+
+@pytest.mark.parametrize("content", ["", "null", "# seeds: 1\n"])
+def test_an_empty_configuration_is_one_of_defaults(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    main(["validate", str(tmp_path / "config.yaml")])
+    assert "demo: " in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------------- specifications, cells

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests.support.sentences import assert_no_frames
 from tests.workflow.conftest import Project
 
 # Two small variants in one framework, so that one can change without the other.
@@ -145,13 +148,52 @@ def test_the_default_study_is_the_demo_in_all_frameworks(project: Project) -> No
         (["seeds=[]"], "seeds: [] is not allowed"),
         (["frameworks=[torch]"], 'frameworks[0]: "torch" is not allowed'),
         (["experiments=dmo"], 'there is no experiment "dmo"; did you mean demo?'),
+        (["mirrors={ptb: 'file://data/ptb'}"], "file://data/ptb names a host"),
     ],
 )
-def test_a_bad_configuration_is_one_sentence_and_no_traceback(
+def test_a_bad_configuration_is_one_sentence_and_no_frames(
     project: Project, change: list[str], message: str
 ) -> None:
-    answer = project.snakemake("-n", "--config", *change, expect=None)
-    text = answer.stdout + answer.stderr
-    assert answer.returncode != 0
-    assert message in text
-    assert "Traceback" not in text
+    assert message in refused(project, "--config", *change)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seeds: [1\n", "config.yaml, line 2: not valid YAML"),
+        (b"seeds: 1\nseeds: 2\n", "config.yaml, line 2: not valid YAML: seeds is there twice"),
+        (b"\xff", "config.yaml: not UTF-8 at byte 0"),
+        (b"- demo\n", "config.yaml: must be a mapping"),
+        (b"sedes: 1\n", "config.yaml: sedes: there is no such key"),
+        (None, "cannot read config.yaml: No such file"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_by_name_and_line(
+    configuration: Path, project: Project, content: bytes | None, message: str
+) -> None:
+    configuration.unlink()
+    if content is not None:
+        configuration.write_bytes(content)
+    assert message in refused(project)
+
+
+def test_an_empty_configuration_means_the_defaults(configuration: Path, project: Project) -> None:
+    expected = project.planned("--cores", "1")
+    configuration.write_text("")
+    assert project.planned("--cores", "1") == expected
+
+
+@pytest.fixture
+def configuration(project: Project) -> Iterator[Path]:
+    """The project's config.yaml, which is as it was in the end."""
+    path = project.folder / "config.yaml"
+    content = path.read_bytes()
+    yield path
+    path.write_bytes(content)
+
+
+def refused(project: Project, *arguments: str) -> str:
+    """What is said of a run that must be refused in sentences, before anything is done."""
+    answer = project.snakemake("-n", "--cores", "1", *arguments, expect=1)
+    assert_no_frames(answer.stdout + answer.stderr)
+    return answer.stderr

@@ -318,10 +318,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 def load(path: Path) -> Study:
     """The study of a configuration file."""
-    from ptbench.configuration.loading import load_study, read_yaml
+    from ptbench.configuration.loading import load_study, read_configuration
 
-    content = read_yaml(path)
-    return load_study(content, path.name)
+    return load_study(read_configuration(path), path.name)
 
 
 class Log:

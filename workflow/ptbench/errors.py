@@ -1,6 +1,11 @@
 """The errors that are the user's to mend. What is not here is a bug and shows its traceback."""
 
-from typing import ClassVar
+import sys
+from collections.abc import Callable
+from typing import ClassVar, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class PtbenchError(Exception):
@@ -20,3 +25,14 @@ class InterruptionError(PtbenchError):
     """A run that was told to end before it had finished. The same command goes on from there."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def or_exit(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """What a function returns; if its error is the user's to mend, the sentence and the end.
+
+    For the Snakefile: Snakemake would show where in it the error was raised.
+    """
+    try:
+        return function(*arguments, **keywords)
+    except (PtbenchError, OSError) as error:
+        sys.exit(f"ptbench: {error}")

@@ -4,24 +4,29 @@ import signal
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
 from snakemake.settings.types import DeploymentMethod
 
-from ptbench.configuration.loading import load_study
+from ptbench.configuration.loading import load_study, read_configuration
 from ptbench.configuration.models import VARIANT_PATTERN
 from ptbench.configuration.resources import (
     corpus_size,
     memory_megabytes,
     runtime_minutes,
 )
-from ptbench.errors import ConfigurationError, PtbenchError
+from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
 from ptbench.slurm import refuse_duplicates
 
-try:
-    study = load_study(config)
-except ConfigurationError as error:
-    raise WorkflowError(f"this configuration cannot be run:\n{error}")
+# Read twice: our reader's errors name the line, and Snakemake refuses a file that is empty.
+own = Path("config.yaml")
+needed = own.exists() or not workflow.overwrite_configfiles
+if needed and or_exit(read_configuration, own):
+
+    configfile: "config.yaml"
+
+
+changed = workflow.config_settings.overwrite_config
+study = or_exit(load_study, config, "configuration" if changed else own.name)
 
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 ACCELERATOR = study.config.accelerator

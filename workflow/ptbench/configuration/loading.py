@@ -44,7 +44,17 @@ from ptbench.training.records import write_atomically
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML with the numbers of its version 1.2, where 1e-3 is one too."""
+    """YAML with the numbers of its version 1.2, where 1e-3 is one too, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
 
 
 YamlLoader.add_implicit_resolver(
@@ -457,6 +467,16 @@ def read_yaml(path: Path) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
         raise ConfigurationError(f"{path.name}{line}: not valid YAML: {problem}") from error
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """The content of a configuration file; an empty one is a configuration of defaults."""
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path.name}: must be a mapping of keys to values")
+    return content
 
 
 def parse(model: type[M], content: Any, source: str, strict: bool = True) -> M:

@@ -1,6 +1,7 @@
 """Bad configuration is one clear sentence: file, key, value, what is allowed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,31 @@ def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:
     assert study.specification("zaremba-small+dropout=0.5").recipe.dropout == 0.5
     with pytest.raises(ConfigurationError, match=r"is written zaremba-small\+dropout=0.5"):
         study.specification("zaremba-small+dropout=0.50")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("zaremba-smal/jax/devices-1/seed-1", r"did you mean zaremba-small\?"),
+        ("demo-lstm+droput=1/jax/devices-1/seed-1", r"did you mean dropout\?"),
+        ("demo-lstm/torch/devices-1/seed-1", r"there is no framework \"torch\".* pytorch"),
+        ("demo-lstm/jax/devices-3/seed-1", r"batch_size=20 does not divide by devices=3"),
+        ("demo-lstm/jax/devices-0/seed-1", r"devices: 0 is not allowed"),
+        ("demo-lstm/jax/devices-two/seed-1", r"is not of the form variant/framework/devices-N"),
+        ("demo-lstm/jax/devices-1/seed-2147483648", r"seed: 2147483648 is not allowed"),
+        ("demo-lstm/jax/devices-1/seed-01", r"is written results/cells/demo-lstm/.*/seed-1$"),
+        ("demo-lstm+kernel=block/jax/devices-1/seed-1", r"kernel=block, which jax does not have"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_refused_by_its_path(path: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^results/cells/{re.escape(path)}: .*{message}"):
+        STUDY.corpus_of_cell(path)
+
+
+def test_any_cell_that_can_be_has_a_corpus() -> None:
+    assert STUDY.corpus_of_cell("zaremba-small+subset=9/jax/devices-2/seed-7") == (
+        "ptb-first-9-lines"
+    )
 
 
 def test_the_fingerprint_follows_the_meaning_and_nothing_else() -> None:

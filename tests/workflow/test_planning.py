@@ -183,6 +183,22 @@ def test_an_empty_configuration_means_the_defaults(configuration: Path, project:
     assert project.planned("--cores", "1") == expected
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("cells/zaremba-smal/jax/devices-1/seed-1/metrics.json", "did you mean zaremba-small?"),
+        ("cells/demo-lstm/torch/devices-1/seed-1/metrics.json", 'there is no framework "torch"'),
+        ("cells/demo-lstm/jax/devices-3/seed-1/metrics.json", "does not divide by devices=3"),
+        ("corpora/ptbb/corpus.json", 'there is no corpus "ptbb"; did you mean ptb?'),
+        ("experiments/dmo/analysis.json", 'the study has no experiment "dmo"; it has demo'),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused_in_a_sentence(
+    project: Project, target: str, message: str
+) -> None:
+    assert message in refused(project, f"results/{target}")
+
+
 @pytest.fixture
 def configuration(project: Project) -> Iterator[Path]:
     """The project's config.yaml, which is as it was in the end."""

@@ -3,7 +3,7 @@ rule analyse:
     input:
         cells=lambda wildcards: [
             f"results/cells/{cell.path}/metrics.json"
-            for cell in study.experiments[wildcards.experiment].cells
+            for cell in or_exit(study.experiment, wildcards.experiment).cells
         ],
         published=study.published_files,
     output:

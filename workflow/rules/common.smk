@@ -7,7 +7,6 @@ from pathlib import Path
 from snakemake.settings.types import DeploymentMethod
 
 from ptbench.configuration.loading import load_study, read_configuration
-from ptbench.configuration.models import VARIANT_PATTERN
 from ptbench.configuration.resources import (
     corpus_size,
     memory_megabytes,
@@ -59,10 +58,11 @@ if workflow.remote_exec:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+# Whatever is between two slashes; what cannot be is refused in a sentence by the rules' inputs.
 wildcard_constraints:
-    variant=VARIANT_PATTERN,
-    framework="[a-z]+",
-    devices="[1-9][0-9]*",
-    seed="[0-9]+",
-    corpus_folder="[a-z0-9][a-z0-9.-]*",
-    experiment="[a-z0-9][a-z0-9.-]*",
+    variant="[^/]+",
+    framework="[^/]+",
+    devices="[^/]+",
+    seed="[^/]+",
+    corpus_folder="[^/]+",
+    experiment="[^/]+",

@@ -3,7 +3,7 @@
 # files of a folder of the user's own are inputs: they may change.
 rule corpus:
     input:
-        lambda wildcards: study.corpus_files(wildcards.corpus_folder),
+        lambda wildcards: or_exit(study.corpus_files, wildcards.corpus_folder),
     output:
         "results/corpora/{corpus_folder}/corpus.json",
     log:

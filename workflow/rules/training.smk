@@ -3,7 +3,7 @@
 rule train:
     input:
         lambda wildcards: "results/corpora/{}/corpus.json".format(
-            study.specification(wildcards.variant).recipe.corpus_folder
+            or_exit(study.corpus_of_cell, CELL.format(**wildcards))
         ),
     output:
         f"results/cells/{CELL}/metrics.json",

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 from ptbench.analysis.statistics import DEFAULT_MARGIN
 from ptbench.configuration.models import Cell, Implementation, Model, Name
-from ptbench.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
@@ -48,11 +47,7 @@ def plan_experiment(study: Study, name: str) -> ExperimentPlan:
     Raises:
         ConfigurationError: if the study has no experiment of this name.
     """
-    if name not in study.experiments:
-        raise ConfigurationError(
-            f'the study has no experiment "{name}"; it has {", ".join(sorted(study.experiments))}'
-        )
-    planned = study.experiments[name]
+    planned = study.experiment(name)
     return ExperimentPlan(
         name=name,
         title=planned.definition.title,

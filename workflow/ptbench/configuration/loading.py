@@ -37,6 +37,7 @@ from ptbench.configuration.models import (
     Name,
     Recipe,
     Specification,
+    parse_cell_path,
     variant_name,
 )
 from ptbench.errors import ConfigurationError
@@ -234,6 +235,41 @@ class Study:
             self._specifications[variant] = found
         return self._specifications[variant]
 
+    def corpus_of_cell(self, path: str) -> str:
+        """The corpus folder of a cell of any recipe, whether an experiment has it or not.
+
+        Raises:
+            ConfigurationError: if there can be no such cell.
+        """
+        where = f"results/cells/{path}"
+        try:
+            variant, framework, *_ = path.split("/")
+            known(framework, FRAMEWORKS, "framework", "framework")
+            specification = self.specification(variant)
+            cell = parse_cell_path(path)
+        except ValidationError as error:
+            raise ConfigurationError(
+                "\n".join(sentence(Cell, problem, where) for problem in error.errors())
+            ) from error
+        except (ConfigurationError, ValueError) as error:
+            raise ConfigurationError(f"{where}: {error}") from error
+        if cell.path != path:
+            raise ConfigurationError(f"{where}: is written results/cells/{cell.path}")
+        check_devices(specification, cell.devices, f"{where}: devices")
+        check_kernel(specification, cell.framework, f"{where}: framework")
+        return specification.recipe.corpus_folder
+
+    def experiment(self, name: str) -> PlannedExperiment:
+        """An experiment of the study.
+
+        Raises:
+            ConfigurationError: if the study has no such experiment.
+        """
+        if name not in self.experiments:
+            having = ", ".join(sorted(self.experiments))
+            raise ConfigurationError(f'the study has no experiment "{name}"; it has {having}')
+        return self.experiments[name]
+
     def corpus(self, corpus_folder: str) -> tuple[str, CorpusDefinition, int | None]:
         """Name, definition and subset of what is prepared in results/corpora/{corpus_folder}."""
         match = re.fullmatch(r"(.+)-first-(\d+)-lines", corpus_folder)
@@ -338,20 +374,9 @@ def grid(
     devices = settings.devices or experiment.devices
     seeds = settings.seeds or experiment.seeds
     for specification, count in itertools.product(variants, devices):
-        try:
-            specification.recipe.global_batch_size(count)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"experiment {name}: devices: {specification.variant}: {error}"
-            ) from error
+        check_devices(specification, count, f"experiment {name}: devices")
     for specification, framework in itertools.product(variants, frameworks):
-        kernel = specification.recipe.kernel
-        if kernel not in KERNELS[framework]:
-            having = ", ".join(f for f in FRAMEWORKS if kernel in KERNELS[f])
-            raise ConfigurationError(
-                f"experiment {name}: frameworks: {specification.variant} has kernel={kernel}, "
-                f"which {framework} does not have; it is in {having}"
-            )
+        check_kernel(specification, framework, f"experiment {name}: frameworks")
     cells = itertools.product(
         dict.fromkeys(v.variant for v in variants), frameworks, devices, seeds
     )
@@ -359,6 +384,25 @@ def grid(
         Cell.model_construct(variant=variant, framework=framework, devices=count, seed=seed)
         for variant, framework, count, seed in cells
     ]
+
+
+def check_devices(specification: Specification, devices: int, where: str) -> None:
+    """Raises ConfigurationError if a batch cannot be shared out to so many devices."""
+    try:
+        specification.recipe.global_batch_size(devices)
+    except ValueError as error:
+        raise ConfigurationError(f"{where}: {specification.variant}: {error}") from error
+
+
+def check_kernel(specification: Specification, framework: Framework, where: str) -> None:
+    """Raises ConfigurationError if a framework does not have the recipe's kernel."""
+    kernel = specification.recipe.kernel
+    if kernel not in KERNELS[framework]:
+        having = ", ".join(f for f in FRAMEWORKS if kernel in KERNELS[f])
+        raise ConfigurationError(
+            f"{where}: {specification.variant} has kernel={kernel}, "
+            f"which {framework} does not have; it is in {having}"
+        )
 
 
 def expand(variant: str | Variant, where: str) -> list[tuple[str, dict[str, Value]]]:

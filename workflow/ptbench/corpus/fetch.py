@@ -102,8 +102,8 @@ def fetch(
             ) from error
     raise CorpusError(
         f"corpus {name} cannot be had from any of its mirrors ({'; '.join(reasons)}); mend the "
-        f"network, or name a mirror that works under corpora.{name}.mirrors in config.yaml, for "
-        "files on disk one whose url starts with file:"
+        "network, or say where else the three files are: "
+        f"--config 'mirrors={{{name}: \"file:/folder/with/the/three/files\"}}'"
     )
 
 

@@ -15,6 +15,7 @@ from tests.support.sentences import assert_no_frames
 
 from ptbench.backends.contract import kept_count, parameter_count, parameter_shapes
 from ptbench.configuration import loading
+from ptbench.configuration.corpora import SPLITS
 from ptbench.configuration.loading import load_experiments, load_study
 from ptbench.configuration.models import Recipe, Specification, parse_cell_path, variant_name
 from ptbench.configuration.schemas import schemas
@@ -22,8 +23,14 @@ from ptbench.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
 
+DOWNLOAD = {"kind": "download", "files": dict.fromkeys(SPLITS, "0" * 64)}
+MIRROR = {"url": "file:x", "format": "plain", "paths": dict.fromkeys(SPLITS, "x")}
+
 BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
-    ({"experiment": ["demo"]}, r"config.yaml: experiment: .*did you mean experiments\?"),
+    (
+        {"experiment": ["demo"]},
+        r"experiment: .*\[\"demo\"\]; did you mean experiments\?",
+    ),
     ({"experiments": ["dmo"]}, r"config.yaml: experiments: .*\"dmo\"; did you mean demo\?"),
     ({"experiments": []}, r"config.yaml: experiments: \[\] is not allowed: .*at least 1"),
     ({"experiments": {"demo": 1}}, r"config.yaml: experiments: {\"demo\": 1} .*list"),
@@ -41,19 +48,39 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"seeds": [1.5]}, r"config.yaml: seeds\[0\]: 1.5 is not allowed"),
     ({"seeds": ["one"]}, r"config.yaml: seeds\[0\]: \"one\" is not allowed"),
     ({"devices": [0]}, r"config.yaml: devices\[0\]: 0 .*greater than or equal to 1"),
-    ({"devices": [3]}, r"experiment demo: devices: demo-lstm: batch_size=20 does not divide"),
+    ({"devices": [3]}, r"config.yaml: devices: demo-lstm: batch_size=20 does not divide"),
+    ({"seeds": "1,2"}, r"config.yaml: seeds: \"1,2\" is not a list; .* 'seeds=\[1,2\]'"),
+    ({"experiments": "demo,a"}, r"config.yaml: experiments: .* 'experiments=\[demo,a\]'"),
+    ({"frameworks": None}, r"config.yaml: frameworks: null is not allowed: .* \[a, b\]"),
     ({"devices": [2, 2]}, r"config.yaml: devices: 2 is there twice"),
     ({"accelerator": "tpu"}, r"config.yaml: accelerator: \"tpu\" .*'cpu' or 'cuda'"),
     ({"threads": 0}, r"config.yaml: threads: 0 .*greater than or equal to 1"),
     ({"threads": True}, r"config.yaml: threads: true is not a number"),
     ({"seeds": [True]}, r"config.yaml: seeds\[0\]: true is not a number"),
     ({"threads": "many"}, r"config.yaml: threads: \"many\" .*integer"),
-    ({"corpus": "ptbb"}, r"corpus: there is no corpus \"ptbb\"; did you mean ptb\?"),
+    (
+        {"corpus": "ptbb"},
+        r"^config.yaml: corpus: there is no corpus \"ptbb\"; did you mean ptb\?.* wikitext2",
+    ),
+    ({"mirrors": {"synthetic": "file:x"}}, r"synthetic is generated, so it has no mirrors"),
     ({"corpus": "/etc"}, r"config.yaml: corpus: \"/etc\" is not allowed"),
     ({"subset": 0}, r"config.yaml: subset: 0 .*greater than or equal to 1"),
     ({"equivalence_margin": -0.1}, r"config.yaml: equivalence_margin: -0.1 .*greater than 0"),
-    ({"corpora": {"mine": {"folder": "x"}}}, r"config.yaml: corpora.mine: .*kind"),
-    ({"corpora": {"mine": {"kind": "zip"}}}, r"config.yaml: corpora.mine: .*'folder'"),
+    ({"corpora": {"mine": {"folder": "x"}}}, r"config.yaml: corpora.mine.kind: is required"),
+    (
+        {"corpora": {"mine": {"kind": "zip"}}},
+        r"corpora.mine.kind: \"zip\" is not allowed: .*'folder'",
+    ),
+    ({"corpora": {"Mine": {"kind": "folder", "folder": "x"}}}, r"the name \"Mine\" is not allowed"),
+    ({"corpora": {"mine": {"kind": "folder", "folder": 1}}}, r"folder: 1 .* should be a path$"),
+    (
+        {"corpora": {"mine": {"kind": "synthetic", "process": "chain"}}},
+        r"corpora.mine.process: \"chain\" is not allowed: should be 'markov', 'high-rank'",
+    ),
+    (
+        {"corpora": {"ptb": DOWNLOAD | {"mirrors": [MIRROR | {"url": "/x"}]}}},
+        r"^config.yaml: corpora.ptb.mirrors\[0\].url: /x is not an address[^\n]*$",
+    ),
     ({"corpora": {"mine": {"kind": "folder"}}}, r"config.yaml: corpora.mine.folder: is required"),
     (
         {"corpora": {"mine": {"kind": "folder", "folder": "x{y}"}}},
@@ -199,7 +226,7 @@ def test_the_command_line_prints_the_sentence_and_no_traceback(tmp_path: Path) -
         [sys.executable, "-m", "ptbench", "validate", str(path)], capture_output=True, text=True
     )
     assert answer.returncode == 2
-    assert "config.yaml: sedes: there is no such key; did you mean seeds?" in answer.stderr
+    assert "config.yaml: sedes: there is no such key for [1]; did you mean seeds?" in answer.stderr
     assert_no_frames(answer.stderr)
 
 

@@ -144,7 +144,7 @@ def test_the_default_study_is_the_demo_in_all_frameworks(project: Project) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["sedes=[1]"], "sedes: there is no such key; did you mean seeds?"),
+        (["sedes=[1]"], 'sedes: there is no such key for ["1"]; did you mean seeds?'),
         (["seeds=[]"], "seeds: [] is not allowed"),
         (["frameworks=[torch]"], 'frameworks[0]: "torch" is not allowed'),
         (["experiments=dmo"], 'there is no experiment "dmo"; did you mean demo?'),

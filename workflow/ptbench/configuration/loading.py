@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from ptbench.configuration.corpora import (
     SPLITS,
@@ -30,6 +30,7 @@ from ptbench.configuration.corpora import (
 from ptbench.configuration.models import (
     FRAMEWORKS,
     KERNELS,
+    NAME_PATTERN,
     Accelerator,
     Cell,
     Framework,
@@ -90,11 +91,19 @@ def distinct(values: list[T]) -> list[T]:
     return values
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: Any, info: ValidationInfo) -> Any:
     """A lone word or number as a list of it, so that `--config experiments=demo` needs no brackets.
 
     Anything else is left for pydantic to judge.
+
+    Raises:
+        ValueError: for several without brackets.
     """
+    if isinstance(value, str) and "," in value:
+        raise ValueError(
+            f"{shown(value)} is not a list; write [{value}], on the command line "
+            f"'{info.field_name}=[{value}]'"
+        )
     return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
@@ -334,8 +343,13 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
     for name, address in settings.mirrors.items():
         definition = corpora[known(name, corpora, f"{source}: mirrors", "corpus")]
         if not isinstance(definition, DownloadedCorpus):
-            raise ConfigurationError(f"{source}: mirrors.{name}: {name} is not downloaded")
+            kind = "a folder" if isinstance(definition, FolderCorpus) else "generated"
+            raise ConfigurationError(
+                f"{source}: mirrors.{name}: {name} is {kind}, so it has no mirrors"
+            )
         corpora[name] = definition.with_first(address)
+    if settings.corpus is not None:
+        known(settings.corpus, corpora, f"{source}: corpus", "corpus")
     planned: dict[str, PlannedExperiment] = {}
     for name in settings.experiments:
         where = f"{source}: experiments"
@@ -374,7 +388,8 @@ def grid(
     devices = settings.devices or experiment.devices
     seeds = settings.seeds or experiment.seeds
     for specification, count in itertools.product(variants, devices):
-        check_devices(specification, count, f"experiment {name}: devices")
+        where = f"experiment {name}" if settings.devices is None else source
+        check_devices(specification, count, f"{where}: devices")
     for specification, framework in itertools.product(variants, frameworks):
         check_kernel(specification, framework, f"experiment {name}: frameworks")
     cells = itertools.product(
@@ -531,33 +546,57 @@ def parse(model: type[M], content: Any, source: str, strict: bool = True) -> M:
         # As JSON, because strictly read JSON takes a list for a tuple but not true for 1.
         return model.model_validate_json(json.dumps(dict(content), default=str), strict=strict)
     except ValidationError as error:
+        problems = error.errors()
         sentences = dict.fromkeys(
             sentence(model, problem, source)
-            for problem in error.errors()
+            for problem in problems
             # Of a variant's two forms, only that is reported whose kind it has.
             if not ("str" in problem["loc"] and isinstance(problem["input"], dict))
             and not ("Variant" in problem["loc"] and problem["type"] == "model_type")
+            # A list that is too short but for the items in it that are wrong is not too short.
+            and not (
+                problem["type"] == "too_short"
+                and any(
+                    other["loc"][: len(problem["loc"])] == problem["loc"]
+                    for other in problems
+                    if other is not problem
+                )
+            )
         )
         raise ConfigurationError("\n".join(sentences)) from error
 
 
 def sentence(model: type[Model], error: Any, source: str) -> str:
     """One of pydantic's errors as a sentence: where, what it is, what is allowed."""
-    path = without_tags(error["loc"])
+    kind, context = error["type"], error.get("ctx", {})
+    path, value = without_tags(error["loc"]), error["input"]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):  # it is at the key that decides
+        path.append(context["discriminator"].strip("'"))
+        kind, value = ("missing", None) if kind == "union_tag_not_found" else (kind, context["tag"])
+    subject = "the name " if path[-1:] == ["[key]"] else ""
+    if subject:
+        path.pop()
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     place = f"{source}: {where}" if where else source
-    if error["type"] == "extra_forbidden":
-        siblings = _fields_at(model, path[:-1])
-        hint = suggestion(str(path[-1]), siblings) if siblings else ""
-        return f"{place}: there is no such key{hint}"
-    if error["type"] == "missing":
+    if kind == "extra_forbidden":
+        hint = suggestion(str(path[-1]), model.model_fields) if len(path) == 1 else ""
+        return f"{place}: there is no such key for {shown(value)}{hint}"
+    if kind == "missing":
         return f"{place}: is required"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    for json_word, yaml_word in (("valid array", "list"), ("an object", "a mapping")):
-        message = message.replace(json_word, yaml_word)
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return f"{place}: {message}"
-    return f"{place}: {shown(error['input'])} is not allowed: {message}"
+    allowed = {
+        "list_type": "should be a list, such as [a, b]",
+        "path_type": "should be a path",
+        "too_short": f"should have at least {context.get('min_length')} item",
+        "union_tag_invalid": f"should be {context.get('expected_tags')}",
+    }
+    if kind == "string_pattern_mismatch" and context["pattern"] == NAME_PATTERN:
+        message = "should be lower-case letters, digits, dots and hyphens"
+    else:
+        message = allowed.get(kind, message.replace("an object", "a mapping"))
+    return f"{place}: {subject}{shown(value)} is not allowed: {message}"
 
 
 def without_tags(location: tuple[str | int, ...]) -> list[str | int]:
@@ -573,11 +612,6 @@ def without_tags(location: tuple[str | int, ...]) -> list[str | int]:
         if path[after : after + 1] in (["str"], ["Variant"]):
             del path[after]
     return path
-
-
-def _fields_at(model: type[Model], path: list[Any]) -> list[str]:
-    """Names of the keys allowed at a place, where they are a model's own."""
-    return list(model.model_fields) if not path else []
 
 
 def shown(value: object) -> str:
@@ -596,8 +630,9 @@ def known(name: str, names: Any, where: str, kind: str) -> str:
 
 
 def suggestion(name: str, names: Any) -> str:
-    """What was probably meant, or else what there is."""
+    """What was probably meant, and what there is; not the latter if that is much."""
     close = difflib.get_close_matches(name, list(names), n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(sorted(names))}"
+    if not close:
+        return f"; there are {', '.join(sorted(names))}"
+    others = f" There are {', '.join(sorted(names))}" if len(names) <= 20 else ""
+    return f"; did you mean {close[0]}?{others}"

@@ -43,6 +43,15 @@ onstart:
         )
 
 
+# Last, for Snakemake shows the whole of rule `all` after the report's job.
+report_before = modified("results/report/index.html")
+
+
+onsuccess:
+    if modified("results/report/index.html") != report_before:
+        print("The report is at results/report/index.html", flush=True)
+
+
 # What failed, why, and the command that runs it alone.
 onerror:
     again = command_without_targets(sys.argv, workflow.dag_settings.targets)

@@ -111,7 +111,9 @@ def test_a_new_published_number_is_set_beside_ours_without_training(finished: Pr
         "results/experiments/tiny/analysis.json",
         "results/report/index.html",
     ]
-    finished.snakemake(*RUN)
+    said = finished.snakemake(*RUN).stdout
+    assert said.endswith("The report is at results/report/index.html\n")
+    assert said.count("The report is at") == 1
     assert "9.5" in (finished.folder / "results/experiments/tiny/comparison.csv").read_text()
 
 

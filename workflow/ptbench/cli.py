@@ -212,9 +212,8 @@ def report(arguments: argparse.Namespace) -> None:
     from ptbench.measurement.provenance import run_facts
     from ptbench.report.page import RunFacts, render_report
 
-    with Log(arguments.log) as log:
+    with Log(arguments.log):
         render_report(arguments.experiments, arguments.output, RunFacts(**run_facts()))
-        log.say(f"The report is at {arguments.output / 'index.html'}")
 
 
 def partial(arguments: argparse.Namespace) -> None:

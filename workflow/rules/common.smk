@@ -52,6 +52,10 @@ def cell_threads(devices):
     return max(study.config.threads, devices)
 
 
+def modified(file):
+    return Path(file).stat().st_mtime_ns if Path(file).exists() else None
+
+
 # Before a time limit Slurm sends USR1 to every process of the job's step, so to Snakemake too, whom it
 # would end. It is for the cell, which handles it; what Snakemake ignores, its children start out with.
 if workflow.remote_exec:

@@ -18,6 +18,7 @@ from ptbench.configuration.models import Cell
 from ptbench.errors import InterruptionError
 from ptbench.report.status import (
     after_errors,
+    corpus_failures,
     distinct,
     failures,
     job_errors,
@@ -165,6 +166,21 @@ def test_the_jobs_that_failed_are_read_from_snakemakes_log(study: Study) -> None
         second.path: f"results/logs/cells/{second.path}.log, {slurm}",
     }
     assert job_errors("") == {}
+
+
+def test_a_corpus_that_failed_is_told_in_the_sentence_of_its_log(tmp_path: Path) -> None:
+    own = tmp_path / "mine.log"
+    own.write_text("[mine] a mirror is gone\nptbench: corpus mine cannot be had\n")
+    log = "".join(
+        f"Error in rule corpus:\n    jobid: 2\n    output: results/corpora/{name}/corpus.json\n"
+        f"    log: {path} (check log file(s) for error details)\n    shell:\n        python\n"
+        for name, path in (("mine", own), ("other", "nowhere.log"))
+    )
+    assert corpus_failures(log) == (
+        f"corpus mine failed: corpus mine cannot be had\n  log:   {own}\n"
+        "corpus other failed: no reason is known\n  log:   nowhere.log"
+    )
+    assert corpus_failures("") == ""
 
 
 def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_before(

@@ -252,6 +252,7 @@ def status(arguments: argparse.Namespace) -> None:
     from ptbench.report.status import (
         after_errors,
         distinct,
+        corpus_failures,
         failures,
         job_errors,
         show,
@@ -266,8 +267,10 @@ def status(arguments: argparse.Namespace) -> None:
         return
     if not arguments.failed:
         show(found, Console(width=None if sys.stdout.isatty() else 120))
-    errors = job_errors("".join(log.read_text(errors="replace") for log in arguments.snakemake_log))
-    cells = after_errors(distinct(found), errors, study, arguments.results)
+    log = "".join(log.read_text(errors="replace") for log in arguments.snakemake_log)
+    if text := corpus_failures(log):
+        print(text)
+    cells = after_errors(distinct(found), job_errors(log), study, arguments.results)
     if text := failures(cells, arguments.results, shlex.split(arguments.again)):
         print(text)
 

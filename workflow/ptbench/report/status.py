@@ -44,6 +44,13 @@ JOB_ERROR = re.compile(
     re.MULTILINE,
 )
 
+CORPUS_ERROR = re.compile(
+    r"^Error in rule corpus:\n(?: .*\n)*?"
+    r" {4}output: results/corpora/(.+)/corpus\.json\n"
+    r" {4}log: (\S+)",
+    re.MULTILINE,
+)
+
 
 class CellStatus(Model):
     """One planned cell as it is now."""
@@ -134,6 +141,21 @@ def distinct(status: dict[str, list[CellStatus]]) -> list[CellStatus]:
 def job_errors(log: str) -> dict[str, str]:
     """The cells whose jobs failed, by path, and where to read of it; from Snakemake's own log."""
     return dict(JOB_ERROR.findall(log))
+
+
+def corpus_failures(log: str) -> str:
+    """Of each corpus whose job failed: why, as its own log has it, and that log.
+
+    Args:
+        log: Snakemake's own.
+    """
+    paragraphs = []
+    for name, path in dict(CORPUS_ERROR.findall(log)).items():
+        own = Path(path).read_text(errors="replace") if Path(path).exists() else ""
+        reasons = re.findall(r"^ptbench: (.*)$", own, re.MULTILINE)
+        reason = reasons[-1] if reasons else "no reason is known"
+        paragraphs.append(f"corpus {name} failed: {reason}\n  log:   {path}")
+    return "\n".join(paragraphs)
 
 
 def after_errors(

@@ -41,7 +41,7 @@ def test_the_feature_document_says_what_the_framework_says(
         [line for line in text.splitlines() if line.startswith(start)]
         for text in (features_markdown({framework: declared(backends, framework)}), document())
     ]
-    assert lines[0] == lines[1], "run `uv run python -m ptbench features`"
+    assert lines[0] == lines[1], "run `uv run ptbench features`"
 
 
 def document() -> str:

@@ -22,7 +22,8 @@ def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["train", "--cell", "nonsense"], 2, "the following arguments are required"),
         (["nonsense"], 2, "invalid choice"),
         (["validate", "no-such.yaml"], 2, "cannot read no-such.yaml: No such file"),
-        (["environments", "torch", "--output", "x"], 2, "no lock for torch.cpu"),
+        (["environments", "torch", "--output", "x"], 2, "invalid choice: 'torch'"),
+        (["status", "--study", "nope"], 2, "nope: cannot be read: No such file"),
         (["corpus", "--study", "x", "--downloads", "y", "--output", "z"], 2, "x: cannot be read"),
         (
             ["train", "--cell", "a/b", "--specification", "{}", "--corpus", "c", "--output", "o",

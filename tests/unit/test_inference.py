@@ -293,7 +293,7 @@ def test_predict_prints_words_and_a_sample(path: Path, corpus: Corpus) -> None:
         (
             ["--framework", "mxnet", "--environments", "nowhere"],
             "ptbench: mxnet cannot be imported here, and nowhere/mxnet-cpu is not built; run "
-            "`python -m ptbench environments mxnet --accelerator cpu --output nowhere`",
+            "`uv run ptbench environments mxnet --accelerator cpu --output nowhere`",
         ),
     ],
 )

@@ -1,7 +1,8 @@
-"""`python -m ptbench <command>`: what the workflow's rules call, and people can.
+"""`uv run ptbench <command>`: what people can call, and the workflow's rules do.
 
-Imports the standard library alone until it knows the command: `train` runs in the frameworks'
-environments, the others in the workflow's; `evaluate` and `predict` go from the one to the other.
+Imports pydantic and the standard library alone until it knows the command: `train` runs in the
+frameworks' environments, the others in the workflow's; `evaluate` and `predict` go from the one to
+the other.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def enter_environment(arguments: argparse.Namespace) -> None:
     folder = arguments.environments / f"{arguments.framework}-{arguments.accelerator}"
     if not (folder / PYTHON).exists():
         raise PtbenchError(
-            f"{missing} cannot be imported here, and {folder} is not built; run `python -m ptbench "
+            f"{missing} cannot be imported here, and {folder} is not built; run `uv run ptbench "
             f"environments {arguments.framework} --accelerator {arguments.accelerator} "
             f"--output {folder.parent}`"
         )
@@ -251,8 +252,8 @@ def status(arguments: argparse.Namespace) -> None:
     from ptbench.configuration.loading import read_study
     from ptbench.report.status import (
         after_errors,
-        distinct,
         corpus_failures,
+        distinct,
         failures,
         job_errors,
         show,
@@ -260,7 +261,8 @@ def status(arguments: argparse.Namespace) -> None:
         study_status,
     )
 
-    study = read_study(arguments.study) if arguments.study.exists() else load(arguments.config)
+    written = arguments.study or Path("results/study.json")
+    study = read_study(written) if arguments.study or written.exists() else load(arguments.config)
     found = study_status(study, arguments.results)
     if arguments.json:
         print(status_json(found))
@@ -410,6 +412,8 @@ def nonnegative(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
+    from ptbench.configuration.models import FRAMEWORKS
+
     main = argparse.ArgumentParser(prog="ptbench", description=__doc__.split("\n")[0])
     commands = main.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -419,10 +423,8 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    names = ("pytorch", "tensorflow", "keras", "mxnet", "jax")
-
     sub = command(environments)
-    sub.add_argument("frameworks", nargs="+", help="pytorch, tensorflow, keras, mxnet, jax")
+    sub.add_argument("frameworks", nargs="+", choices=FRAMEWORKS)
     sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument("--output", type=Path, required=True, help="folder of all environments")
 
@@ -451,7 +453,7 @@ def parser() -> argparse.ArgumentParser:
 
     for sub in (command(evaluate), command(predict)):
         sub.add_argument(
-            "--framework", required=True, choices=(*names, "numpy"), help="numpy: in float64"
+            "--framework", required=True, choices=(*FRAMEWORKS, "numpy"), help="numpy: in float64"
         )
         sub.add_argument("--checkpoint", type=Path, required=True, help="a best.safetensors")
         sub.add_argument(
@@ -486,7 +488,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--log", type=Path, help="file for all output")
 
     sub = command(status)
-    sub.add_argument("--study", type=Path, default=Path("results/study.json"))
+    sub.add_argument("--study", type=Path, help="default: results/study.json, if it is there")
     sub.add_argument("--config", type=Path, default=Path("config.yaml"), help="before any run")
     sub.add_argument("--results", type=Path, default=Path("results"))
     sub.add_argument("--json", action="store_true", help="for machines")
@@ -507,7 +509,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command(benchmark)
     models, implementations = ("small", "medium", "mos"), ("stock", "tuned")
     sub.add_argument("--models", nargs="+", choices=models, default=models)
-    sub.add_argument("--frameworks", nargs="+", choices=names, default=names)
+    sub.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     sub.add_argument(
         "--implementations", nargs="+", choices=implementations, default=implementations
     )

@@ -318,7 +318,9 @@ def read_study(path: Path) -> Study:
     """The study that `Study.write` wrote down."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict) or "config" not in content:
         raise ConfigurationError(f"{path}: is not a study; run the workflow to write it anew")

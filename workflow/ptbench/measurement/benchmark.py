@@ -177,7 +177,7 @@ def run_benchmark(
         if not (environments / f"{framework}-{accelerator}" / PYTHON).exists():
             raise PtbenchError(
                 f"{environments} has no environment {framework}-{accelerator}: build it with "
-                f"`python -m ptbench environments {framework} --accelerator {accelerator} "
+                f"`uv run ptbench environments {framework} --accelerator {accelerator} "
                 f"--output {environments}`"
             )
     results: list[Result] = []

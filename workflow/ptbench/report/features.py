@@ -25,7 +25,7 @@ HEADER = """\
 
 Every capability is in every framework, or this table says which one lacks it. **Built in** means
 that the framework has it under the name given; *written here* means that we wrote it over what the
-framework offers. The backends say so themselves; `python -m ptbench features` writes this file.
+framework offers. The backends say so themselves; `uv run ptbench features` writes this file.
 """
 
 
@@ -38,7 +38,7 @@ def declared_features(framework: str, environments: Path) -> list[Feature]:
     python = environments / f"{framework}-cpu" / PYTHON
     if not python.exists():
         raise PtbenchError(
-            f"{environments} has no environment {framework}-cpu: build it with `python -m ptbench "
+            f"{environments} has no environment {framework}-cpu: build it with `uv run ptbench "
             f"environments {framework} --output {environments}`"
         )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

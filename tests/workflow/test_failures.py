@@ -146,11 +146,11 @@ def test_the_command_for_a_result_that_cannot_be_read_trains_that_cell(
 def test_a_corpus_that_fails_is_told_again_at_the_end(project: Project) -> None:
     own = "corpora={mine: {kind: folder, folder: nowhere}}"
     config = ("--config", "frameworks=pytorch", "corpus=mine", own)
-    said = project.snakemake(
-        "--cores", "1", *config, "--", "results/corpora/mine/corpus.json", expect=1
+    target = "results/corpora/mine/corpus.json"
+    assert project.snakemake("--cores", "1", *config, "--", target, expect=1).stdout.endswith(
+        "corpus mine failed: corpus mine: there is no folder nowhere\n"
+        "  log:   results/logs/corpora/mine.log\n"
     )
-    end = (said.stdout + said.stderr).rpartition("\ncorpus mine failed: ")[2]
-    assert end.startswith("corpus mine: there is no folder nowhere\n")
 
 
 def test_a_study_that_cannot_be_written_down_is_a_sentence(failed: tuple[Project, str]) -> None:

@@ -161,7 +161,7 @@ def test_a_study_that_cannot_be_written_down_is_a_sentence(failed: tuple[Project
     study.mkdir()
     before = (project.folder / TARGET).read_bytes()
     answer = project.snakemake("--cores", "1", "--forceall", *CONFIG, expect=1)
-    assert "Is a directory: 'results/study.json'" in answer.stderr
+    assert "ptbench: results/study.json: Is a directory" in answer.stderr
     assert_no_frames(answer.stderr)
     assert (project.folder / TARGET).read_bytes() == before
-    assert not list((project.folder / ".snakemake" / "locks").iterdir())
+    assert not list((project.folder / ".snakemake" / "locks").glob("*"))

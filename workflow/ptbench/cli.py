@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ptbench.errors import PtbenchError
+from ptbench.errors import PtbenchError, in_words
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
@@ -533,11 +533,10 @@ def main(argv: list[str] | None = None) -> None:
     except PtbenchError as error:
         complain(str(error))
         sys.exit(error.status)
-    except OSError as error:  # a full disk, a folder that may not be written to
-        if error.filename is None and error.errno is None:
+    except OSError as error:
+        if error.strerror is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        complain(f"{where}{error.strerror}")
+        complain(in_words(error))
         sys.exit(2)
 
 

@@ -27,6 +27,13 @@ class InterruptionError(PtbenchError):
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+def in_words(error: PtbenchError | OSError) -> str:
+    """What a user is told of an error: a full disk, say, or a folder that may not be written to."""
+    if isinstance(error, PtbenchError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 def or_exit(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
     """What a function returns; if its error is the user's to mend, the sentence and the end.
 
@@ -35,4 +42,4 @@ def or_exit(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) 
     try:
         return function(*arguments, **keywords)
     except (PtbenchError, OSError) as error:
-        sys.exit(f"ptbench: {error}")
+        sys.exit(f"ptbench: {in_words(error)}")

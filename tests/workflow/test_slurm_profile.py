@@ -23,11 +23,13 @@ def test_the_two_profiles_share_no_key() -> None:
     assert not default.keys() & yaml.safe_load(PROFILE.read_text()).keys()
 
 
-def test_the_full_study_has_every_experiment_but_those_on_synthetic_text() -> None:
+def test_the_full_study_has_every_experiment_on_real_text_that_a_document_ran() -> None:
+    """None of them ran AWD-LSTM, which they name as what they would add."""
     _, experiments = load_experiments(WORKFLOW / "experiments")
     everything = load_study({"experiments": list(experiments)}).experiments.values()
     on_real_text = {e.name for e in everything if e.specifications[0].recipe.corpus in CORPORA}
-    assert set(read_yaml(REPRODUCTION)["experiments"]) == on_real_text
+    awd_lstm = {name for name in experiments if name.startswith("awd-lstm")}
+    assert set(read_yaml(REPRODUCTION)["experiments"]) == on_real_text - awd_lstm
 
 
 def test_the_readme_says_how_many_cells_the_full_study_has() -> None:

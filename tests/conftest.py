@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,9 @@ from tests.support.remote import Backends
 from xdist.scheduler import LoadScopeScheduling
 
 from ptbench.configuration.models import FRAMEWORKS
+
+# Tests start hundreds of processes, which takes half the time with compiled bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # How long an example takes says something of the machine, not of the code.
 hypothesis.settings.register_profile("ptbench", deadline=None)

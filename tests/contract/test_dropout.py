@@ -42,7 +42,7 @@ LOCKED = recipe(
     mixtures=2, latent_size=10, latent_dropout=0.2,
 )  # fmt: skip
 LATENTS = recipe(**EVERYWHERE, mixtures=2, latent_size=10, latent_dropout=0.2)
-WORDS = recipe(**EVERYWHERE, word_dropout=0.25, recurrent_dropout=0.25, kernel="cell")
+WORDS = recipe(**EVERYWHERE, word_dropout=0.25, recurrent_dropout=0.25, kernel="stepwise")
 # Previous outputs are dropped by other code in each of these. One wide layer compiles faster than
 # two, and its masks are as unlikely to be equal by chance.
 ONE_LAYER = EVERYWHERE | {"recurrent_dropout": 0.25, "layers": 1, "hidden_size": 32}
@@ -59,7 +59,7 @@ RECIPES = {
     "gru, two biases": recipe(**ONE_LAYER, cell="gru", recurrent_bias=True),
     "rnn_tanh": recipe(**ONE_LAYER, cell="rnn_tanh"),
     "weights": recipe(**EVERYWHERE, weight_dropout=0.3),
-    "weights, explicit steps": recipe(**WEIGHTS, kernel="cell"),
+    "weights, explicit steps": recipe(**WEIGHTS, kernel="stepwise"),
     "weights, block": recipe(**WEIGHTS, kernel="block", recurrent_bias=True),
     "weights, sparse kernel": recipe(**WEIGHTS, kept_weights=0.3, kernel="sparse"),
     # Of more weights than elsewhere, so that every unit has a way to the loss.
@@ -102,7 +102,7 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
         shut[f"rnn.{layer}.recurrent"][:] = 0
         if recipe.recurrent_bias:
             shut[f"rnn.{layer}.recurrent_bias"][:] = 0
-        gates = shut[f"rnn.{layer}.bias"].reshape(len(GATES[recipe.cell]), -1)
+        gates = shut[f"rnn.{layer}.bias"].reshape(len(GATES[recipe.rnn]), -1)
         gates[:] = 1  # an output other than zero even for a word that is dropped
         gates[1:2] = -200  # forget or update, if the cell has them; the sigmoid of this is 0
     state = backend.initial_state(BATCH, training=True)

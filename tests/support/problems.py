@@ -64,15 +64,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "lstm": {},
     "lstm, two biases": {"recurrent_bias": True},
     "lstm, last layer wider": {"last_hidden_size": 20},
-    "gru": {"cell": "gru"},
-    "gru, two biases": {"cell": "gru", "recurrent_bias": True, "last_hidden_size": 8},
+    "gru": {"rnn": "gru"},
+    "gru, two biases": {"rnn": "gru", "recurrent_bias": True, "last_hidden_size": 8},
     "lstm, penalties": {
         "activation_regularization": 2.0, "temporal_activation_regularization": 3.0,
     },
-    "rnn_tanh": {"cell": "rnn_tanh"},
-    "rnn_relu, two biases": {"cell": "rnn_relu", "recurrent_bias": True},
+    "rnn_tanh": {"rnn": "rnn_tanh"},
+    "rnn_relu, two biases": {"rnn": "rnn_relu", "recurrent_bias": True},
     "sparse lstm": {"kept_weights": 0.3, "weight_decay": 0.1},
-    "sparse gru": {"kept_weights": 0.3, "cell": "gru"},
+    "sparse gru": {"kept_weights": 0.3, "rnn": "gru"},
     "tied": {"tie_weights": True, "last_hidden_size": 12, "softmax_bias": False, "clip_norm": 0.3},
     "tied behind a projection": {"tie_weights": True},
     "factorised": {"output_rank": 5},
@@ -83,19 +83,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixture, factorised": MOS | {"output_rank": 5},
     "mixture over a gru, penalties, mean per token": MOS
     | {
-        "cell": "gru", "objective": "mean_per_token", "clip_norm": 0.1,
+        "rnn": "gru", "objective": "mean_per_token", "clip_norm": 0.1,
         "activation_regularization": 5.0, "temporal_activation_regularization": 3.0,
     },
 }  # fmt: skip
 # What a framework computes by other means than its usual ones, if it has them: (kernel, changes).
 KERNEL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cell, lstm": ("cell", {"last_hidden_size": 20}),
-    "cell, lstm, two biases": ("cell", {"recurrent_bias": True}),
-    "cell, gru": ("cell", {"cell": "gru"}),
-    "cell, gru, two biases": ("cell", {"cell": "gru", "recurrent_bias": True}),
-    "cell, rnn_tanh": ("cell", {"cell": "rnn_tanh"}),
-    "cell, rnn_relu": ("cell", {"cell": "rnn_relu"}),
-    "cell, sparse": ("cell", {"kept_weights": 0.3}),
+    "stepwise, lstm": ("stepwise", {"last_hidden_size": 20}),
+    "stepwise, lstm, two biases": ("stepwise", {"recurrent_bias": True}),
+    "stepwise, gru": ("stepwise", {"rnn": "gru"}),
+    "stepwise, gru, two biases": ("stepwise", {"rnn": "gru", "recurrent_bias": True}),
+    "stepwise, rnn_tanh": ("stepwise", {"rnn": "rnn_tanh"}),
+    "stepwise, rnn_relu": ("stepwise", {"rnn": "rnn_relu"}),
+    "stepwise, sparse": ("stepwise", {"kept_weights": 0.3}),
     "block, lstm": ("block", {"last_hidden_size": 20}),
     "block, lstm, two biases": ("block", {"recurrent_bias": True}),
     "block, sparse": ("block", {"kept_weights": 0.3}),
@@ -106,7 +106,7 @@ KERNEL_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # Those whose tuned implementations are tested too: one of each path through the layers.
 TUNED_KERNEL_MODELS = (
-    "cell, lstm", "cell, gru, two biases", "cell, rnn_tanh", "cell, sparse",
+    "stepwise, lstm", "stepwise, gru, two biases", "stepwise, rnn_tanh", "stepwise, sparse",
     "block, lstm, two biases", "sparse, lstm",
 )  # fmt: skip
 IMPLEMENTATIONS = ("stock", "tuned")

@@ -116,7 +116,7 @@ BAD_RECIPES: list[tuple[str, str]] = [
     ("cell: lsmt", r"own.yaml: r: cell: \"lsmt\" .*'lstm'"),
     ("objective: mean", r"own.yaml: r: objective: \"mean\" .*'sum_over_time'"),
     ("{constant_epochs: 9, epochs: 3}", r"own.yaml: r: constant_epochs=9 must not exceed epochs=3"),
-    ("{kernel: block, cell: gru}", r"own.yaml: r: kernel=block is for cell=lstm, not gru"),
+    ("{kernel: block, cell: gru}", r"own.yaml: r: kernel=block is for rnn=lstm, not gru"),
     ("kernel: sparse", r"own.yaml: r: kernel=sparse needs kept_weights below 1"),
     ("kept_weights: 0", r"own.yaml: r: kept_weights: 0 .*greater than 0"),
     ("{tie_weights: true, output_rank: 8}", r"own.yaml: r: tie_weights and output_rank exclude"),

@@ -247,7 +247,7 @@ def test_a_bad_cell(tmp_path: Path, refused: Callable[..., str], cell: str) -> N
         (specification(recipe={"no_such": 1}), "no_such"),
         (specification(recipe={"dropout": -0.1}), "dropout"),
         (specification(recipe={"learning_rate": 0}), "learning_rate"),
-        (specification(recipe={"kernel": "block", "cell": "gru"}), "kernel=block"),
+        (specification(recipe={"kernel": "block", "rnn": "gru"}), "kernel=block"),
         (specification(recipe={"learning_rate": float("nan")}), "learning_rate"),
         (specification(extra=1), "extra"),
     ],

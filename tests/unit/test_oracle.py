@@ -37,12 +37,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "one layer": {"layers": 1},
     "mean per token": {"objective": "mean_per_token"},
     "dropout": {"dropout": 0.4},
-    "gru": {"cell": "gru"},
+    "gru": {"rnn": "gru"},
     "gru, two biases, recurrent dropout": {
-        "cell": "gru", "recurrent_bias": True, "recurrent_dropout": 0.4
+        "rnn": "gru", "recurrent_bias": True, "recurrent_dropout": 0.4
     },
-    "rnn_tanh": {"cell": "rnn_tanh"},
-    "rnn_relu, two biases": {"cell": "rnn_relu", "recurrent_bias": True},
+    "rnn_tanh": {"rnn": "rnn_tanh"},
+    "rnn_relu, two biases": {"rnn": "rnn_relu", "recurrent_bias": True},
     "another last width": {"last_hidden_size": 3, "recurrent_dropout": 0.4},
     "sparse": {"kept_weights": 0.4},
     "tied": {"tie_weights": True, "hidden_size": 3, "softmax_bias": False},
@@ -57,12 +57,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "output_dropout": 0.4, "word_dropout": 0.2, "recurrent_dropout": 0.3,
         "weight_dropout": 0.4,
     },
-    "weight dropout, gru": {"weight_dropout": 0.4, "cell": "gru", "recurrent_bias": True},
+    "weight dropout, gru": {"weight_dropout": 0.4, "rnn": "gru", "recurrent_bias": True},
     "weight dropout, sparse": {"weight_dropout": 0.4, "kept_weights": 0.6},
     "penalties": {"activation_regularization": 2.0, "temporal_activation_regularization": 3.0},
     "penalties, dropout, mean per token": {
         "activation_regularization": 2.0, "temporal_activation_regularization": 3.0,
-        "dropout": 0.4, "objective": "mean_per_token", "cell": "gru",
+        "dropout": 0.4, "objective": "mean_per_token", "rnn": "gru",
     },
 }  # fmt: skip
 

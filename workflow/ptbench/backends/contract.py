@@ -306,7 +306,7 @@ def parameter_shapes(recipe: Recipe, vocabulary_size: int) -> dict[str, tuple[in
     shapes: dict[str, tuple[int, ...]] = {"embedding": (vocabulary_size, recipe.embedding_size)}
     inputs = recipe.embedding_size
     for layer, width in enumerate(recipe.widths):
-        gates = len(GATES[recipe.cell]) * width
+        gates = len(GATES[recipe.rnn]) * width
         shapes[f"rnn.{layer}.input"] = (inputs, gates)
         shapes[f"rnn.{layer}.recurrent"] = (width, gates)
         shapes[f"rnn.{layer}.bias"] = (gates,)
@@ -335,7 +335,7 @@ def state_names(recipe: Recipe) -> dict[str, int]:
     """The arrays of a snapshot's recurrent state and the width of each: `state.{layer}.h` of every
     layer, each followed by `state.{layer}.c` in an LSTM.
     """
-    kinds = ("h", "c") if recipe.cell == "lstm" else ("h",)
+    kinds = ("h", "c") if recipe.rnn == "lstm" else ("h",)
     return {f"state.{n}.{k}": width for n, width in enumerate(recipe.widths) for k in kinds}
 
 
@@ -344,7 +344,7 @@ def kept_count(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
     if recipe.kept_weights == 1 or name.rpartition(".")[2] not in ("input", "recurrent"):
         return count
-    gates = len(GATES[recipe.cell])
+    gates = len(GATES[recipe.rnn])
     return gates * max(round(recipe.kept_weights * count / gates), 1)
 
 
@@ -365,7 +365,7 @@ def kept_weights(
     masks: dict[str, npt.NDArray[np.bool_]] = {}
     if recipe.kept_weights == 1:
         return masks
-    gates = len(GATES[recipe.cell])
+    gates = len(GATES[recipe.rnn])
     rng = np.random.default_rng([seed, KEPT_WEIGHTS_STREAM])
     for name, shape in parameter_shapes(recipe, vocabulary_size).items():
         if name.rpartition(".")[2] not in ("input", "recurrent"):

@@ -302,7 +302,7 @@ class NumpyOracle(Backend):
             ],
             recurrent=[mask(recipe.recurrent_dropout, batch_size, n) for n in recipe.widths],
             weights=[
-                mask(recipe.weight_dropout, n, len(GATES[recipe.cell]) * n) for n in recipe.widths
+                mask(recipe.weight_dropout, n, len(GATES[recipe.rnn]) * n) for n in recipe.widths
             ],
             latents=mask(recipe.latent_dropout, times, batch_size, recipe.mixtures, latent),
         )
@@ -316,13 +316,13 @@ class NumpyOracle(Backend):
             w, u, b = (p[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
             r = p.get(f"{name}.recurrent_bias", np.zeros_like(b))
             kept = masks.weights[index]
-            layer = Layer(CELLS[recipe.cell], w, u * kept, b, r, masks.recurrent[index], kept)
+            layer = Layer(CELLS[recipe.rnn], w, u * kept, b, r, masks.recurrent[index], kept)
             h0 = state[f"state.{index}.h"]
             trace = layer.forward(x, h0, state.get(f"state.{index}.c", np.zeros_like(h0)))
             layers.append(layer)
             traces.append(trace)
             final[f"state.{index}.h"] = trace.h[-1]
-            if recipe.cell == "lstm":
+            if recipe.rnn == "lstm":
                 final[f"state.{index}.c"] = trace.c[-1]
             x = trace.h[1:] * masks.units[index + 1]
 

@@ -18,18 +18,18 @@ PROTOCOL = 1
 
 Framework = Literal["pytorch", "tensorflow", "keras", "mxnet", "jax"]
 Accelerator = Literal["cpu", "cuda"]
-Kernel = Literal["fused", "cell", "block", "sparse"]
+Kernel = Literal["fused", "stepwise", "block", "sparse"]
 Implementation = Literal["stock", "tuned"]
 TokenSource = Literal["memory", "memory_map", "stream"]
 FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
 
-# Kernels that each framework has for its LSTM; only fused and cell are for other cells too.
+# Kernels that each framework has for its LSTM; only fused and stepwise are for other kinds of layer too.
 KERNELS: dict[Framework, tuple[Kernel, ...]] = {
-    "pytorch": ("fused", "cell", "sparse"),
-    "tensorflow": ("fused", "cell", "block", "sparse"),
-    "keras": ("fused", "cell", "sparse"),
-    "mxnet": ("fused", "cell", "sparse"),
-    "jax": ("fused", "cell", "sparse"),
+    "pytorch": ("fused", "stepwise", "sparse"),
+    "tensorflow": ("fused", "stepwise", "block", "sparse"),
+    "keras": ("fused", "stepwise", "sparse"),
+    "mxnet": ("fused", "stepwise", "sparse"),
+    "jax": ("fused", "stepwise", "sparse"),
 }
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
@@ -85,13 +85,13 @@ class Recipe(Model):
         1, ge=1, description="Parallel streams in which the test split is read [sequences]."
     )
 
-    cell: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = Field(
-        "lstm", description="Kind of recurrent cell."
+    rnn: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = Field(
+        "lstm", description="Kind of recurrent layer."
     )
     kernel: Kernel = Field(
         "fused",
         description="How recurrent layers are computed. fused: the framework's own layer (cuDNN, "
-        "oneDNN); cell: explicit time steps; block: TensorFlow's BlockLSTM; sparse: products "
+        "oneDNN); stepwise: explicit time steps; block: TensorFlow's BlockLSTM; sparse: products "
         "with the kept weights alone.",
     )
     implementation: Implementation = Field(
@@ -303,8 +303,8 @@ class Recipe(Model):
 
     @model_validator(mode="after")
     def _model_is_whole(self) -> Self:
-        if self.kernel in ("block", "sparse") and self.cell != "lstm":
-            raise ValueError(f"kernel={self.kernel} is for cell=lstm, not {self.cell}")
+        if self.kernel in ("block", "sparse") and self.rnn != "lstm":
+            raise ValueError(f"kernel={self.kernel} is for rnn=lstm, not {self.rnn}")
         if self.kernel == "sparse" and self.kept_weights == 1:
             raise ValueError("kernel=sparse needs kept_weights below 1")
         if self.tie_weights and self.output_rank is not None:

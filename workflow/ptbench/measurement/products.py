@@ -48,7 +48,7 @@ def training_products(recipe: Recipe, vocabulary_size: int) -> dict[Product, int
     tokens = recipe.batch_size * recipe.sequence_length
     inputs = recipe.embedding_size
     for width in recipe.widths:
-        gates = len(GATES[recipe.cell]) * width
+        gates = len(GATES[recipe.rnn]) * width
         linear(tokens, inputs, gates)
         add(Product(recipe.batch_size, width, gates), recipe.sequence_length)
         add(Product(recipe.batch_size, gates, width), recipe.sequence_length)

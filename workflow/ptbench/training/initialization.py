@@ -28,7 +28,7 @@ def draw_parameters(recipe: Recipe, vocabulary_size: int, seed: int) -> Paramete
     for name, shape in parameter_shapes(recipe, vocabulary_size).items():
         if is_zero_at_first(recipe, name):
             value = np.zeros(shape)
-            if recipe.cell == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
+            if recipe.rnn == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
                 forget = GATES["lstm"].index("forget")
                 value.reshape(len(GATES["lstm"]), -1)[forget] = recipe.forget_bias
         elif recipe.initialization_scheme == "uniform":

@@ -100,7 +100,7 @@ def network(
         x = drop(recipe, x, recipe.unit_dropout[0], keys.units[0])
     final: State = {}
     for layer, width in enumerate(recipe.widths):
-        names = [f"state.{layer}.h", *([f"state.{layer}.c"] if recipe.cell == "lstm" else [])]
+        names = [f"state.{layer}.h", *([f"state.{layer}.c"] if recipe.rnn == "lstm" else [])]
         recurrent_mask = None
         if keys is not None and recipe.recurrent_dropout:
             shape = (inputs.shape[1], width)
@@ -145,7 +145,7 @@ def run_layer(
     recipe: Recipe, x: Array, weights: Weights, state: LayerState, recurrent_mask: Array | None
 ) -> tuple[Array, LayerState]:
     """The layer by the recipe's kernel and implementation."""
-    cell = CELLS[recipe.cell]
+    cell = CELLS[recipe.rnn]
     if recipe.kernel == "fused":
         tuned = recipe.implementation == "tuned"
         return fused_layer(cell, x, weights, state, recurrent_mask, tuned)
@@ -250,7 +250,7 @@ def first_value(recipe: Recipe, name: str, shape: tuple[int, ...], key: Array) -
         )
     if is_zero_at_first(recipe, name):
         value = np.zeros(shape, np.float32)
-        if recipe.cell == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
+        if recipe.rnn == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
             forget = GATES["lstm"].index("forget")
             value.reshape(len(GATES["lstm"]), -1)[forget] = recipe.forget_bias
         return value

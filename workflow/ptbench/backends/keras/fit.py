@@ -21,7 +21,7 @@ class KerasFit:
     """A compiled Keras model and batches of words whose frequencies fall as 1 / rank."""
 
     def __init__(self, recipe: Recipe, vocabulary_size: int, threads: int) -> None:
-        if recipe.mixtures or recipe.cell != "lstm":
+        if recipe.mixtures or recipe.rnn != "lstm":
             raise PtbenchError("Keras has no layer for a mixture of softmaxes: fit is for the LSTM")
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)

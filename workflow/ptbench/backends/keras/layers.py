@@ -47,7 +47,7 @@ def recurrent_layer(
     }
     if hoisted:
         layer = HoistedRecurrent(
-            recipe.cell, recipe.recurrent_bias, recipe.recurrent_dropout, **options
+            recipe.rnn, recipe.recurrent_bias, recipe.recurrent_dropout, **options
         )
     else:
         layer = keras_layer(recipe, options, kept)
@@ -66,20 +66,20 @@ def keras_layer(
         kept: as `recurrent_layer` has it.
     """
     options = options | {"recurrent_dropout": recipe.recurrent_dropout}
-    if recipe.cell == "lstm":
+    if recipe.rnn == "lstm":
         options["unit_forget_bias"] = False  # would be 1, whatever the recipe says
-    elif recipe.cell != "gru":
-        options["activation"] = recipe.cell.removeprefix("rnn_")
+    elif recipe.rnn != "gru":
+        options["activation"] = recipe.rnn.removeprefix("rnn_")
     whole = {"return_sequences": True, "return_state": True}
     if recipe.kernel == "sparse":
         assert kept is not None
         layer = keras.layers.RNN(SparseLSTMCell(*kept, **options), **whole)
-    elif recipe.kernel == "cell" or recipe.recurrent_dropout:
-        layer = keras.layers.RNN(CELLS[recipe.cell](**options), **whole)
+    elif recipe.kernel == "stepwise" or recipe.recurrent_dropout:
+        layer = keras.layers.RNN(CELLS[recipe.rnn](**options), **whole)
     else:
-        layer = LAYERS[recipe.cell](**options, **whole)
+        layer = LAYERS[recipe.rnn](**options, **whole)
     # Keras' GRU has two biases already
-    return TwoBiases(layer) if recipe.recurrent_bias and recipe.cell != "gru" else layer
+    return TwoBiases(layer) if recipe.recurrent_bias and recipe.rnn != "gru" else layer
 
 
 def stored_parameters(

@@ -106,7 +106,7 @@ class Initializers:
 
     def recurrent_layer_bias(self) -> Initializer:
         """Zero, save an LSTM's forget gates."""
-        if self.recipe.cell != "lstm":
+        if self.recipe.rnn != "lstm":
             return keras.initializers.Zeros()
         # keras.layers.LSTM has unit_forget_bias=True
         defaults = self.recipe.initialization_scheme == "framework_defaults"

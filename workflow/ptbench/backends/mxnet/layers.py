@@ -56,15 +56,15 @@ def recurrent_layer(
     """
     if recipe.kernel == "sparse":
         return SparseLSTM(recipe, width, start, kept)
-    if recipe.recurrent_dropout or (recipe.kernel == "cell" and recipe.implementation == "tuned"):
+    if recipe.recurrent_dropout or (recipe.kernel == "stepwise" and recipe.implementation == "tuned"):
         return TimeSteps(recipe, inputs, width, start)
-    if recipe.kernel == "cell":
+    if recipe.kernel == "stepwise":
         return GluonCell(recipe, inputs, width, start)
-    if recipe.cell == "lstm":
+    if recipe.rnn == "lstm":
         return rnn.LSTM(width, input_size=inputs, **start.keywords())
-    if recipe.cell == "gru":
+    if recipe.rnn == "gru":
         return rnn.GRU(width, input_size=inputs, **start.keywords())
-    activation = recipe.cell.removeprefix("rnn_")
+    activation = recipe.rnn.removeprefix("rnn_")
     return rnn.RNN(width, activation=activation, input_size=inputs, **start.keywords())
 
 
@@ -88,12 +88,12 @@ class GluonCell(gluon.HybridBlock):
     def __init__(self, recipe: Recipe, inputs: int, width: int, start: Initializers) -> None:
         super().__init__()
         with self.name_scope():
-            if recipe.cell == "lstm":
+            if recipe.rnn == "lstm":
                 self.cell = rnn.LSTMCell(width, input_size=inputs, **start.keywords())
-            elif recipe.cell == "gru":
+            elif recipe.rnn == "gru":
                 self.cell = rnn.GRUCell(width, input_size=inputs, **start.keywords())
             else:
-                activation = recipe.cell.removeprefix("rnn_")
+                activation = recipe.rnn.removeprefix("rnn_")
                 self.cell = rnn.RNNCell(
                     width, activation=activation, input_size=inputs, **start.keywords()
                 )
@@ -112,7 +112,7 @@ class OwnLayer(gluon.HybridBlock):
         self, recipe: Recipe, width: int, start: Initializers, shapes: dict[str, tuple[int, ...]]
     ) -> None:
         super().__init__()
-        self.kind, self.rate, self.width = recipe.cell, recipe.recurrent_dropout, width
+        self.kind, self.rate, self.width = recipe.rnn, recipe.recurrent_dropout, width
         initializers = {
             "i2h_weight": start.weight,
             "h2h_weight": start.recurrent,
@@ -137,7 +137,7 @@ class TimeSteps(OwnLayer):
     """Explicit time steps behind one product of all inputs, with recurrent dropout if asked for."""
 
     def __init__(self, recipe: Recipe, inputs: int, width: int, start: Initializers) -> None:
-        gates = len(GATES[recipe.cell]) * width
+        gates = len(GATES[recipe.rnn]) * width
         shapes: dict[str, tuple[int, ...]] = {
             "i2h_weight": (gates, inputs),
             "h2h_weight": (gates, width),

@@ -134,7 +134,7 @@ class Start:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Start:
-        bias = mx.init.LSTMBias(recipe.forget_bias) if recipe.cell == "lstm" else "zeros"
+        bias = mx.init.LSTMBias(recipe.forget_bias) if recipe.rnn == "lstm" else "zeros"
         if recipe.initialization_scheme == "framework_defaults":
             return cls(None, Initializers(None, None, bias), "zeros")
         if recipe.initialization_scheme == "keras_defaults":

@@ -69,7 +69,7 @@ class DenseLayer(nn.Module):
         """Args: rnn: the module of PyTorch that has the weights, whose names end in suffix."""
         super().__init__()
         self.rnn = rnn
-        self.cell = recipe.cell
+        self.cell = recipe.rnn
         self.recurrent_name = f"rnn.weight_hh{suffix}"
         self.w_input, self.w_recurrent = f"weight_ih{suffix}", f"weight_hh{suffix}"
         self.b_input, self.b_recurrent = f"bias_ih{suffix}", f"bias_hh{suffix}"
@@ -100,7 +100,7 @@ class FusedLayer(DenseLayer):
     """nn.LSTM, nn.GRU or nn.RNN of one layer; they cannot mask the previous output."""
 
     def __init__(self, inputs: int, width: int, recipe: Recipe, kept: KeptWeights) -> None:
-        super().__init__(FUSED[recipe.cell](inputs, width), "_l0", recipe, kept)
+        super().__init__(FUSED[recipe.rnn](inputs, width), "_l0", recipe, kept)
 
     def forward(
         self, x: Tensor, state: LayerState, mask: Tensor | None
@@ -118,7 +118,7 @@ class CellLayer(DenseLayer):
     """nn.LSTMCell, nn.GRUCell or nn.RNNCell at each time step."""
 
     def __init__(self, inputs: int, width: int, recipe: Recipe, kept: KeptWeights) -> None:
-        super().__init__(CELLS[recipe.cell](inputs, width), "", recipe, kept)
+        super().__init__(CELLS[recipe.rnn](inputs, width), "", recipe, kept)
 
     def forward(
         self, x: Tensor, state: LayerState, mask: Tensor | None
@@ -168,7 +168,7 @@ class SparseLayer(nn.Module):
         kept: KeptWeights,
     ) -> None:
         super().__init__()
-        gates = len(GATES[recipe.cell]) * width
+        gates = len(GATES[recipe.rnn]) * width
         self.input = KeptProduct(kept["input"])
         self.recurrent = KeptProduct(kept["recurrent"])
         limit = 1 / math.sqrt(width)  # as nn.LSTM starts
@@ -243,6 +243,6 @@ def layer_class(recipe: Recipe, accelerator: Accelerator) -> type[nn.Module]:
     if recipe.kernel == "sparse":
         return TunedSparseLayer if tuned else SparseLayer
     if recipe.kernel == "fused" and not recipe.recurrent_dropout:
-        beaten = recipe.cell != "lstm" and accelerator == "cpu"
+        beaten = recipe.rnn != "lstm" and accelerator == "cpu"
         return TunedLayer if tuned and beaten else FusedLayer
     return TunedLayer if tuned else CellLayer

@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
             if is_zero_at_first(self.recipe, name):
                 nn.init.zeros_(parameter)
                 if (
-                    self.recipe.cell == "lstm"
+                    self.recipe.rnn == "lstm"
                     and name.startswith("rnn.")
                     and name.endswith(".bias")
                 ):

@@ -142,7 +142,7 @@ class Replica:
 
     def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> list[LayerState]:
         """The state from arrays that are this replica's columns."""
-        kinds = ("h", "c") if self.recipe.cell == "lstm" else ("h",)
+        kinds = ("h", "c") if self.recipe.rnn == "lstm" else ("h",)
         return [
             tuple(torch.from_numpy(arrays[f"state.{n}.{k}"].copy()).to(self.device) for k in kinds)
             for n in range(self.recipe.layers)

@@ -236,7 +236,7 @@ class RecurrentLayer(tf.Module, abc.ABC):
     def __init__(self, recipe: Recipe, inputs: int, width: int) -> None:
         super().__init__()
         self.recipe, self.width = recipe, width
-        gates = len(GATES[recipe.cell]) * width
+        gates = len(GATES[recipe.rnn]) * width
         self.shapes = {"input": (inputs, gates), "recurrent": (width, gates), "bias": (gates,)}
         if recipe.recurrent_bias:
             self.shapes["recurrent_bias"] = (gates,)
@@ -281,13 +281,13 @@ class KerasLayer(RecurrentLayer):
             "rnn_tanh": (keras.SimpleRNN, {}),
             "rnn_relu": (keras.SimpleRNN, {"activation": "relu"}),
         }
-        kind, settings = kinds[recipe.cell]
+        kind, settings = kinds[recipe.rnn]
         zero = dict.fromkeys(("kernel_initializer", "recurrent_initializer"), "zeros")
         self.layer = kind(width, return_sequences=True, return_state=True, **zero, **settings)
         self.layer.build((None, None, inputs))
         cell = self.layer.cell
         self.variables_of = {"input": cell.kernel.value, "recurrent": cell.recurrent_kernel.value}
-        if recipe.cell == "gru":
+        if recipe.rnn == "gru":
             self.variables_of |= self.new_variables({"bias": self.shapes["bias"]})
         else:
             self.variables_of["bias"] = cell.bias.value
@@ -298,7 +298,7 @@ class KerasLayer(RecurrentLayer):
     def _values(self, dropped: Tensor | None) -> list[tuple[Any, Tensor]]:
         """What the layer is to compute with instead of its own weights."""
         cell = self.layer.cell
-        if self.recipe.cell != "gru":
+        if self.recipe.rnn != "gru":
             values = [] if dropped is None else [(cell.recurrent_kernel, dropped)]
             return values + ([(cell.bias, self.whole_bias)] if self.recipe.recurrent_bias else [])
 
@@ -384,7 +384,7 @@ class ExplicitSteps(RecurrentLayer):
         }
         stored = {kind: (int(mask.sum()),) for kind, mask in kept.items()}
         self.variables_of = self.new_variables(self.shapes | stored)
-        self.cell = CELLS[recipe.cell]
+        self.cell = CELLS[recipe.rnn]
 
     def weights(self, dropped: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Input and recurrent weights, bias and recurrent bias, as values."""
@@ -500,13 +500,13 @@ def recurrent_layer(
     """
     if recipe.kernel != "sparse":
         kept = {}  # all weights are stored, and those left out held at zero
-    cudnn = accelerator == "cuda" and recipe.kernel == "fused" and recipe.cell in ("lstm", "gru")
+    cudnn = accelerator == "cuda" and recipe.kernel == "fused" and recipe.rnn in ("lstm", "gru")
     if (
         recipe.implementation == "tuned"
         and recipe.kernel in ("fused", "sparse")
         and (recipe.recurrent_dropout or not cudnn)
     ):
         return HandDerivedSteps(recipe, inputs, width, kept)
-    if recipe.kernel in ("cell", "sparse") or recipe.recurrent_dropout:
+    if recipe.kernel in ("stepwise", "sparse") or recipe.recurrent_dropout:
         return ExplicitSteps(recipe, inputs, width, kept)
     return (BlockLstm if recipe.kernel == "block" else KerasLayer)(recipe, inputs, width)

@@ -223,7 +223,7 @@ def initial_value(
         if recipe.initialization_scheme == "framework_defaults":
             forget_bias = 1.0
         value = np.zeros(shape, np.float32)
-        if recipe.cell == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
+        if recipe.rnn == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
             value.reshape(4, -1)[GATES["lstm"].index("forget")] = forget_bias
         return value
     # two parameters of one shape must not start alike

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.faults.harness import Trainer, make_corpus
 
-from ptbench.configuration.models import FRAMEWORKS
+from ptbench.backends import FRAMEWORKS
 from ptbench.training.records import read_metrics
 
 KILLS = 12  # at most, of one run

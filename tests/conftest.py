@@ -12,7 +12,7 @@ import pytest
 from tests.support.remote import Backends
 from xdist.scheduler import LoadScopeScheduling
 
-from ptbench.configuration.models import FRAMEWORKS
+from ptbench.backends import FRAMEWORKS
 
 # Tests start hundreds of processes, which takes half the time with compiled bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

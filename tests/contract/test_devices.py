@@ -34,7 +34,7 @@ def test_a_gpu_s_memory_holds_the_parameters_at_least(backends: Backends, framew
     try:
         backend = RemoteBackend(worker, framework, SUM, accelerator="cuda")
         state = backend.initial_state(BATCH, training=True)
-        backend.train_step(*random_batch(0), state, 0.1)
+        backend.train_step(random_batch(0), state, 0.1)
         peak = backend.peak_device_memory()
         assert peak is not None
         assert peak >= sum(array.nbytes for array in backend.parameters().values())

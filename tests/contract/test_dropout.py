@@ -20,15 +20,19 @@ from tests.support.problems import (
     VOCABULARY,
     distinct_batch,
     largest_error,
+    new_oracle,
     random_batch,
     recipe,
     train,
 )
 from tests.support.remote import Backends
 
-from ptbench.backends.contract import GATES, Backend, kept_weights
-from ptbench.backends.numpy_oracle import Masks, NumpyOracle
-from ptbench.configuration.models import KERNELS, Recipe
+from ptbench.backends import FRAMEWORKS
+from ptbench.backends.base import Backend, Setup
+from ptbench.backends.oracle import Masks, Oracle
+from ptbench.corpus.batching import Batch
+from ptbench.model.parameters import GATES, kept_weights
+from ptbench.model.recipe import Recipe
 
 STEPS = 4
 # Rates that are not one half, to tell what is kept from what is dropped, and all different, to tell
@@ -56,14 +60,14 @@ RECIPES = {
     "lstm, two biases": recipe(**ONE_LAYER, recurrent_bias=True),
     "sparse lstm": recipe(**ONE_LAYER, kept_weights=0.3),
     "sparse lstm, sparse kernel": recipe(**ONE_LAYER, kept_weights=0.3, kernel="sparse"),
-    "gru, two biases": recipe(**ONE_LAYER, cell="gru", recurrent_bias=True),
-    "rnn_tanh": recipe(**ONE_LAYER, cell="rnn_tanh"),
+    "gru, two biases": recipe(**ONE_LAYER, rnn="gru", recurrent_bias=True),
+    "rnn_tanh": recipe(**ONE_LAYER, rnn="rnn_tanh"),
     "weights": recipe(**EVERYWHERE, weight_dropout=0.3),
     "weights, explicit steps": recipe(**WEIGHTS, kernel="stepwise"),
     "weights, block": recipe(**WEIGHTS, kernel="block", recurrent_bias=True),
     "weights, sparse kernel": recipe(**WEIGHTS, kept_weights=0.3, kernel="sparse"),
     # Of more weights than elsewhere, so that every unit has a way to the loss.
-    "weights, sparse gru": recipe(**WEIGHTS, kept_weights=0.6, cell="gru", recurrent_bias=True),
+    "weights, sparse gru": recipe(**WEIGHTS, kept_weights=0.6, rnn="gru", recurrent_bias=True),
     "weights, penalties": recipe(**EVERYWHERE, **AWD, dropout_kind="locked", word_dropout=0.1),
 }
 CASES = [
@@ -77,7 +81,7 @@ CASES = [
 ]
 
 
-class OracleWithMasks(NumpyOracle):
+class OracleWithMasks(Oracle):
     """The oracle, dropping what it is told to."""
 
     masks: Masks
@@ -106,7 +110,7 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
         gates[:] = 1  # an output other than zero even for a word that is dropped
         gates[1:2] = -200  # forget or update, if the cell has them; the sigmoid of this is 0
     state = backend.initial_state(BATCH, training=True)
-    gradient = backend.gradients(*distinct_batch(), state)  # without one where a weight is dropped
+    gradient = backend.gradients(distinct_batch(), state)  # without one where a weight is dropped
     weights = [gradient[f"rnn.{layer}.recurrent"] != 0 for layer in range(recipe.layers)]
     backend.load_parameters(shut)
     state = backend.initial_state(BATCH, training=True)
@@ -117,7 +121,7 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
         mask = np.zeros_like(everything)
         mask[position] = 1
         gradient = {
-            n: np.abs(g) for n, g in backend.gradients(inputs, targets, mask, state).items()
+            n: np.abs(g) for n, g in backend.gradients(Batch(inputs, targets, mask), state).items()
         }
         at_position = {"units 0": gradient["embedding"][inputs[position]]}
         for layer in range(1, recipe.layers):
@@ -135,9 +139,9 @@ def masks_of(backend: Backend, recipe: Recipe) -> Masks:
     if recipe.word_dropout:
         # A word whose every unit is dropped has lost its row; ask for the other words too.
         others = (inputs + TIME * BATCH).astype(np.int32)
-        for batch in (inputs, others):
-            gradient = backend.gradients(batch, targets, everything, state)
-            words[batch.ravel()] = gradient["embedding"][batch.ravel()].any(axis=1, keepdims=True)
+        for asked in (inputs, others):
+            gradient = backend.gradients(Batch(asked, targets, everything), state)
+            words[asked.ravel()] = gradient["embedding"][asked.ravel()].any(axis=1, keepdims=True)
     backend.load_parameters(parameters)
     latents = kept.get("latents", np.ones((TIME, BATCH, 1), bool))
     return Masks(
@@ -193,7 +197,7 @@ class Observed:
 def observed(request: pytest.FixtureRequest, backends: Backends, framework: str) -> Observed:
     name, implementation, devices = request.param
     changed = RECIPES[name].model_copy(update={"implementation": implementation})
-    if framework != "numpy" and changed.kernel not in KERNELS[framework]:
+    if framework != "numpy" and changed.kernel not in FRAMEWORKS[framework].kernels:
         pytest.skip(f"{framework} has no {changed.kernel} kernel")
     return Observed(backends, framework, changed, devices)
 
@@ -203,7 +207,7 @@ def test_a_step_is_that_of_the_oracle_which_drops_the_same_and_scales_by_1_over_
 ) -> None:
     recipe = observed.recipe
     backend = backends.get(framework, recipe, observed.devices)
-    oracle = OracleWithMasks(recipe, VOCABULARY)
+    oracle = OracleWithMasks(Setup(recipe, VOCABULARY))
     oracle.load_parameters(backend.parameters())
     state = backend.initial_state(BATCH, training=True)
     oracle_state = oracle.initial_state(BATCH, training=True)
@@ -217,11 +221,11 @@ def test_a_step_is_that_of_the_oracle_which_drops_the_same_and_scales_by_1_over_
         )
         batch = distinct_batch()  # of a dropped word's units no more is known
         error, name = largest_error(
-            backend.gradients(*batch, state), oracle.gradients(*batch, oracle_state)
+            backend.gradients(batch, state), oracle.gradients(batch, oracle_state)
         )
         assert error < 1e-5, name
-        step = backend.train_step(*batch, state, 0.1)
-        expected = oracle.train_step(*batch, oracle_state, 0.1)
+        step = backend.train_step(batch, state, 0.1)
+        expected = oracle.train_step(batch, oracle_state, 0.1)
         assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)
         assert float(step.gradient_norm) == pytest.approx(expected.gradient_norm, rel=1e-5)
         state, oracle_state = step.state, expected.state
@@ -312,9 +316,9 @@ def test_masks_depend_on_the_seed(backends: Backends, framework: str) -> None:
 def test_evaluation_drops_nothing(backends: Backends, framework: str) -> None:
     for dropping in (LOCKED, WORDS, RECIPES["weights"]):
         backend = backends.get(framework, dropping)
-        oracle = NumpyOracle(dropping, VOCABULARY)
+        oracle = new_oracle(dropping)
         oracle.load_parameters(backend.parameters())
         batch = random_batch(1)
-        step = backend.evaluate_step(*batch, backend.initial_state(BATCH, training=False))
-        expected = oracle.evaluate_step(*batch, oracle.initial_state(BATCH, training=False))
+        step = backend.evaluate_step(batch, backend.initial_state(BATCH, training=False))
+        expected = oracle.evaluate_step(batch, oracle.initial_state(BATCH, training=False))
         assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)

@@ -1,48 +1,41 @@
-"""What each framework says that it offers can be laid side by side, and docs/features.md does."""
+"""What `features.yaml` says of a framework is there, and `docs/features.md` says the same."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from tests.support import probes
 from tests.support.problems import SUM
-from tests.support.remote import Backends, RemoteBackend
+from tests.support.remote import Backends, probe
 
-from ptbench.backends.contract import FEATURES, Feature
+from ptbench.backends.features import read_features
 from ptbench.report.features import features_markdown
-from ptbench.report.formatting import framework_name
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "features.md"
 
 
-def declared(backends: Backends, framework: str) -> list[Feature]:
+def test_every_name_in_the_features_exists(backends: Backends, framework: str) -> None:
     if framework == "numpy":
-        pytest.skip("the oracle is no framework, and is in no table")
+        pytest.skip("the oracle is no framework")
+    features = read_features()[framework]
+    symbols = [name for feature in features.values() for name in feature.symbols]
+    code = [name for feature in features.values() for name in feature.code]
     backend = backends.get(framework, SUM)
-    assert isinstance(backend, RemoteBackend)
-    features = backend.worker.ask("attribute", backend.handle, "features")
-    return [Feature(*each) for each in features]
+    package = f"ptbench.backends.{framework}"
+    assert probe(probes.missing_names, backend, symbols, "") == []
+    assert probe(probes.missing_names, backend, code, package) == []
 
 
-def test_every_framework_says_of_the_same_features_how_it_has_them(
-    backends: Backends, framework: str
-) -> None:
-    features = declared(backends, framework)
-    assert tuple(feature.name for feature in features) == FEATURES
-    assert all(isinstance(built_in, bool) and how for _, built_in, how in features)
+def test_every_feature_says_where_it_is(framework: str) -> None:
+    for name, feature in read_features().get(framework, {}).items():
+        assert feature.symbols if feature.built_in else feature.code, name
 
 
-def test_the_feature_document_says_what_the_framework_says(
-    backends: Backends, framework: str
-) -> None:
-    # The lines of one framework, from a table that has it alone and from the document.
-    start = f"- {framework_name(framework)}, "
-    lines = [
-        [line for line in text.splitlines() if line.startswith(start)]
-        for text in (features_markdown({framework: declared(backends, framework)}), document())
-    ]
-    assert lines[0] == lines[1], "run `uv run ptbench features`"
+def test_every_framework_has_the_same_features_in_the_same_order() -> None:
+    names = [list(features) for features in read_features().values()]
+    assert all(own == names[0] for own in names)
 
 
-def document() -> str:
-    return DOCUMENT.read_text(encoding="utf-8")
+def test_the_document_is_what_the_features_say() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == features_markdown(), "run `ptbench features`"

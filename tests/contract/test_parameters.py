@@ -8,7 +8,7 @@ from tests.support import probes
 from tests.support.problems import SUM, VOCABULARY, random_batch, random_parameters, same
 from tests.support.remote import Backends, probe
 
-from ptbench.backends.contract import parameter_shapes
+from ptbench.model.parameters import parameter_shapes
 
 
 def test_parameters_have_the_canonical_names_and_shapes_in_float32(

@@ -19,9 +19,11 @@ import numpy as np
 import psutil
 
 from ptbench import environments
-from ptbench.configuration.corpora import MarkovCorpus
-from ptbench.configuration.models import Cell, Framework, Recipe, Specification
+from ptbench.backends import Framework
+from ptbench.configuration.specification import Cell, Specification
+from ptbench.corpus.definitions import MarkovCorpus
 from ptbench.corpus.prepare import prepare
+from ptbench.model.recipe import Recipe
 from ptbench.training.checkpoints import read_arrays
 from ptbench.training.records import read_history, read_metrics
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from tests.faults.harness import Trainer, make_corpus
 
-from ptbench.configuration.models import Framework
+from ptbench.backends import Framework
 from ptbench.training.attempts import look
 from ptbench.training.records import read_history, read_metrics
 

@@ -14,11 +14,11 @@ from tests.support.problems import recipe
 from tests.support.remote import Backends, probe
 
 from ptbench.analysis.statistics import SIGNIFICANCE, compare_pairs
-from ptbench.backends.contract import parameter_count
+from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.loading import Study, load_study
-from ptbench.configuration.models import FRAMEWORKS
 from ptbench.corpus.prepare import prepare
 from ptbench.corpus.store import open_corpus
+from ptbench.model.parameters import parameter_count
 
 SOFTMAX, MIXTURE = "bottleneck-softmax", "bottleneck-mixture"
 SHORT = {"epochs": 5, "constant_epochs": 3, "learning_rate_decay": 0.4}

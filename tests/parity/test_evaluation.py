@@ -11,13 +11,12 @@ from tests.support.problems import (
     SUM,
     TIME,
     VOCABULARY,
+    new_oracle,
     random_batch,
     random_parameters,
     train,
 )
 from tests.support.remote import Backends, probe
-
-from ptbench.backends.numpy_oracle import NumpyOracle
 
 # In 20 streams of 13 tokens the last window is incomplete; in one stream of 252 it is too.
 SPLIT = np.random.default_rng(1).integers(0, VOCABULARY, 253)
@@ -27,7 +26,7 @@ SPLIT = np.random.default_rng(1).integers(0, VOCABULARY, 253)
 def test_every_token_but_the_first_counts_once_and_the_loss_is_the_oracle_s(
     backends: Backends, framework: str, batch_size: int
 ) -> None:
-    backend, oracle = backends.get(framework, SUM), NumpyOracle(SUM, VOCABULARY)
+    backend, oracle = backends.get(framework, SUM), new_oracle(SUM)
     parameters = random_parameters(SUM, seed=1)
     backend.load_parameters(parameters)
     oracle.load_parameters(parameters)

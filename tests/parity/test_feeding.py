@@ -18,14 +18,14 @@ from tests.support.problems import (
     VOCABULARY,
     largest_error,
     moved,
+    new_oracle,
     random_parameters,
     recipe,
 )
 from tests.support.remote import Backends, probe
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
 from ptbench.corpus.store import open_corpus
+from ptbench.model.recipe import Recipe
 from ptbench.training.cell import feed
 
 COMMON = {"layers": 1, "schedule": "constant", "evaluation_batch_size": BATCH,
@@ -85,7 +85,7 @@ def test_losses_and_final_parameters_of_a_run_are_the_oracle_s(
     backends: Backends, framework: str, corpus: Path, fed: Recipe, implementation: str
 ) -> None:
     fed = fed.model_copy(update={"implementation": implementation})
-    backend, oracle = backends.get(framework, fed), NumpyOracle(fed, VOCABULARY)
+    backend, oracle = backends.get(framework, fed), new_oracle(fed)
     initial = random_parameters(fed, seed=1)
     backend.load_parameters(initial)
     oracle.load_parameters(initial)

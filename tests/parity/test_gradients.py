@@ -9,15 +9,14 @@ from tests.support.problems import (
     MEAN_ONE_LAYER,
     SUM,
     SUM_ONE_LAYER,
-    VOCABULARY,
     largest_error,
+    new_oracle,
     random_batch,
     random_parameters,
 )
 from tests.support.remote import Backends
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ from ptbench.configuration.models import Recipe
 def test_loss_and_every_gradient_are_the_oracle_s_from_a_zero_and_from_a_carried_state(
     backends: Backends, framework: str, recipe: Recipe
 ) -> None:
-    backend, oracle = backends.get(framework, recipe), NumpyOracle(recipe, VOCABULARY)
+    backend, oracle = backends.get(framework, recipe), new_oracle(recipe)
     parameters = random_parameters(recipe, seed=1)
     backend.load_parameters(parameters)
     oracle.load_parameters(parameters)
@@ -36,10 +35,10 @@ def test_loss_and_every_gradient_are_the_oracle_s_from_a_zero_and_from_a_carried
     oracle_state = oracle.initial_state(BATCH, training=True)
     for seed in range(3):
         batch = random_batch(seed)
-        gradients = backend.gradients(*batch, state)
-        expected_gradients = oracle.gradients(*batch, oracle_state)
-        step = backend.train_step(*batch, state, 0.0)
-        expected = oracle.train_step(*batch, oracle_state, 0.0)
+        gradients = backend.gradients(batch, state)
+        expected_gradients = oracle.gradients(batch, oracle_state)
+        step = backend.train_step(batch, state, 0.0)
+        expected = oracle.train_step(batch, oracle_state, 0.0)
         error, name = largest_error(gradients, expected_gradients)
         assert error < 1e-5, name
         assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)

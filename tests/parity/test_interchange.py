@@ -14,7 +14,7 @@ from tests.support import probes
 from tests.support.checkpoints import save_model, small_corpus
 from tests.support.problems import (
     MODELS,
-    VOCABULARY,
+    new_oracle,
     random_batch,
     random_parameters,
     recipe,
@@ -22,9 +22,8 @@ from tests.support.problems import (
 )
 from tests.support.remote import ROOT, Backends, probe
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
 from ptbench.corpus.store import open_corpus
+from ptbench.model.recipe import Recipe
 from ptbench.training.inference import evaluate_split
 
 HALF = 5e-5  # two frameworks that are this close to the oracle are within 1e-4 of each other
@@ -43,7 +42,7 @@ def model(changes: dict[str, Any]) -> Recipe:
 
 
 def oracle_s_perplexity(folder: Path, saved: Recipe, parameters: Any, seed: int) -> float:
-    oracle = NumpyOracle(saved, VOCABULARY, seed=seed)
+    oracle = new_oracle(saved, seed=seed)
     oracle.load_parameters(parameters)
     return evaluate_split(oracle, open_corpus(folder / "corpora/small"), "test").perplexity
 
@@ -87,7 +86,7 @@ def test_a_model_trained_in_a_framework_is_the_same_in_the_oracle(
         folder / "t.safetensors", trained, backend.parameters(), folder / "corpora/small"
     )
     score = probe(probes.score_of_checkpoint, backend, str(path), "valid")
-    oracle = NumpyOracle(trained, VOCABULARY)
+    oracle = new_oracle(trained)
     expected = probe(probes.score_of_checkpoint, oracle, str(path), "valid")
     assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=HALF)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.support.problems import VOCABULARY, largest_error, random_parameters, recipe
+from tests.support.problems import VOCABULARY, largest_error, new_oracle, random_parameters, recipe
 from tests.support.remote import Backends
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
+from ptbench.corpus.batching import Batch
+from ptbench.model.recipe import Recipe
 
 TIME, BATCH, MIXTURES = 8, 256, 128  # ten million logits, in chunks of unequal size
 PLAIN = recipe(batch_size=BATCH, sequence_length=TIME, implementation="tuned", layers=1)
@@ -28,14 +28,16 @@ def test_loss_and_gradients_of_a_large_batch_are_the_oracle_s(
     inputs, targets = rng.integers(0, VOCABULARY, (2, TIME, BATCH), np.int32)
     mask = (rng.random((TIME, BATCH)) < 0.9).astype(np.float32)
     parameters = random_parameters(model, seed=1)
-    backend, oracle = backends.get(framework, model, devices), NumpyOracle(model, VOCABULARY)
+    backend, oracle = backends.get(framework, model, devices), new_oracle(model)
     backend.load_parameters(parameters)
     oracle.load_parameters(parameters)
     state = backend.initial_state(BATCH, training=True)
     oracle_state = oracle.initial_state(BATCH, training=True)
-    gradients = backend.gradients(inputs, targets, mask, state)
-    error, name = largest_error(gradients, oracle.gradients(inputs, targets, mask, oracle_state))
+    gradients = backend.gradients(Batch(inputs, targets, mask), state)
+    error, name = largest_error(
+        gradients, oracle.gradients(Batch(inputs, targets, mask), oracle_state)
+    )
     assert error < 1e-5, name
-    step = backend.train_step(inputs, targets, mask, state, 0.0)
-    expected = oracle.train_step(inputs, targets, mask, oracle_state, 0.0)
+    step = backend.train_step(Batch(inputs, targets, mask), state, 0.0)
+    expected = oracle.train_step(Batch(inputs, targets, mask), oracle_state, 0.0)
     assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)

@@ -14,6 +14,7 @@ from tests.support.problems import (
     TUNED_KERNEL_MODELS,
     VOCABULARY,
     largest_error,
+    new_oracle,
     random_batch,
     random_parameters,
     recipe,
@@ -24,9 +25,11 @@ from tests.support.problems import (
 )
 from tests.support.remote import Backends
 
-from ptbench.backends.contract import Backend, kept_weights, parameter_shapes, state_names
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import KERNELS, Recipe
+from ptbench.backends import FRAMEWORKS
+from ptbench.backends.base import Backend
+from ptbench.backends.oracle import Oracle
+from ptbench.model.parameters import kept_weights, parameter_shapes, state_widths
+from ptbench.model.recipe import Recipe
 
 CASES: dict[str, dict[str, Any]] = {
     f"{name}, {implementation}": {**changes, "implementation": implementation}
@@ -44,7 +47,7 @@ SPARSE_CASES = {name: changes for name, changes in CASES.items() if "kept_weight
 
 def in_framework(changes: dict[str, Any], framework: str) -> Recipe:
     result = recipe(**changes)
-    if result.kernel not in KERNELS[framework]:
+    if result.kernel not in FRAMEWORKS[framework].kernels:
         pytest.skip(f"{framework} has no {result.kernel} kernel")
     return result
 
@@ -54,9 +57,9 @@ def model(request: pytest.FixtureRequest, framework: str) -> Recipe:
     return in_framework(request.param, framework)
 
 
-def pair(backends: Backends, framework: str, model: Recipe) -> tuple[Backend, NumpyOracle]:
+def pair(backends: Backends, framework: str, model: Recipe) -> tuple[Backend, Oracle]:
     """The framework's backend and the oracle, with the same parameters."""
-    backend, oracle = backends.get(framework, model), NumpyOracle(model, VOCABULARY)
+    backend, oracle = backends.get(framework, model), new_oracle(model)
     parameters = random_parameters(model, seed=1)
     backend.load_parameters(parameters)
     oracle.load_parameters(parameters)
@@ -71,11 +74,11 @@ def test_loss_and_every_gradient_are_the_oracle_s(
     oracle_state = oracle.initial_state(BATCH, training=True)
     for seed in range(2):  # from a zero and from a carried state
         batch = random_batch(seed)
-        gradients = backend.gradients(*batch, state)
-        error, name = largest_error(gradients, oracle.gradients(*batch, oracle_state))
+        gradients = backend.gradients(batch, state)
+        error, name = largest_error(gradients, oracle.gradients(batch, oracle_state))
         assert error < 1e-5, name
-        step = backend.train_step(*batch, state, 0.0)
-        expected = oracle.train_step(*batch, oracle_state, 0.0)
+        step = backend.train_step(batch, state, 0.0)
+        expected = oracle.train_step(batch, oracle_state, 0.0)
         assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)
         assert float(step.gradient_norm) == pytest.approx(expected.gradient_norm, rel=1e-5)
         state, oracle_state = step.state, expected.state
@@ -96,7 +99,7 @@ def test_ten_steps_and_the_state_after_them_are_the_oracle_s(
     assert error < 1e-4, name
     actual, expected = backend.snapshot(state), oracle.snapshot(expected_state)
     assert actual.keys() == expected.keys()
-    for name, width in state_names(model).items():
+    for name, width in state_widths(model).items():
         assert actual[name].shape == (BATCH, width)
         assert relative_error(actual[name], expected[name]) < 1e-4, name
 
@@ -123,8 +126,8 @@ def test_evaluation_and_the_probabilities_of_next_words_are_the_oracle_s(
     state = backend.initial_state(BATCH, training=False)
     oracle_state = oracle.initial_state(BATCH, training=False)
     for _ in range(2):
-        step = backend.evaluate_step(*batch, state)
-        expected = oracle.evaluate_step(*batch, oracle_state)
+        step = backend.evaluate_step(batch, state)
+        expected = oracle.evaluate_step(batch, oracle_state)
         assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)
         log_p, after = backend.next_token_log_probabilities(batch.inputs, state)
         expected_log_p, _ = oracle.next_token_log_probabilities(batch.inputs, oracle_state)
@@ -142,7 +145,7 @@ def test_weights_that_are_left_out_stay_zero(
     assert kept
     backend, _ = pair(backends, framework, model)
     state = backend.initial_state(BATCH, training=True)
-    gradients = backend.gradients(*random_batch(0), state)
+    gradients = backend.gradients(random_batch(0), state)
     train(backend, uneven_batches(3), [model.learning_rate] * 3)
     trained = backend.parameters()
     for name, mask in kept.items():

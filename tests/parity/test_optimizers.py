@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from tests.support.problems import (
     IMPLEMENTATIONS,
-    VOCABULARY,
     largest_error,
     moved,
+    new_oracle,
     random_parameters,
     recipe,
     relative_error,
@@ -17,9 +19,7 @@ from tests.support.problems import (
 )
 from tests.support.remote import Backends
 
-from ptbench.backends.contract import slot_names
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 # An epsilon of the size of gradients tells where it is added; betas and decay are not the defaults,
 # nor so near to one that the last moments alone count.
@@ -56,7 +56,7 @@ def test_ten_steps_with_a_changing_rate_are_the_oracle_s(
     rates = [recipe.learning_rate / 2 * 0.9**step for step in range(len(batches))]
     initial = random_parameters(recipe, seed=1)
     backend = backends.get(framework, recipe, devices)
-    oracle = NumpyOracle(recipe, VOCABULARY)
+    oracle = new_oracle(recipe)
     backend.load_parameters(initial)
     oracle.load_parameters(initial)
     nll, norms, state = train(backend, batches, rates)
@@ -70,7 +70,7 @@ def test_ten_steps_with_a_changing_rate_are_the_oracle_s(
     error, name = largest_error(moved(backend.parameters(), initial), moved(oracle.p, initial))
     assert error < tolerance, name
     actual, expected = backend.snapshot(state), oracle.snapshot(expected_state)
-    for slot, name in slot_names(recipe, VOCABULARY):
+    for slot, name in itertools.product(oracle.slots, oracle.shapes):
         key = f"optimizer.{slot}.{name}"
         assert relative_error(actual[key], expected[key]) < tolerance, key
     assert np.array_equal(actual["step"], len(batches))

@@ -14,7 +14,7 @@ from tests.support.problems import (
 )
 from tests.support.remote import Backends
 
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 both_objectives = pytest.mark.parametrize(
     "recipe", [SUM, MEAN], ids=lambda recipe: recipe.objective
@@ -31,8 +31,8 @@ def test_loss_and_gradients_are_those_of_the_whole_batch_whatever_each_replica_s
         backend.load_parameters(random_parameters(recipe, seed=1))
         state = backend.initial_state(BATCH, training=True)
         for batch in uneven_batches(3):
-            gradients = backend.gradients(*batch, state)
-            step = backend.train_step(*batch, state, 0.0)
+            gradients = backend.gradients(batch, state)
+            step = backend.train_step(batch, state, 0.0)
             state = step.state
             results.append((float(step.nll), float(step.gradient_norm), gradients))
     for expected, actual in zip(results[:3], results[3:], strict=True):

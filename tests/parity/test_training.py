@@ -14,15 +14,15 @@ from tests.support.problems import (
     VOCABULARY,
     largest_error,
     moved,
+    new_oracle,
     same,
     train,
 )
 from tests.support.remote import Backends, probe
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import ParallelStreams
-from ptbench.training.initialization import draw_parameters
+from ptbench.model.initialization import initial_parameters
+from ptbench.model.recipe import Recipe
 
 STEPS = 10
 # Each step moves the parameters by 0.5 or so at first: the clip norm times the rate.
@@ -33,7 +33,7 @@ def test_the_shared_draw_is_the_same_in_every_environment(
     backends: Backends, framework: str
 ) -> None:
     backend = backends.get(framework, SUM)
-    expected = draw_parameters(SUM, VOCABULARY, seed=7)
+    expected = initial_parameters(SUM, VOCABULARY, seed=7)
     assert same(probe(probes.shared_parameters, backend, 7), expected)
 
 
@@ -50,8 +50,8 @@ def test_ten_steps_of_sgd_with_a_changing_rate_are_the_oracle_s(
     assert len(batches) == STEPS
     assert not batches[-1].mask.all()
     rates = [RATES[recipe] * 0.9**step for step in range(STEPS)]
-    backend, oracle = backends.get(framework, recipe), NumpyOracle(recipe, VOCABULARY)
-    initial = draw_parameters(recipe, VOCABULARY, seed=1)
+    backend, oracle = backends.get(framework, recipe), new_oracle(recipe)
+    initial = initial_parameters(recipe, VOCABULARY, seed=1)
     backend.load_parameters(initial)
     oracle.load_parameters(initial)
     nll, norms, _ = train(backend, batches, rates)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from tests.support.problems import VOCABULARY
 
-from ptbench.backends.contract import Parameters
-from ptbench.configuration.corpora import FolderCorpus
-from ptbench.configuration.models import Recipe, Specification
+from ptbench.configuration.specification import Specification
+from ptbench.corpus.definitions import FolderCorpus
 from ptbench.corpus.prepare import prepare
 from ptbench.corpus.store import open_corpus
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Recipe
 from ptbench.training.checkpoints import write_arrays
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ptbench.analysis.plan import ExperimentPlan
-from ptbench.configuration.models import FRAMEWORKS, Cell
+from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.specification import Cell
 from ptbench.training.records import (
     Epoch,
     Metrics,

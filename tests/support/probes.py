@@ -7,26 +7,45 @@ results are numbers, arrays, lists and mappings of them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ptbench.backends.contract import Backend, Parameters
-from ptbench.configuration.corpora import Split
-from ptbench.configuration.models import Cell
-from ptbench.corpus.batching import ParallelStreams
+from ptbench.backends.base import Backend
+from ptbench.configuration.specification import Cell
+from ptbench.corpus.batching import Batch, ParallelStreams
+from ptbench.corpus.definitions import Split
 from ptbench.corpus.store import open_corpus
-from ptbench.measurement.clocks import Clocks
+from ptbench.model.initialization import initial_parameters
+from ptbench.model.parameters import Parameters
 from ptbench.training import cell, inference
-from ptbench.training.initialization import draw_parameters
+from ptbench.training.clocks import Clocks
 from ptbench.training.loop import evaluate, train
 
 
 def shared_parameters(backend: Backend, seed: int) -> Parameters:
     """The shared initial draw as this environment's NumPy makes it."""
-    return draw_parameters(backend.recipe, backend.vocabulary_size, seed)
+    return initial_parameters(backend.recipe, backend.setup.vocabulary_size, seed)
+
+
+def missing_names(backend: Backend, names: list[str], package: str) -> list[str]:  # noqa: ARG001
+    """Return those dotted names that cannot be found, relative to a package or absolute."""
+    return [name for name in names if not exists(f"{package}.{name}".lstrip("."))]
+
+
+def exists(name: str) -> bool:
+    """Return whether a dotted name is a module, or an attribute of one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ImportError:
+            continue
+        return all((found := getattr(found, part, None)) is not None for part in parts[count:])
+    return False
 
 
 def evaluate_split(
@@ -50,7 +69,7 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
     checkpoint = inference.read_checkpoint(Path(path))
     corpus = inference.open_corpus_of(checkpoint)
     with contextlib.closing(
-        inference.build(checkpoint, backend.name, threads=backend.threads)
+        inference.build(checkpoint, backend.name, threads=backend.setup.threads)
     ) as model:
         return inference.evaluate_split(model, corpus, cast("Split", split)).model_dump()
 
@@ -73,7 +92,7 @@ def nlls_of_runs(
     nlls = []
     for seed in seeds:
         name = Cell(variant=given.variant, framework=backend.name, devices=1, seed=seed)
-        model = cell.create_backend(name, specified, opened.vocabulary_size, backend.threads)
+        model = cell.create_backend(name, specified, opened.vocabulary_size, backend.setup.threads)
         with contextlib.closing(model):
             run = train(model, recipe, splits, Clocks(model.synchronize), lambda _: None)
         assert run.test is not None
@@ -105,7 +124,7 @@ def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
 def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: float) -> Parameters:
     """A copy of the parameters, read again once a step has changed the parameters."""
     copy = backend.parameters()
-    backend.train_step(*batch, backend.initial_state(batch[0].shape[1], True), learning_rate)
+    backend.train_step(batch, backend.initial_state(batch[0].shape[1], True), learning_rate)
     backend.synchronize()
     return copy
 
@@ -125,14 +144,14 @@ def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> 
     """A snapshot when it was taken, and again after training from it, twice, with each nll."""
     state = backend.initial_state(batches[0][0].shape[1], training=True)
     for batch in batches:
-        state = backend.train_step(*batch, state, learning_rate).state
+        state = backend.train_step(batch, state, learning_rate).state
     snapshot = {name: aligned(array) for name, array in backend.snapshot(state).items()}
     before = {name: array.copy() for name, array in snapshot.items()}
     nll = []
     for _ in range(2):
         state = backend.restore(snapshot)
         for batch in batches:
-            step = backend.train_step(*batch, state, learning_rate)
+            step = backend.train_step(batch, state, learning_rate)
             state = step.state
         nll.append(float(step.nll))
     return [before, snapshot, nll]
@@ -145,7 +164,7 @@ def train_from_one_buffer(backend: Backend, batches: Any, learning_rate: float) 
     for batch in batches:
         for array, content in zip(buffer, batch, strict=True):
             array[:] = content
-        step = backend.train_step(*buffer, state, learning_rate)
+        step = backend.train_step(Batch(*buffer), state, learning_rate)
         for array in buffer:
             array[:] = 0
         state = step.state
@@ -160,7 +179,7 @@ def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
     for batch in batches:
         for array, content in zip(buffer, batch, strict=True):
             array[:] = content
-        step = backend.evaluate_step(*buffer, state)
+        step = backend.evaluate_step(Batch(*buffer), state)
         for array in buffer:
             array[:] = 0
         state = step.state

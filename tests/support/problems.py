@@ -1,20 +1,22 @@
 """The small models and batches that the suites test with.
 
 There are few, and all batches for training have one shape, because some frameworks compile anew
-for each recipe and shape. The models start by their framework's own draw (`native`), so that it
-is tested too; tests that compare frameworks load `draw_parameters`.
+for each recipe and shape.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ptbench.backends.contract import Backend, Parameters, State, parameter_shapes
-from ptbench.configuration.models import Recipe
+from ptbench.backends.base import Backend, Setup, State
+from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import Batch
+from ptbench.model.initialization import initial_parameters
+from ptbench.model.parameters import Parameters, parameter_shapes
+from ptbench.model.recipe import Recipe
 
 VOCABULARY = 40  # more than TIME * BATCH, so that a batch can have every word once
 TIME, BATCH = 5, 4
@@ -29,7 +31,6 @@ def recipe(**changes: Any) -> Recipe:
         "hidden_size": 16,
         "layers": 2,
         "forget_bias": 0.5,
-        "initialization": "native",
         "initialization_scale": 0.5,
         "clip_norm": 0.5,  # below every norm that occurs with sum_over_time
     }
@@ -112,6 +113,22 @@ TUNED_KERNEL_MODELS = (
 IMPLEMENTATIONS = ("stock", "tuned")
 
 
+AnOracle = TypeVar("AnOracle", bound=Oracle)
+
+
+def new_oracle(
+    recipe: Recipe,
+    devices: int = 1,
+    seed: int = 0,
+    vocabulary_size: int = VOCABULARY,
+    kind: type[AnOracle] = Oracle,  # type: ignore[assignment]
+) -> AnOracle:
+    """Return the oracle, or one of a kind of its own, with the usual initial parameters."""
+    made = kind(Setup(recipe, vocabulary_size, devices, seed))
+    made.load_parameters(initial_parameters(recipe, vocabulary_size, seed))
+    return made
+
+
 def random_batch(seed: int, padding: float = 0.3) -> Batch:
     """Random words, some of them more than once, a share of them masked."""
     rng = np.random.default_rng(seed)
@@ -166,9 +183,12 @@ def train(
     """
     if state is None:
         state = backend.initial_state(BATCH, training=True)
+    backend.average_from = None
     nll, norms = [], []
     for index, (batch, rate) in enumerate(zip(batches, rates, strict=True)):
-        step = backend.train_step(*batch, state, rate, max(index - 1, 1))
+        if index == 2:
+            backend.average_from = backend.step
+        step = backend.train_step(batch, state, rate)
         state = step.state
         nll.append(float(step.nll))
         norms.append(float(step.gradient_norm))

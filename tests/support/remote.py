@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import probes, wire
-from tests.support.problems import VOCABULARY
+from tests.support.problems import VOCABULARY, new_oracle
 
 from ptbench import environments
 from ptbench import errors as ptbench_errors
-from ptbench.backends.contract import Backend, EvaluateStep, Parameters, State, TrainStep
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.corpus.batching import Batch
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Accelerator, Recipe
 
 ROOT = Path(__file__).parents[2]
 THREADS = 2
@@ -112,6 +113,14 @@ class RemoteBackend(Backend):
     def step(self) -> int:  # type: ignore[override]
         return self._ask("attribute", "step")
 
+    @property
+    def average_from(self) -> int | None:  # type: ignore[override]
+        return self._ask("attribute", "average_from")
+
+    @average_from.setter
+    def average_from(self, step: int | None) -> None:
+        self._ask("set", "average_from", step)
+
     def parameters(self) -> Parameters:
         return self._ask("parameters")
 
@@ -121,14 +130,16 @@ class RemoteBackend(Backend):
     def initial_state(self, batch_size: int, training: bool) -> State:
         return self._ask("initial_state", batch_size, training)
 
-    def gradients(self, inputs: Any, targets: Any, mask: Any, state: State) -> Parameters:
-        return self._ask("gradients", inputs, targets, mask, state)
+    def gradients(self, batch: Batch, state: State) -> Parameters:
+        return self._ask("gradients", batch, state)
 
-    def train_step(self, *arguments: Any) -> TrainStep:
-        return TrainStep(*self._ask("train_step", *arguments))
+    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+        return TrainStep(*self._ask("train_step", batch, state, learning_rate))
 
-    def evaluate_step(self, inputs: Any, targets: Any, mask: Any, state: State) -> EvaluateStep:
-        return EvaluateStep(*self._ask("evaluate_step", inputs, targets, mask, state))
+    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+        return EvaluateStep(*self._ask("evaluate_step", batch, state))
+
+    read = write = read_state = make_state = read_gradients = None  # type: ignore[assignment]
 
     def next_token_log_probabilities(self, inputs: Any, state: State) -> tuple[Any, State]:
         log_probabilities, state = self._ask("next_token_log_probabilities", inputs, state)
@@ -189,7 +200,7 @@ class Backends:
     def new(self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0) -> Backend:
         """A backend as its constructor leaves it."""
         if framework == "numpy":
-            return NumpyOracle(recipe, VOCABULARY, devices=devices, seed=seed)
+            return new_oracle(recipe, devices, seed)
         if (framework, devices) not in self.workers:
             self.workers[framework, devices] = self.start(framework)
         worker = self.workers[framework, devices]

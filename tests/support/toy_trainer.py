@@ -14,16 +14,18 @@ import subprocess
 import time
 from typing import Any
 
+from tests.support.problems import new_oracle
+
 from ptbench import cli
-from ptbench.backends.contract import Backend, TrainStep
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Cell, Specification
+from ptbench.backends.base import Backend, TrainStep
+from ptbench.backends.oracle import Oracle
+from ptbench.configuration.specification import Cell, Specification
 from ptbench.training import cell as trainer
 from ptbench.training import signals
 from ptbench.training.signals import end_children
 
 
-class Toy(NumpyOracle):
+class Toy(Oracle):
     """The oracle, slower, and as unreliable as asked for."""
 
     steps_here = 0
@@ -51,7 +53,7 @@ def create_backend(
     # As a replica: a process that must not end before this one, and does once this one has.
     subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     time.sleep(float(os.environ.get("TOY_START", "0")))
-    return Toy(specification.recipe, vocabulary_size, devices=cell.devices, seed=cell.seed)
+    return new_oracle(specification.recipe, cell.devices, cell.seed, vocabulary_size, Toy)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import IO, Any
 
 from tests.support import probes, wire
 
-from ptbench.backends.contract import Backend
-from ptbench.backends.registry import backend_class
-from ptbench.configuration.models import Recipe
+from ptbench import backends
+from ptbench.backends.base import Backend, Setup
+from ptbench.corpus.batching import Batch
+from ptbench.model.recipe import Recipe
 
 
 class Objects:
@@ -44,10 +45,16 @@ class Objects:
         if action == "attribute":
             backend, name = values
             return getattr(backend, name)
+        if action == "set":
+            backend, name, value = values
+            return setattr(backend, name, value)
         return self.call(action, *values)
 
     def call(self, method: str, backend: Backend, *arguments: Any) -> Any:
         """Call a method of the contract; states stay here and scalars are waited for."""
+        if method in ("gradients", "train_step", "evaluate_step"):
+            batch, *rest = arguments
+            arguments = Batch(*batch), *rest
         result = getattr(backend, method)(*arguments)
         if method in ("initial_state", "restore"):
             return self.keep(result)
@@ -70,14 +77,9 @@ def create(
     threads: int,
 ) -> Backend:
     """The framework's backend for a recipe given as JSON."""
-    return backend_class(framework, threads)(
-        Recipe.model_validate_json(recipe),
-        vocabulary_size,
-        devices=devices,
-        seed=seed,
-        accelerator=accelerator,  # type: ignore[arg-type]
-        threads=threads,
-    )
+    given = Recipe.model_validate_json(recipe)
+    setup = Setup(given, vocabulary_size, devices, seed, accelerator, threads)  # type: ignore[arg-type]
+    return backends.create(framework, setup)
 
 
 def answer(objects: Objects, request: list[Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.support.fake_results import metrics
 
-from ptbench.configuration.models import Cell
+from ptbench.configuration.specification import Cell
 from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.training import attempts, holders
 from ptbench.training.attempts import Attempt, Failure, failures, look, reason_of

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ptbench.configuration.models import Recipe
 from ptbench.errors import PtbenchError
 from ptbench.measurement.benchmark import (
     MODELS,
@@ -18,7 +17,8 @@ from ptbench.measurement.benchmark import (
     all_competitors,
     run_benchmark,
 )
-from ptbench.measurement.products import Product, bound, flops_per_token, training_products
+from ptbench.model.recipe import Recipe
+from ptbench.model.work import Product, bound, flops_per_token, training_products
 
 TINY = Recipe(batch_size=2, sequence_length=3, embedding_size=4, hidden_size=5, layers=1)
 
@@ -104,7 +104,7 @@ def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_
 
 
 def test_a_worker_measures_products(tmp_path: Path) -> None:
-    task = {"kind": "products", "class": "ptbench.measurement.products:NumpyProducts", "threads": 1}
+    task = {"kind": "products", "class": "ptbench.model.work:NumpyProducts", "threads": 1}
     with Worker(Path(sys.executable), task, tmp_path / "log") as worker:
         worker.answer()
         rate = worker.ask(product=Product(64, 64, 64), seconds=0.05)

@@ -21,17 +21,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.problems import new_oracle
 from tests.unit.test_loop import SIZES, VOCABULARY, text
 
-from ptbench.backends.contract import EvaluateStep, TrainStep
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
+from ptbench.backends.base import EvaluateStep, TrainStep
+from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import ParallelStreams, Sentences, Windows
 from ptbench.errors import InterruptionError, PtbenchError
-from ptbench.measurement.clocks import Clocks
+from ptbench.model.recipe import Recipe
 from ptbench.training import checkpoints as module
 from ptbench.training import loop
 from ptbench.training.checkpoints import Checkpoints, Header, Identity, read_arrays, to_json
+from ptbench.training.clocks import Clocks
 from ptbench.training.loop import Run, Splits, Sums, train
 from ptbench.training.records import Epoch
 from ptbench.training.schedules import averages_since
@@ -77,7 +78,7 @@ class KilledError(BaseException):
     """What nothing catches, as nothing catches SIGKILL."""
 
 
-class Mortal(NumpyOracle):
+class Mortal(Oracle):
     """The oracle, in a process that dies after so many steps of any kind."""
 
     life = math.inf
@@ -100,7 +101,7 @@ def attempt(
     recipe: Recipe, folder: Path | None, life: float = math.inf, minutes: float = 0.0, **keep: Any
 ) -> Run:
     """One process's try at the run."""
-    backend = Mortal(recipe, VOCABULARY, seed=3)
+    backend = new_oracle(recipe, 1, 3, VOCABULARY, Mortal)
     backend.life = life
     if folder is None:
         return train(backend, recipe, splits(recipe), Clocks(), lambda _: None)
@@ -336,7 +337,7 @@ def test_a_run_told_to_end_has_saved_every_step_it_took(
             nonlocal taken
             taken += 1
 
-    backend, clocks = Counts(recipe, VOCABULARY, seed=3), Clocks()
+    backend, clocks = new_oracle(recipe, 1, 3, VOCABULARY, Counts), Clocks()
 
     class Told(Signals):
         def __init__(self) -> None:  # real ones are for a process of their own
@@ -376,7 +377,7 @@ def test_lost_time_is_not_counted_and_kept_time_is(tmp_path: Path) -> None:
             if saved.run.sums:
                 seen.append(dataclasses.replace(saved.run.sums))
 
-    backend = NumpyOracle(recipe, VOCABULARY, seed=3)
+    backend = new_oracle(recipe, seed=3, vocabulary_size=VOCABULARY)
     resumed = Checkpoints(tmp_path, IDENTITY, dict).latest(
         lambda: backend.snapshot(backend.initial_state(4, True))
     )

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.sentences import assert_no_frames
 
-from ptbench.backends.contract import kept_count, parameter_count, parameter_shapes
 from ptbench.configuration import loading
-from ptbench.configuration.corpora import SPLITS
 from ptbench.configuration.loading import load_experiments, load_study
-from ptbench.configuration.models import Recipe, Specification, parse_cell_path, variant_name
 from ptbench.configuration.schemas import schemas
+from ptbench.configuration.specification import Specification, parse_cell_path, variant_name
+from ptbench.corpus.definitions import SPLITS
 from ptbench.errors import ConfigurationError
+from ptbench.model.parameters import kept_count, parameter_count, parameter_shapes
+from ptbench.model.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,19 +114,15 @@ BAD_RECIPES: list[tuple[str, str]] = [
     ("clip_norm: 0", r"own.yaml: r: clip_norm: 0 .*greater than 0"),
     ("clip_norm: .inf", r"own.yaml: r: clip_norm: Infinity is not allowed: .*finite"),
     ("learning_rate: .nan", r"own.yaml: r: learning_rate: NaN"),
-    ("cell: lsmt", r"own.yaml: r: cell: \"lsmt\" .*'lstm'"),
+    ("rnn: lsmt", r"own.yaml: r: rnn: \"lsmt\" .*'lstm'"),
     ("objective: mean", r"own.yaml: r: objective: \"mean\" .*'sum_over_time'"),
     ("{constant_epochs: 9, epochs: 3}", r"own.yaml: r: constant_epochs=9 must not exceed epochs=3"),
-    ("{kernel: block, cell: gru}", r"own.yaml: r: kernel=block is for rnn=lstm, not gru"),
+    ("{kernel: block, rnn: gru}", r"own.yaml: r: kernel=block is for rnn=lstm, not gru"),
     ("kernel: sparse", r"own.yaml: r: kernel=sparse needs kept_weights below 1"),
     ("kept_weights: 0", r"own.yaml: r: kept_weights: 0 .*greater than 0"),
     ("{tie_weights: true, output_rank: 8}", r"own.yaml: r: tie_weights and output_rank exclude"),
     (
-        "initialization_scheme: framework_defaults",
-        r"own.yaml: r: initialization_scheme=framework_defaults needs initialization=native",
-    ),
-    (
-        "{initialization_scheme: framework_defaults, initialization: native, forget_bias: 1}",
+        "{initialization: pytorch, forget_bias: 1}",
         r"own.yaml: r: .* forget_bias must be 0",
     ),
     (

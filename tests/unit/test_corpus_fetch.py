@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from ptbench.configuration.corpora import SPLITS, DownloadedCorpus, FolderCorpus
 from ptbench.corpus import CorpusError
+from ptbench.corpus.definitions import SPLITS, DownloadedCorpus, FolderCorpus
 from ptbench.corpus.fetch import fetch
 
 # Longer than a read, so that a body can break off in the middle.

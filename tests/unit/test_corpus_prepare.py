@@ -16,12 +16,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbench.configuration.corpora import CORPUS_DEFINITION, CorpusDefinition, FolderCorpus
-from ptbench.configuration.models import TokenSource
 from ptbench.corpus import CorpusError
+from ptbench.corpus.definitions import CORPUS_DEFINITION, CorpusDefinition, FolderCorpus
 from ptbench.corpus.prepare import first_lines, prepare
 from ptbench.corpus.sources import Integers, Source
 from ptbench.corpus.store import open_corpus, read_vocabulary
+from ptbench.model.recipe import TokenSource
 
 ROOT = Path(__file__).parents[2]
 PTB = ROOT.parent / "shared" / "data" / "ptb"

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ptbench.configuration.corpora import CORPUS_DEFINITION, HighRankCorpus, MarkovCorpus
 from ptbench.corpus import synthetic
+from ptbench.corpus.definitions import CORPUS_DEFINITION, HighRankCorpus, MarkovCorpus
 from ptbench.corpus.synthetic import Process, Sample
 from ptbench.corpus.vocabulary import tokenize
 

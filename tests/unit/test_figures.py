@@ -14,7 +14,7 @@ from tests.support.fake_results import plan, write_corpus, write_results
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import FigureFile, analyse
-from ptbench.configuration.models import FRAMEWORKS
+from ptbench.backends import FRAMEWORKS
 from ptbench.report.figures import clock_parts, spread, write_figures
 from ptbench.report.palette import (
     DARK_BACKGROUND,

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tests.support.checkpoints import save_model, small_corpus
-from tests.support.problems import VOCABULARY, random_parameters, recipe
+from tests.support.problems import VOCABULARY, new_oracle, random_parameters, recipe
 from tests.support.sentences import assert_no_frames
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Cell, Recipe, Specification
+from ptbench.backends.oracle import Oracle
+from ptbench.configuration.specification import Cell, Specification
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Recipe
 from ptbench.training import inference
 from ptbench.training.cell import Paths, run_cell
 from ptbench.training.checkpoints import write_arrays
@@ -48,9 +49,9 @@ def corpus(results: Path) -> Corpus:
     return open_corpus(results / "corpora/small")
 
 
-def model(changes: dict[str, Any], parameters_of: Recipe = SMALL) -> NumpyOracle:
+def model(changes: dict[str, Any], parameters_of: Recipe = SMALL) -> Oracle:
     """The oracle with the parameters of the model on disk."""
-    backend = NumpyOracle(recipe(**SMALL.model_dump() | changes), VOCABULARY)
+    backend = new_oracle(recipe(**SMALL.model_dump() | changes))
     backend.load_parameters(random_parameters(parameters_of, seed=1))
     return backend
 
@@ -65,8 +66,8 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
 ) -> None:
     """Through the files alone: the corpus is found beside the checkpoints."""
 
-    def create(cell: Cell, specification: Specification, size: int, _: int) -> NumpyOracle:
-        return NumpyOracle(specification.recipe, size, seed=cell.seed)
+    def create(cell: Cell, specification: Specification, size: int, _: int) -> Oracle:
+        return new_oracle(specification.recipe, seed=cell.seed, vocabulary_size=size)
 
     monkeypatch.setattr("ptbench.training.cell.create_backend", create)
     trained = recipe(
@@ -159,12 +160,12 @@ def test_each_sentence_is_drawn_from_a_zero_state_if_it_was_trained_so(
 ) -> None:
     seen: list[tuple[int, bool]] = []
 
-    class Recorder(NumpyOracle):
+    class Recorder(Oracle):
         def next_token_log_probabilities(self, inputs: Any, state: Any) -> Any:
             seen.append((int(inputs[0, 0]), not any(part.any() for part in state.values())))
             return super().next_token_log_probabilities(inputs, state)
 
-    backend = Recorder(recipe(**SMALL.model_dump() | {"feeding": feeding}), VOCABULARY)
+    backend = new_oracle(recipe(**SMALL.model_dump() | {"feeding": feeding}), kind=Recorder)
     inference.sample(backend, corpus, 300)
     begins = [word == corpus.end_of_sentence for word, _ in seen]
     assert sum(begins) > 1

@@ -8,21 +8,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from tests.support.problems import same
+from tests.support.problems import new_oracle, same
 
-from ptbench.backends.contract import Parameters, State, Tokens, TrainStep
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.models import Recipe
+from ptbench.backends.base import Setup, State, TrainStep
+from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import ParallelStreams, Prefetched, Sentences, Windows
-from ptbench.measurement.clocks import Clocks
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Recipe
+from ptbench.training.clocks import Clocks
 from ptbench.training.loop import Progress, Run, Splits, evaluate, train
 
 VOCABULARY = 9
 SIZES = {"layers": 1, "embedding_size": 5, "hidden_size": 5, "constant_epochs": 1}
 
 
-def text(length: int, seed: int) -> Tokens:
+def text(length: int, seed: int) -> npt.NDArray[np.int64]:
     """Tokens with something to learn: each is mostly the successor of the one before."""
     rng = np.random.default_rng(seed)
     jump = rng.random(length) < 0.2
@@ -33,25 +35,25 @@ def splits() -> Splits:
     return Splits(*(ParallelStreams(text(n, n), 4, 6) for n in (300, 90, 80)))
 
 
-class Recorder(NumpyOracle):
+class Recorder(Oracle):
     """The oracle, and what was asked of it."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.loaded: list[Parameters] = []
         self.states: list[State] = []
-        super().__init__(*arguments, **keywords)
+        super().__init__(setup)
 
     def load_parameters(self, parameters: Any) -> None:
         self.loaded.append(dict(parameters))
         super().load_parameters(parameters)
 
     def train_step(self, *arguments: Any) -> TrainStep:
-        self.states.append(arguments[3])
+        self.states.append(arguments[1])
         return super().train_step(*arguments)
 
 
 def run(recipe: Recipe, on: Splits | None = None) -> tuple[Run, Recorder, list[Progress]]:
-    backend = Recorder(recipe, VOCABULARY, seed=3)
+    backend = new_oracle(recipe, 1, 3, VOCABULARY, Recorder)
     seen: list[Progress] = []
     return train(backend, recipe, on or splits(), Clocks(), seen.append), backend, seen
 
@@ -85,7 +87,7 @@ def test_rolling_back_trains_on_from_the_best_parameters() -> None:
     before = [epoch.valid_nll for epoch in result.history[:4]]
     assert min(before) < before[-1], "the rate should be too high to end at the best"
     rolled_back = backend.loaded[1]  # the first load is the initial draw
-    probe = NumpyOracle(recipe, VOCABULARY, seed=3)
+    probe = new_oracle(recipe, seed=3, vocabulary_size=VOCABULARY)
     probe.load_parameters(rolled_back)
     score, _ = evaluate(probe, splits().valid, Clocks())
     assert score.nll == pytest.approx(min(before), rel=1e-6)
@@ -107,13 +109,13 @@ def test_averaged_parameters_are_scored_and_kept_and_training_goes_on_from_its_o
     # The mean is of all steps since the beginning, over the borders of epochs.
     passed: list[Any] = []
 
-    class Watched(NumpyOracle):
+    class Watched(Oracle):
         def train_step(self, *arguments: Any) -> TrainStep:
             step = super().train_step(*arguments)
             passed.append(self.p["softmax.bias"].copy())
             return step
 
-    watched = Watched(recipe, VOCABULARY, seed=3)
+    watched = new_oracle(recipe, 1, 3, VOCABULARY, Watched)
     whole = train(watched, recipe, splits(), Clocks(), lambda _: None)
     assert whole.best is not None
     assert whole.best.epoch == 3
@@ -149,7 +151,7 @@ def test_a_loss_above_the_limit_or_not_finite_ends_the_run_as_diverged_with_its_
             return result._replace(nll=float("nan")) if self.step > 20 else result
 
     recipe = Recipe(**SIZES, epochs=3)
-    backend = Breaks(recipe, VOCABULARY, seed=3)
+    backend = new_oracle(recipe, 1, 3, VOCABULARY, Breaks)
     broken = train(backend, recipe, splits(), Clocks(), watch=list[Progress]().append)
     assert broken.diverged == "the training loss of epoch 2 is not finite"
     assert [broken.best] == broken.history
@@ -189,10 +191,16 @@ def test_a_step_of_every_shape_compiles_on_its_own_clock_before_training() -> No
 
     class Compiles(Recorder):
         def train_step(self, *arguments: Any) -> TrainStep:
-            first.setdefault(arguments[0].shape, running[-1])
+            first.setdefault(arguments[0].inputs.shape, running[-1])
             return super().train_step(*arguments)
 
-    train(Compiles(SENTENCES, VOCABULARY), SENTENCES, sentences(), Known(), lambda _: None)
+    train(
+        new_oracle(SENTENCES, 1, 0, VOCABULARY, Compiles),
+        SENTENCES,
+        sentences(),
+        Known(),
+        lambda _: None,
+    )
     assert first == {(8, 4): "compile", (16, 4): "compile", (24, 4): "compile"}
 
 
@@ -222,7 +230,7 @@ def test_a_run_that_fails_or_ends_early_leaves_no_thread_that_prepares_batches()
     ahead = Splits(*(Prefetched(feed, 2) for feed in splits()))
     recipe = Recipe(**SIZES, epochs=1)
     with pytest.raises(RuntimeError, match="the step failed"):
-        train(Breaks(recipe, VOCABULARY), recipe, ahead, Clocks(), lambda _: None)
+        train(new_oracle(recipe, 1, 0, VOCABULARY, Breaks), recipe, ahead, Clocks(), lambda _: None)
     assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []
     run(recipe, ahead)
     assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []

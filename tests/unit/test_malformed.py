@@ -31,7 +31,8 @@ from tests.unit.test_configuration import (
 from ptbench.analysis.collect import OUTDATED
 from ptbench.cli import main
 from ptbench.configuration.loading import load_study, read_study
-from ptbench.configuration.models import Recipe, Specification
+from ptbench.configuration.specification import Specification
+from ptbench.model.recipe import Recipe
 
 Files = dict[str, bytes]
 

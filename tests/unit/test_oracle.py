@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.problems import new_oracle
 
-from ptbench.backends.contract import objective_divisor
-from ptbench.backends.numpy_oracle import Gru, Layer, Lstm, NumpyOracle, log_softmax, sigmoid
-from ptbench.configuration.models import Recipe
+from ptbench.backends.oracle import Gru, Layer, Lstm, Oracle, log_softmax, sigmoid
 from ptbench.corpus.batching import Batch
+from ptbench.model.recipe import Recipe
 
 VOCABULARY, TIME, BATCH = 5, 3, 2
 
 
-def oracle_with(**changes: Any) -> NumpyOracle:
+def oracle_with(**changes: Any) -> Oracle:
     small = {"layers": 2, "embedding_size": 3, "hidden_size": 4, "initialization_scale": 0.5}
-    oracle = NumpyOracle(Recipe.model_validate(small | changes), VOCABULARY, seed=1)
+    oracle = new_oracle(Recipe.model_validate(small | changes), seed=1, vocabulary_size=VOCABULARY)
     rng = np.random.default_rng(2)
     oracle.load_parameters({name: rng.uniform(-1, 1, p.shape) for name, p in oracle.p.items()})
     return oracle
 
 
-def random_state(oracle: NumpyOracle) -> dict[str, Any]:
+def random_state(oracle: Oracle) -> dict[str, Any]:
     rng = np.random.default_rng(4)
     zero = oracle.initial_state(BATCH, True)
     return {name: rng.uniform(-1, 1, array.shape) for name, array in zero.items()}
@@ -75,7 +75,7 @@ def batch_of(steps: int, seed: int = 3) -> Batch:
     return Batch(inputs, targets, mask)
 
 
-def penalties(oracle: NumpyOracle, batch: Batch, state: dict[str, Any]) -> float:
+def penalties(oracle: Oracle, batch: Batch, state: dict[str, Any]) -> float:
     """The activation regularisations, summed over real tokens, by their definition."""
     recipe = oracle.recipe
     masks = oracle.dropout_masks(*batch.inputs.shape) if recipe.drops else oracle.no_masks
@@ -94,8 +94,8 @@ def penalties(oracle: NumpyOracle, batch: Batch, state: dict[str, Any]) -> float
 def test_gradients_are_the_objective_s_central_differences(changes: dict[str, Any]) -> None:
     oracle, batch = oracle_with(**changes), batch_of(TIME)
     state = random_state(oracle)
-    divisor = objective_divisor(oracle.recipe, batch.mask)
-    _, gradients, _ = oracle.loss_and_gradients(*batch, state)
+    divisor = oracle.objective_divisor(batch)
+    _, gradients, _ = oracle.loss_and_gradients(batch, state)
     # Rounding costs about epsilon / h, truncation h^2 / 6 times the third derivative, so the cube
     # root of epsilon is nearly the best h; ten is for the operations that round.
     epsilon = np.finfo(np.float64).eps
@@ -104,7 +104,7 @@ def test_gradients_are_the_objective_s_central_differences(changes: dict[str, An
     def objective_at(array: Any, index: tuple[int, ...], value: float) -> float:
         before = array[index]
         array[index] = value
-        nll, _, _ = oracle.loss_and_gradients(*batch, state)
+        nll, _, _ = oracle.loss_and_gradients(batch, state)
         total = nll + penalties(oracle, batch, state)
         array[index] = before
         return total / divisor
@@ -168,17 +168,17 @@ def test_log_softmax_is_the_logarithm_of_a_distribution() -> None:
 
 def test_a_uniform_model_loses_log_vocabulary_nats_for_each_token() -> None:
     oracle, batch = oracle_with(), batch_of(TIME)
-    oracle.p = {name: np.zeros_like(p) for name, p in oracle.p.items()}
-    nll = oracle.evaluate_step(*batch, oracle.initial_state(BATCH, False)).nll
+    oracle.load_parameters({name: np.zeros_like(p) for name, p in oracle.p.items()})
+    nll = oracle.evaluate_step(batch, oracle.initial_state(BATCH, False)).nll
     assert nll == pytest.approx(batch.mask.sum() * math.log(VOCABULARY), rel=1e-14)
 
 
 def test_two_windows_with_carried_state_are_one_window_of_both() -> None:
-    oracle, (inputs, targets, mask) = oracle_with(), batch_of(2 * TIME)
+    oracle, batch = oracle_with(), batch_of(2 * TIME)
     start = oracle.initial_state(BATCH, False)
-    whole = oracle.evaluate_step(inputs, targets, mask, start)
-    first = oracle.evaluate_step(inputs[:TIME], targets[:TIME], mask[:TIME], start)
-    second = oracle.evaluate_step(inputs[TIME:], targets[TIME:], mask[TIME:], first.state)
+    whole = oracle.evaluate_step(batch, start)
+    first = oracle.evaluate_step(Batch(*(array[:TIME] for array in batch)), start)
+    second = oracle.evaluate_step(Batch(*(array[TIME:] for array in batch)), first.state)
     assert first.nll + second.nll == pytest.approx(whole.nll, rel=1e-14)
     for name, array in whole.state.items():
         np.testing.assert_allclose(second.state[name], array, rtol=1e-14)
@@ -191,7 +191,7 @@ def test_evaluation_adds_up_the_log_probabilities_of_the_targets() -> None:
     expected = -sum(
         mask[t, b] * float(log_p[t, b, targets[t, b]]) for t, b in np.ndindex(TIME, BATCH)
     )
-    assert oracle.evaluate_step(inputs, targets, mask, state).nll == pytest.approx(expected)
+    assert oracle.evaluate_step(Batch(inputs, targets, mask), state).nll == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01, 1000.0])
@@ -201,9 +201,9 @@ def test_a_step_goes_against_the_gradient_and_no_further_than_the_clip_norm_allo
     oracle, batch, rate = oracle_with(clip_norm=clip_norm), batch_of(TIME), 0.1
     before = {name: p.copy() for name, p in oracle.p.items()}
     state = oracle.initial_state(BATCH, True)
-    _, gradients, _ = oracle.loss_and_gradients(*batch, state)
+    _, gradients, _ = oracle.loss_and_gradients(batch, state)
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
-    step = oracle.train_step(*batch, state, rate)
+    step = oracle.train_step(batch, state, rate)
     assert step.gradient_norm == pytest.approx(norm)
     assert norm > 0.01
     scale = 0.01 / norm if clip_norm == 0.01 else 1
@@ -215,7 +215,7 @@ def test_weight_decay_adds_its_multiple_of_the_parameters_to_the_clipped_gradien
     plain, decayed = oracle_with(clip_norm=0.01), oracle_with(clip_norm=0.01, weight_decay=0.3)
     before = {name: p.copy() for name, p in plain.p.items()}
     norms = [
-        oracle.train_step(*batch_of(TIME), oracle.initial_state(BATCH, True), 0.1).gradient_norm
+        oracle.train_step(batch_of(TIME), oracle.initial_state(BATCH, True), 0.1).gradient_norm
         for oracle in (plain, decayed)
     ]
     assert norms[0] == norms[1]  # the penalty is no part of what is clipped
@@ -261,13 +261,15 @@ def test_averaged_sgd_moves_as_sgd_does_and_keeps_the_mean_of_its_last_parameter
     plain, averaging = oracle_with(), oracle_with(optimizer="asgd")
     state, passed = plain.initial_state(BATCH, True), []
     for averaged in (1, 1, 1, 2, 3):
+        averaging.average_from = 2 if averaging.step >= 2 else None
+        assert averaging.averaged == averaged
         for oracle in (plain, averaging):
-            oracle.train_step(*batch_of(TIME), state, 0.1, averaged)
+            oracle.train_step(batch_of(TIME), state, 0.1)
         passed.append(plain.p["softmax.weight"].copy())
         if averaged == 1:
-            assert np.array_equal(averaging.slots["average"]["softmax.weight"], passed[-1])
+            assert np.array_equal(averaging.arrays["average"]["softmax.weight"], passed[-1])
     assert np.array_equal(averaging.p["softmax.weight"], passed[-1])
-    mean = averaging.slots["average"]["softmax.weight"]
+    mean = averaging.arrays["average"]["softmax.weight"]
     np.testing.assert_allclose(mean, np.mean(passed[2:], axis=0), rtol=1e-14)
 
 
@@ -303,15 +305,15 @@ def test_a_mixture_of_equal_softmaxes_is_that_softmax() -> None:
     }
     many.load_parameters(repeated | {"prior.weight": many.p["prior.weight"]})
     batch, state = batch_of(TIME), one.initial_state(BATCH, False)
-    expected = one.evaluate_step(*batch, state).nll
-    assert many.evaluate_step(*batch, state).nll == pytest.approx(expected, rel=1e-14)
+    expected = one.evaluate_step(batch, state).nll
+    assert many.evaluate_step(batch, state).nll == pytest.approx(expected, rel=1e-14)
 
 
 def test_a_mixture_s_logarithm_is_exact_where_its_probabilities_underflow() -> None:
     oracle, batch = oracle_with(mixtures=2), batch_of(TIME)
     oracle.p["softmax.weight"] *= 0
     oracle.p["softmax.bias"] = np.array([0.0, -1000.0, -2000.0, -3000.0, -4000.0])
-    nll = oracle.evaluate_step(*batch, oracle.initial_state(BATCH, False)).nll
+    nll = oracle.evaluate_step(batch, oracle.initial_state(BATCH, False)).nll
     assert nll == pytest.approx(1000 * (batch.targets * batch.mask).sum(), rel=1e-12)
 
 

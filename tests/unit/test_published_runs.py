@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.loading import load_study
-from ptbench.configuration.models import FRAMEWORKS, Recipe
+from ptbench.model.recipe import Recipe
 from ptbench.report.formatting import framework_name
 from ptbench.training.records import read_history, read_metrics
 

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support import probes, wire
-from tests.support.problems import BATCH, DROPOUT, VOCABULARY, random_batch, same, train
+from tests.support.problems import BATCH, DROPOUT, new_oracle, random_batch, same, train
 from tests.support.remote import RemoteBackend, Worker, WorkerError, probe
-
-from ptbench.backends.numpy_oracle import NumpyOracle
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_objects_that_would_have_to_be_pickled_are_not_sent() -> None:
 def test_a_remote_oracle_gives_the_local_oracle_s_numbers_bit_for_bit(
     remote: RemoteBackend,
 ) -> None:
-    here = NumpyOracle(DROPOUT, VOCABULARY, seed=3)
+    here = new_oracle(DROPOUT, seed=3)
     batches = [random_batch(seed) for seed in range(3)]
     assert train(remote, batches, [0.5] * 3)[:2] == train(here, batches, [0.5] * 3)[:2]
     assert same(remote.parameters(), here.parameters())
@@ -90,7 +88,7 @@ def test_a_snapshot_survives_the_way_there_and_back(remote: RemoteBackend) -> No
 
 
 def test_a_probe_runs_beside_the_backend(remote: RemoteBackend) -> None:
-    here = NumpyOracle(DROPOUT, VOCABULARY, seed=3)
+    here = new_oracle(DROPOUT, seed=3)
     for backend in (remote, here):
         assert same(probe(probes.shared_parameters, backend, 3), here.parameters())
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 from ptbench.training.records import Epoch
 from ptbench.training.schedules import (
     averages_since,

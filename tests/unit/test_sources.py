@@ -17,10 +17,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tests.support.problems import new_oracle
 
-from ptbench.backends.numpy_oracle import NumpyOracle
-from ptbench.configuration.corpora import FolderCorpus
-from ptbench.configuration.models import Cell, Recipe, Specification
+from ptbench.backends.oracle import Oracle
+from ptbench.configuration.specification import Cell, Specification
 from ptbench.corpus.batching import (
     Batch,
     Batches,
@@ -30,11 +30,13 @@ from ptbench.corpus.batching import (
     Sentences,
     Windows,
 )
+from ptbench.corpus.definitions import FolderCorpus
 from ptbench.corpus.prepare import prepare
 from ptbench.corpus.sources import CHUNK_BYTES, Integers, Source, Text, index_text
 from ptbench.corpus.vocabulary import END_OF_SENTENCE, Encoder, build_vocabulary, tokenize
-from ptbench.measurement.clocks import Clocks
+from ptbench.model.recipe import Recipe
 from ptbench.training.cell import Paths, run_cell
+from ptbench.training.clocks import Clocks
 from ptbench.training.loop import evaluate
 from ptbench.training.records import Metrics, read_history
 
@@ -215,9 +217,9 @@ class Scribbled(Feed):
 
 
 @functools.cache
-def oracle() -> NumpyOracle:
+def oracle() -> Oracle:
     recipe = Recipe(layers=1, embedding_size=3, hidden_size=3, initialization_scale=0.5)
-    return NumpyOracle(recipe, vocabulary_size=6, seed=1)
+    return new_oracle(recipe, seed=1, vocabulary_size=6)
 
 
 @pytest.mark.parametrize("feeding", ["parallel_streams", "windows", "sentences"])
@@ -236,8 +238,8 @@ def test_padding_reaches_neither_a_loss_nor_a_gradient(
     assert scribbled == score
     state = oracle().initial_state(batch_size, training=True)
     for batch, other in zip(feed.epoch(1), Scribbled(feed, seed).epoch(1), strict=True):
-        gradients = oracle().gradients(*batch, state)
-        for name, gradient in oracle().gradients(*other, state).items():
+        gradients = oracle().gradients(batch, state)
+        for name, gradient in oracle().gradients(other, state).items():
             np.testing.assert_array_equal(gradient, gradients[name])
 
 
@@ -420,8 +422,8 @@ def trained(
     corpus = FolderCorpus(kind="folder", folder=raw)
     prepare("mine", corpus, None, tmp_path / "downloads", tmp_path / "corpus")
 
-    def create(cell: Cell, specification: Specification, size: int, _: int) -> NumpyOracle:
-        return NumpyOracle(specification.recipe, size, seed=cell.seed)
+    def create(cell: Cell, specification: Specification, size: int, _: int) -> Oracle:
+        return new_oracle(specification.recipe, seed=cell.seed, vocabulary_size=size)
 
     monkeypatch.setattr("ptbench.training.cell.create_backend", create)
 

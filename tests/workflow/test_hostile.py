@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tests.workflow.conftest import Project
 
-from ptbench.configuration.corpora import SPLITS
-from ptbench.configuration.models import Specification
+from ptbench.configuration.specification import Specification
+from ptbench.corpus.definitions import SPLITS
 from ptbench.training.checkpoints import read_arrays
 
 HOSTILE = "a b\"; touch pwned; '$(touch pwned)' `touch pwned` & $HOME"

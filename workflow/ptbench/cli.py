@@ -51,7 +51,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     from pydantic import ValidationError
 
-    from ptbench.configuration.models import parse_cell_path
+    from ptbench.configuration.specification import parse_cell_path
     from ptbench.training.cell import Paths, attempt_at, read_specification, run_cell
 
     try:
@@ -160,7 +160,7 @@ def enter_environment(arguments: argparse.Namespace) -> None:
     """
     import os
 
-    from ptbench.backends.registry import backend_class
+    from ptbench.backends import backend_class
     from ptbench.environments import PYTHON
 
     try:
@@ -210,8 +210,8 @@ def analyse(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """The report on all experiments."""
-    from ptbench.measurement.provenance import run_facts
     from ptbench.report.page import RunFacts, render_report
+    from ptbench.training.provenance import run_facts
 
     with Log(arguments.log):
         render_report(arguments.experiments, arguments.output, RunFacts(**run_facts()))
@@ -221,9 +221,9 @@ def partial(arguments: argparse.Namespace) -> None:
     """The report on what is there, with what is missing marked."""
     from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.loading import WORKFLOW, read_study
-    from ptbench.measurement.provenance import run_facts
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.page import RunFacts, render_report
+    from ptbench.training.provenance import run_facts
 
     study = read_study(arguments.study)
     with Log(arguments.log) as log:
@@ -295,16 +295,11 @@ def validate(arguments: argparse.Namespace) -> None:
 
 
 def features(arguments: argparse.Namespace) -> None:
-    """Write which features each framework has built in, as its backend says."""
-    from ptbench.backends.contract import Feature
-    from ptbench.configuration.models import FRAMEWORKS
-    from ptbench.report.features import declared_features, features_markdown
+    """Write docs/features.md."""
+    from ptbench.report.features import features_markdown
     from ptbench.training.records import write_atomically
 
-    declared: dict[str, list[Feature]] = {
-        framework: declared_features(framework, arguments.environments) for framework in FRAMEWORKS
-    }
-    write_atomically(arguments.output, features_markdown(declared))
+    write_atomically(arguments.output, features_markdown())
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
@@ -412,7 +407,7 @@ def nonnegative(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    from ptbench.configuration.models import FRAMEWORKS
+    from ptbench.backends import FRAMEWORKS
 
     main = argparse.ArgumentParser(prog="ptbench", description=__doc__.split("\n")[0])
     commands = main.add_subparsers(dest="command", required=True, metavar="command")
@@ -503,7 +498,6 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")
 
     sub = command(features)
-    sub.add_argument("--environments", type=Path, default=Path("results/environments"))
     sub.add_argument("--output", type=Path, default=Path("docs/features.md"))
 
     sub = command(benchmark)

@@ -7,11 +7,6 @@ from pathlib import Path
 from snakemake.settings.types import DeploymentMethod
 
 from ptbench.configuration.loading import load_study, read_configuration
-from ptbench.configuration.resources import (
-    corpus_size,
-    memory_megabytes,
-    runtime_minutes,
-)
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
 from ptbench.slurm import refuse_duplicates

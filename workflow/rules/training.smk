@@ -16,18 +16,11 @@ rule train:
     threads: lambda wildcards: cell_threads(int(wildcards.devices))
     resources:
         nodes=1,  # or Slurm may spread GPUs over several
-        mem_mb=lambda wildcards, input, attempt: memory_megabytes(
-            study.specification(wildcards.variant),
-            wildcards.framework,
-            int(wildcards.devices),
-            corpus_size(input[0]),
-            attempt,
+        mem_mb=lambda wildcards, input, attempt: study.memory_megabytes(
+            CELL.format(**wildcards), input[0], attempt
         ),
-        runtime=lambda wildcards, input, attempt: runtime_minutes(
-            study.specification(wildcards.variant),
-            int(wildcards.devices),
-            corpus_size(input[0]),
-            attempt,
+        runtime=lambda wildcards, input, attempt: study.runtime_minutes(
+            CELL.format(**wildcards), input[0], attempt
         ),
     params:
         cell=CELL,

@@ -17,8 +17,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ptbench.analysis.plan import ExperimentPlan
-from ptbench.configuration.models import FRAMEWORKS, Cell, Implementation
+from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Implementation
 from ptbench.training.records import Epoch, Metrics, Score, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
@@ -158,7 +160,8 @@ def collect_rows(
             f"cells of {variant} were scored on different numbers of tokens and must not be "
             "compared: valid and test tokens",
         )
-    order = sorted(rows, key=lambda k: (variants.index(k[0]), k[1], FRAMEWORKS.index(k[2])))  # type: ignore[arg-type]
+    frameworks = list(FRAMEWORKS)
+    order = sorted(rows, key=lambda k: (variants.index(k[0]), k[1], frameworks.index(k[2])))
     return [
         Row(
             variant,

@@ -23,7 +23,9 @@ from ptbench.analysis.statistics import (
     quartiles,
     summarise_perplexity,
 )
-from ptbench.configuration.models import Cell, Framework, Implementation, Model
+from ptbench.backends import Framework
+from ptbench.configuration.specification import Cell
+from ptbench.model.recipe import Implementation, Model
 from ptbench.training.records import Seconds
 
 Split = Literal["train", "valid", "test"]

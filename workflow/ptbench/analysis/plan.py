@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from ptbench.analysis.statistics import DEFAULT_MARGIN
-from ptbench.configuration.models import Cell, Implementation, Model, Name
+from ptbench.configuration.specification import Cell
+from ptbench.model.recipe import Implementation, Model, Name
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study

@@ -12,7 +12,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator
 
 from ptbench.analysis.collect import AnalysisError
-from ptbench.configuration.models import VARIANT_PATTERN, Framework, Model, Name
+from ptbench.backends import Framework
+from ptbench.configuration.specification import VARIANT_PATTERN
+from ptbench.model.recipe import Model, Name
 
 PublishedMetric = Literal[
     "train_perplexity",

@@ -21,7 +21,7 @@ from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-from ptbench.configuration.models import Model
+from ptbench.model.recipe import Model
 from ptbench.training.records import perplexity
 
 CONFIDENCE = 0.95  # of every interval

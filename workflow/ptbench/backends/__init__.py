@@ -1,1 +1,96 @@
-"""One file per framework, all of one contract. Only these files import a framework."""
+"""The frameworks that are compared, one row each. Nothing here imports one of them.
+
+`base.py` says what a framework's backend must do, `oracle.py` does it in float64 for the tests, and
+the folder of each framework does it with that framework. `features.yaml` says what each framework
+has built in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from ptbench.errors import PtbenchError
+
+if TYPE_CHECKING:
+    from ptbench.backends.base import Backend, Setup
+
+
+class Row(NamedTuple):
+    """What the rest of the program knows about a framework."""
+
+    title: str  # as its authors write it
+    backend: str  # module and class
+    kernels: tuple[str, ...]  # of its LSTM; other recurrent layers have fused and stepwise alone
+    colour: str  # on white
+    dark_colour: str  # on black
+    marker: str  # as matplotlib names it
+    # Memory of a process that trains a small model on the CPU, libraries included: twice what
+    # demo-lstm took on one or two replicas, and more for PyTorch, where zaremba-small took 1,790.
+    memory_megabytes: int
+
+
+def _row(title: str, *look: str, memory: int, kernels: tuple[str, ...] = ()) -> Row:
+    module, colour, dark_colour, marker = f"ptbench.backends.{title.lower()}.backend", *look
+    every = ("fused", "stepwise", "sparse", *kernels)
+    return Row(title, f"{module}:{title}Backend", every, colour, dark_colour, marker, memory)
+
+
+FRAMEWORKS: dict[str, Row] = {
+    "pytorch": _row("PyTorch", "#c0392b", "#d55e00", "o", memory=2700),
+    "tensorflow": _row("TensorFlow", "#c28100", "#ffc94d", "s", memory=2800, kernels=("block",)),
+    "keras": _row("Keras", "#8e2a7d", "#ee99cc", "D", memory=2800),
+    "mxnet": _row("MXNet", "#2a5fbf", "#5b8ff9", "^", memory=900),
+    "jax": _row("JAX", "#10967c", "#2f8f5b", "v", memory=1500),
+}
+ORACLE = "numpy"  # the name under which the tests and `ptbench evaluate` reach the float64 oracle
+
+if TYPE_CHECKING:
+    Framework = str
+else:
+    Framework = Literal[tuple(FRAMEWORKS)]
+
+
+def backend_class(framework: str, threads: int) -> type[Backend]:
+    """Import a framework and return its backend; only the framework's own environment can.
+
+    Args:
+        framework: a key of `FRAMEWORKS`, or `ORACLE`.
+        threads: CPU threads of each replica. OpenMP reads its count once, before the import.
+
+    Raises:
+        PtbenchError: if this is not the framework's environment.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    where = "ptbench.backends.oracle:Oracle"
+    if framework != ORACLE:
+        where = FRAMEWORKS[framework].backend
+    module, name = where.split(":")
+    try:
+        found: type[Backend] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ptbench"):
+            raise
+        raise PtbenchError(
+            f"{framework} cannot be used here: {sys.executable} has no module {error.name}; run in "
+            f"its own environment, results/environments/{framework}-cpu"
+        ) from error
+    return found
+
+
+def create(framework: str, setup: Setup) -> Backend:
+    """Return a framework's backend with the setup's initial parameters on its devices.
+
+    Raises:
+        PtbenchError: if this is not the framework's environment, or if there are not exactly as
+            many devices as the setup asks for.
+    """
+    from ptbench.model.initialization import initial_parameters  # loads NumPy: after the threads
+
+    threads = max(setup.threads // setup.devices, 1)  # OpenMP has a team of threads per replica
+    backend = backend_class(framework, threads)(setup)
+    drawn = initial_parameters(setup.recipe, setup.vocabulary_size, setup.seed)
+    backend.load_parameters(drawn)
+    return backend

@@ -19,7 +19,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
-from ptbench.configuration.corpora import (
+from ptbench.backends import FRAMEWORKS, Framework
+from ptbench.configuration.specification import Cell, Specification, parse_cell_path, variant_name
+from ptbench.corpus.definitions import (
     SPLITS,
     CorpusDefinition,
     DownloadedCorpus,
@@ -27,21 +29,9 @@ from ptbench.configuration.corpora import (
     MirrorAddress,
     content_of,
 )
-from ptbench.configuration.models import (
-    FRAMEWORKS,
-    KERNELS,
-    NAME_PATTERN,
-    Accelerator,
-    Cell,
-    Framework,
-    Model,
-    Name,
-    Recipe,
-    Specification,
-    parse_cell_path,
-    variant_name,
-)
 from ptbench.errors import ConfigurationError
+from ptbench.model import work
+from ptbench.model.recipe import NAME_PATTERN, Accelerator, Model, Name, Recipe
 from ptbench.training.records import write_atomically
 
 
@@ -300,6 +290,24 @@ class Study:
         files = (WORKFLOW / "published").glob("*.csv")
         return sorted(str(file.relative_to(WORKFLOW.parent)) for file in files)
 
+    def memory_megabytes(self, path: str, corpus_json: str, attempt: int) -> int:
+        """Return the main memory that a cell's job asks for [MB]."""
+        cell = parse_cell_path(path)
+        specification = self.specification(cell.variant)
+        return work.memory_megabytes(
+            specification.recipe, specification.accelerator,
+            FRAMEWORKS[cell.framework].memory_megabytes, cell.devices,
+            work.corpus_size(corpus_json), attempt,
+        )  # fmt: skip
+
+    def runtime_minutes(self, path: str, corpus_json: str, attempt: int) -> int:
+        """Return the time limit that a cell's job asks for [minutes]."""
+        cell = parse_cell_path(path)
+        specification = self.specification(cell.variant)
+        size = work.corpus_size(corpus_json)
+        recipe, accelerator = specification.recipe, specification.accelerator
+        return work.runtime_minutes(recipe, accelerator, cell.devices, size, attempt)
+
     def corpus_content(self, corpus_folder: str) -> str:
         """What decides what is in a prepared corpus, in a form that two runs can compare."""
         name, definition, subset = self.corpus(corpus_folder)
@@ -414,8 +422,8 @@ def check_devices(specification: Specification, devices: int, where: str) -> Non
 def check_kernel(specification: Specification, framework: Framework, where: str) -> None:
     """Raises ConfigurationError if a framework does not have the recipe's kernel."""
     kernel = specification.recipe.kernel
-    if kernel not in KERNELS[framework]:
-        having = ", ".join(f for f in FRAMEWORKS if kernel in KERNELS[f])
+    if kernel not in FRAMEWORKS[framework].kernels:
+        having = ", ".join(f for f in FRAMEWORKS if kernel in FRAMEWORKS[f].kernels)
         raise ConfigurationError(
             f"{where}: {specification.variant} has kernel={kernel}, "
             f"which {framework} does not have; it is in {having}"

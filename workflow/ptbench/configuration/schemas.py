@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ptbench.configuration.loading import Config, CorpusFile, ExperimentFile
-from ptbench.configuration.models import Model, Recipe
+from ptbench.model.recipe import Model, Recipe
 
 
 def schemas() -> dict[str, str]:

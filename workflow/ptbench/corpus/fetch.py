@@ -27,7 +27,8 @@ import urllib3
 from tqdm import tqdm
 
 import ptbench
-from ptbench.configuration.corpora import (
+from ptbench.corpus import CorpusError
+from ptbench.corpus.definitions import (
     SPLITS,
     DownloadedCorpus,
     FolderCorpus,
@@ -35,7 +36,6 @@ from ptbench.configuration.corpora import (
     Split,
     SplitChecksums,
 )
-from ptbench.corpus import CorpusError
 
 pooch.get_logger().setLevel("WARNING")  # errors here say it in one sentence
 

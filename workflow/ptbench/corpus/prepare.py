@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.configuration.corpora import (
+from ptbench.corpus import CorpusError, synthetic
+from ptbench.corpus.definitions import (
     SPLITS,
     CorpusDefinition,
     DownloadedCorpus,
@@ -31,7 +32,6 @@ from ptbench.configuration.corpora import (
     MarkovCorpus,
     Split,
 )
-from ptbench.corpus import CorpusError, synthetic
 from ptbench.corpus.fetch import fetch, sha256
 from ptbench.corpus.sources import index_text
 from ptbench.corpus.vocabulary import (

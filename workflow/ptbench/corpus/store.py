@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ptbench.configuration.models import TokenSource
 from ptbench.corpus import CorpusError
 from ptbench.corpus.sources import Integers, Source, Text
 from ptbench.corpus.vocabulary import END_OF_SENTENCE, Encoder
+from ptbench.model.recipe import TokenSource
 
 SPLITS = ("train", "valid", "test")
 

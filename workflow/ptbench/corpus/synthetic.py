@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.configuration.corpora import SPLITS, HighRankCorpus, MarkovCorpus
+from ptbench.corpus.definitions import SPLITS, HighRankCorpus, MarkovCorpus
 from ptbench.corpus.vocabulary import END_OF_SENTENCE
 
 Float = npt.NDArray[np.float64]

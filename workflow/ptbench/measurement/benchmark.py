@@ -22,11 +22,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ptbench.configuration.models import FRAMEWORKS, Accelerator, Framework, Recipe
+from ptbench.backends import FRAMEWORKS, Framework
 from ptbench.environments import PYTHON
 from ptbench.errors import PtbenchError
-from ptbench.measurement.products import Product, bound, flops_per_token, training_products
-from ptbench.measurement.provenance import provenance
+from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.work import Product, bound, flops_per_token, training_products
+from ptbench.training.provenance import provenance
 from ptbench.training.records import write_atomically
 
 VOCABULARY_SIZE = 10_000  # PTB's
@@ -46,7 +47,7 @@ MODELS = {
 }  # fmt: skip
 # What multiplies matrices: the framework whose environment has it, and the class that does it.
 PRODUCTS = {
-    "NumPy": ("jax", "ptbench.measurement.products:NumpyProducts"),
+    "NumPy": ("jax", "ptbench.model.work:NumpyProducts"),
     "PyTorch": ("pytorch", "ptbench.backends.pytorch.products:TorchProducts"),
 }
 YARDSTICK = ("keras", "ptbench.backends.keras.fit:KerasFit")

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ptbench.configuration.models import Recipe
 from ptbench.corpus.batching import Batch
-from ptbench.measurement.products import Product
+from ptbench.model.recipe import Recipe
+from ptbench.model.work import Product
 
 WARM_UP_STEPS = 3
 BATCHES = 8  # different ones, so that no look-up is always in the cache
@@ -45,10 +45,11 @@ class BackendSpeed:
     def __init__(
         self, framework: str, recipe: Recipe, vocabulary_size: int, threads: int, accelerator: str
     ) -> None:
-        from ptbench.backends.registry import backend_class
+        from ptbench.backends import create
+        from ptbench.backends.base import Setup
 
-        make = backend_class(framework, threads)
-        self.backend = make(recipe, vocabulary_size, 1, 0, accelerator, threads)  # type: ignore[arg-type]
+        setup = Setup(recipe, vocabulary_size, 1, 0, accelerator, threads)  # type: ignore[arg-type]
+        self.backend = create(framework, setup)
         self.recipe = recipe
         self.batches = random_batches(recipe, vocabulary_size)
         self.state = self.backend.initial_state(recipe.batch_size, training=True)
@@ -58,7 +59,7 @@ class BackendSpeed:
         tokens, start = 0, time.perf_counter()
         while True:
             for batch in self.batches[: max(1, min(BATCHES, self.steps_at_once(tokens, start)))]:
-                result = self.backend.train_step(*batch, self.state, 0.1)
+                result = self.backend.train_step(batch, self.state, 0.1)
                 self.state = result.state
                 tokens += batch.mask.size
             nll = float(result.nll) / batch.mask.size

@@ -2,98 +2,67 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from ptbench.backends.contract import FEATURES, Feature
-from ptbench.configuration.models import FRAMEWORKS, KERNELS
-from ptbench.environments import PYTHON
-from ptbench.errors import PtbenchError
+from ptbench.backends import FRAMEWORKS
+from ptbench.backends.features import Feature, read_features
 from ptbench.report.formatting import framework_name
-
-PRINT_FEATURES = """
-import json, sys
-from ptbench.backends.registry import backend_class
-print(json.dumps(backend_class(sys.argv[1], 1).features))
-"""
 
 HEADER = """\
 # Features by framework
 
-Every capability is in every framework, or this table says which one lacks it. **Built in** means
-that the framework has it under the name given; *written here* means that we wrote it over what the
-framework offers. The backends say so themselves; `uv run ptbench features` writes this file.
+Every framework has every feature, or this table says which one lacks it. **Built in** means that
+the framework has it under the names given; *written here* means that this project wrote it with
+what the framework offers. `workflow/ptbench/backends/features.yaml` is where this comes from, and
+`uv run ptbench features` writes this file.
 """
 
 
-def declared_features(framework: str, environments: Path) -> list[Feature]:
-    """What the framework's backend says of itself, asked in its own environment.
-
-    Raises:
-        PtbenchError: if that environment is not there or cannot import the backend.
-    """
-    python = environments / f"{framework}-cpu" / PYTHON
-    if not python.exists():
-        raise PtbenchError(
-            f"{environments} has no environment {framework}-cpu: build it with `uv run ptbench "
-            f"environments {framework} --output {environments}`"
-        )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    answer = subprocess.run(
-        [python, "-c", PRINT_FEATURES, framework],
-        capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    if answer.returncode != 0:
-        reason = answer.stderr.strip().rpartition("\n")[2]
-        raise PtbenchError(f"the backend of {framework} cannot be imported: {reason}")
-    return [Feature(*each) for each in json.loads(answer.stdout.splitlines()[-1])]
-
-
-def features_markdown(declared: Mapping[str, Sequence[Feature]]) -> str:
-    """The table, one section per feature, so that long explanations can be read.
-
-    Args:
-        declared: every framework's features, in the order of `FEATURES`.
-    """
-    parts = [HEADER, overview(declared)]
-    for index, name in enumerate(FEATURES):
-        lines = []
-        for framework, features in declared.items():
-            feature = features[index]
-            kind = "**built in**" if feature.built_in else "*written here*"
-            lines.append(f"- {framework_name(framework)}, {kind}: {feature.how}")
+def features_markdown() -> str:
+    """Return the page: an overview, one section for each feature, and the kernels."""
+    every = read_features()
+    names = list(next(iter(every.values())))
+    parts = [HEADER, overview(every, names)]
+    for name in names:
+        lines = [
+            f"- {framework_name(framework)}, {describe(features[name])}"
+            for framework, features in every.items()
+        ]
         parts.append(f"## {name[0].upper()}{name[1:]}\n\n" + "\n".join(lines) + "\n")
     parts.append(kernels())
     return "\n".join(parts)
 
 
-def overview(declared: Mapping[str, Sequence[Feature]]) -> str:
-    """● where built in, ○ where written here."""
-    names = [framework_name(framework) for framework in declared]
-    rows = [["Feature", *names], ["---", *[":-:"] * len(names)]]
-    for index, name in enumerate(FEATURES):
-        rows.append([name, *("●" if f[index].built_in else "○" for f in declared.values())])
-    counts = [str(sum(f.built_in for f in features)) for features in declared.values()]
-    rows.append(["**built in, of " + str(len(FEATURES)) + "**", *counts])
+def describe(feature: Feature) -> str:
+    """Return one feature of one framework in a line of Markdown."""
+    kind = "**built in**" if feature.built_in else "*written here*"
+    names = ", ".join(f"`{name}`" for name in [*feature.symbols, *feature.code])
+    return "; ".join(part for part in (f"{kind}: {names}" if names else kind, feature.note) if part)
+
+
+def overview(every: dict[str, dict[str, Feature]], names: list[str]) -> str:
+    """Return a table with ● where a feature is built in and ○ where it is written here."""
+    titles = [framework_name(framework) for framework in every]
+    rows = [["Feature", *titles], ["---", *[":-:"] * len(titles)]]
+    for name in names:
+        rows.append([name, *("●" if f[name].built_in else "○" for f in every.values())])
+    counts = [str(sum(f.built_in for f in features.values())) for features in every.values()]
+    rows.append([f"**built in, of {len(names)}**", *counts])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"● built in, ○ written here\n\n{table}\n"
 
 
 def kernels() -> str:
-    """Which kernels each framework's LSTM has."""
-    every = list(dict.fromkeys(kernel for own in KERNELS.values() for kernel in own))
+    """Return a table of the kernels that each framework's LSTM has."""
+    every = list(dict.fromkeys(kernel for row in FRAMEWORKS.values() for kernel in row.kernels))
     rows = [["Framework", *every], ["---", *[":-:"] * len(every)]]
-    for framework in FRAMEWORKS:
-        own = KERNELS[framework]
-        rows.append([framework_name(framework), *("✓" if k in own else "–" for k in every)])
+    for own in FRAMEWORKS.values():
+        rows.append([own.title, *("✓" if k in own.kernels else "–" for k in every)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         "## Kernels of the LSTM (`kernel` in a recipe)\n\n"
-        "fused: the framework's own layer, or in JAX, which has none for CPUs, a scan behind one\n"
-        "product for the inputs of all time steps; cell: explicit time steps; block: TensorFlow's\n"
-        "BlockLSTM, which no other framework has; sparse: products with the kept weights alone.\n"
-        f"Other cells have fused and cell.\n\n{table}\n"
+        "- fused: the framework's own layer; JAX has none for CPUs, so there it is a scan behind\n"
+        "  one product for the inputs of all time steps\n"
+        "- stepwise: explicit time steps\n"
+        "- block: TensorFlow's BlockLSTM, which no other framework has\n"
+        "- sparse: products with the kept weights alone\n\n"
+        f"Other recurrent layers have fused and stepwise.\n\n{table}\n"
     )

@@ -6,13 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-FRAMEWORK_NAMES = {
-    "pytorch": "PyTorch",
-    "tensorflow": "TensorFlow",
-    "keras": "Keras",
-    "mxnet": "MXNet",
-    "jax": "JAX",
-}
+from ptbench.backends import FRAMEWORKS
+
 METRIC_NAMES = {
     "train_perplexity": "Training perplexity",
     "valid_perplexity": "Validation perplexity",
@@ -31,8 +26,9 @@ NOTHING = "\N{EN DASH}"
 
 
 def framework_name(framework: str) -> str:
-    """The framework's name as its authors write it."""
-    return FRAMEWORK_NAMES.get(framework, framework)
+    """Return the framework's name as its authors write it."""
+    row = FRAMEWORKS.get(framework)
+    return row.title if row else framework
 
 
 class Group(Protocol):

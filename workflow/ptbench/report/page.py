@@ -31,7 +31,7 @@ from ptbench.analysis.experiment import (
     RowResult,
 )
 from ptbench.analysis.statistics import PerplexitySummary, Quartiles
-from ptbench.configuration.models import Model
+from ptbench.model.recipe import Model
 from ptbench.report import formatting
 from ptbench.report.formatting import (
     FIGURE_SPACE,

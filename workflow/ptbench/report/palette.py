@@ -7,24 +7,14 @@ least 3:1 on its background (WCAG 2.1, 1.4.11); tests hold both. Markers differ 
 
 from __future__ import annotations
 
+from ptbench.backends import FRAMEWORKS
+
 LIGHT_BACKGROUND = "#ffffff"
 DARK_BACKGROUND = "#14171a"
 
-FRAMEWORK_COLOURS = {
-    "pytorch": "#c0392b",
-    "tensorflow": "#c28100",
-    "keras": "#8e2a7d",
-    "mxnet": "#2a5fbf",
-    "jax": "#10967c",
-}
-DARK_FRAMEWORK_COLOURS = {
-    "pytorch": "#d55e00",
-    "tensorflow": "#ffc94d",
-    "keras": "#ee99cc",
-    "mxnet": "#5b8ff9",
-    "jax": "#2f8f5b",
-}
-FRAMEWORK_MARKERS = {"pytorch": "o", "tensorflow": "s", "keras": "D", "mxnet": "^", "jax": "v"}
+FRAMEWORK_COLOURS = {framework: row.colour for framework, row in FRAMEWORKS.items()}
+DARK_FRAMEWORK_COLOURS = {framework: row.dark_colour for framework, row in FRAMEWORKS.items()}
+FRAMEWORK_MARKERS = {framework: row.marker for framework, row in FRAMEWORKS.items()}
 
 INK, DARK_INK = "#1f2328", "#e6e8eb"
 MUTED, DARK_MUTED = "#5f6772", "#a3abb5"  # secondary text, reference lines

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from ptbench.analysis.collect import OUTDATED
 from ptbench.configuration.loading import Study
-from ptbench.configuration.models import Cell, Model, parse_cell_path
+from ptbench.configuration.specification import Cell, parse_cell_path
+from ptbench.model.recipe import Model
 from ptbench.report.formatting import framework_name
 from ptbench.slurm import job_numbers
 from ptbench.training.attempts import Seen, look

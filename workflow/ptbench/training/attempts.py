@@ -27,8 +27,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from ptbench.configuration.models import Model
 from ptbench.errors import InterruptionError, PtbenchError
+from ptbench.model.recipe import Model
 from ptbench.training import holders
 from ptbench.training.holders import Holder, this_process
 from ptbench.training.records import Metrics, write_atomically

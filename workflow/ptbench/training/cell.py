@@ -16,21 +16,22 @@ from typing import Any
 
 import psutil
 
-from ptbench.backends.contract import Backend, parameter_count
-from ptbench.backends.registry import backend_class
-from ptbench.configuration.corpora import Split
-from ptbench.configuration.models import PROTOCOL, Cell, Recipe, Specification
+from ptbench.backends import create
+from ptbench.backends.base import Backend, Setup
+from ptbench.configuration.specification import PROTOCOL, Cell, Specification
 from ptbench.corpus.batching import Feed, ParallelStreams, Prefetched, Sentences, Windows
+from ptbench.corpus.definitions import Split
 from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
-from ptbench.measurement.clocks import Clocks
-from ptbench.measurement.provenance import cells_at_once, peak_memory_bytes, provenance
+from ptbench.model.parameters import parameter_count
+from ptbench.model.recipe import Recipe
 from ptbench.training.attempts import Attempt
 from ptbench.training.checkpoints import Checkpoints, Identity, write_arrays
+from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
-from ptbench.training.initialization import draw_parameters
 from ptbench.training.loop import Progress, Run, Splits, train
+from ptbench.training.provenance import cells_at_once, peak_memory_bytes, provenance
 from ptbench.training.records import Metrics, Score, Seconds, history_csv, write_atomically
 from ptbench.training.signals import Signals
 
@@ -281,18 +282,9 @@ def create_backend(
     cell: Cell, specification: Specification, vocabulary_size: int, threads: int
 ) -> Backend:
     """The cell's model with its initial parameters, on its devices."""
-    # OpenMP has a team of threads for each replica
-    backend = backend_class(cell.framework, max(threads // cell.devices, 1))(
-        specification.recipe,
-        vocabulary_size,
-        devices=cell.devices,
-        seed=cell.seed,
-        accelerator=specification.accelerator,
-        threads=threads,
-    )
-    if specification.recipe.initialization == "shared":
-        backend.load_parameters(draw_parameters(specification.recipe, vocabulary_size, cell.seed))
-    return backend
+    recipe, accelerator = specification.recipe, specification.accelerator
+    setup = Setup(recipe, vocabulary_size, cell.devices, cell.seed, accelerator, threads)
+    return create(cell.framework, setup)
 
 
 def watcher(cell: Cell, say: Callable[[str], None]) -> Callable[[Progress], None]:

@@ -24,8 +24,8 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ptbench.configuration.models import Model
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Model
 from ptbench.training.loop import Keeper, Run, Saved, Sums
 from ptbench.training.records import Epoch
 from ptbench.training.signals import Signals

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ptbench.configuration.models import Accelerator
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Accelerator
 
 # Slurm's lists of the GPUs of a step and of its job, should it not set CUDA's own.
 LISTS = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ptbench.configuration.models import Model
+from ptbench.model.recipe import Model
 
 HEARTBEAT_SECONDS = 30.0  # between two touches
 SILENCE_SECONDS = 300.0  # after which a holder on another machine is dead: ten touches missed

@@ -13,22 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.backends.contract import Backend, Parameters, check_parameters
-from ptbench.backends.registry import backend_class
-from ptbench.configuration.corpora import Split
-from ptbench.configuration.models import (
-    KERNELS,
-    Accelerator,
-    Cell,
-    Recipe,
-    Specification,
-    parse_cell_path,
-)
+from ptbench.backends import FRAMEWORKS, create
+from ptbench.backends.base import Backend, Setup
+from ptbench.configuration.specification import Cell, Specification, parse_cell_path
+from ptbench.corpus.definitions import Split
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
-from ptbench.measurement.clocks import Clocks
+from ptbench.model.parameters import Parameters, check_parameters, parameter_shapes
+from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.training.cell import feed_split, read_specification
 from ptbench.training.checkpoints import RejectedError, read_arrays
+from ptbench.training.clocks import Clocks
 from ptbench.training.loop import evaluate
 from ptbench.training.records import Score
 
@@ -87,7 +82,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         why = str(error).splitlines()[0]
         raise PtbenchError(f"{path} cannot be used: {why}; {wanted}") from error
     try:
-        check_parameters(arrays, specification.recipe, size)
+        check_parameters(arrays, parameter_shapes(specification.recipe, size))
     except ValueError as error:
         raise PtbenchError(f"{path} is no trained model: {error}; {wanted}") from None
     return Checkpoint(path, cell, specification, size, vocabulary, arrays)
@@ -136,15 +131,12 @@ def build(
     was trained with; they compute the same.
     """
     recipe = checkpoint.recipe
-    if recipe.kernel not in KERNELS.get(framework, ()):  # type: ignore[call-overload]
+    row = FRAMEWORKS.get(framework)
+    if row is None or recipe.kernel not in row.kernels:
         recipe = recipe.model_copy(update={"kernel": "fused"})
-    backend = backend_class(framework, threads)(
-        recipe,
-        checkpoint.vocabulary_size,
-        seed=checkpoint.cell.seed,  # of which weights a sparse model has
-        accelerator=accelerator,
-        threads=threads,
-    )
+    seed = checkpoint.cell.seed  # decides which weights a sparse model has
+    size = checkpoint.vocabulary_size
+    backend = create(framework, Setup(recipe, size, 1, seed, accelerator, threads))
     backend.load_parameters(checkpoint.parameters)
     return backend
 

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from ptbench.backends.contract import Backend, Parameters, Scalar, State, parameter_shapes
-from ptbench.configuration.models import Recipe
+from ptbench.backends.base import Backend, Scalar, State
 from ptbench.corpus.batching import Feed
 from ptbench.errors import InterruptionError
-from ptbench.measurement.clocks import Clocks
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Recipe
+from ptbench.training.clocks import Clocks
 from ptbench.training.records import Epoch, Score, perplexity, score
 from ptbench.training.schedules import Stop, averages_since, learning_rate, rolls_back, stop
 
@@ -237,8 +238,7 @@ def mean_parameters(backend: Backend, recipe: Recipe, run: Run, clocks: Clocks) 
         return
     with clocks("checkpointing"):
         trained = backend.snapshot(run.state)
-        names = parameter_shapes(recipe, backend.vocabulary_size)
-        backend.load_parameters({name: trained[f"optimizer.average.{name}"] for name in names})
+        backend.load_parameters({n: trained[f"optimizer.average.{n}"] for n in backend.shapes})
     try:
         yield
     finally:
@@ -263,7 +263,7 @@ def warm_up_evaluation(backend: Backend, splits: Splits, clocks: Clocks, keeper:
         for feed in (splits.valid, splits.test):
             state = backend.initial_state(feed.batch_size, training=False)
             for batch in feed.shapes():
-                float(backend.evaluate_step(*batch, state).nll)
+                float(backend.evaluate_step(batch, state).nll)
                 if keeper.interrupted():
                     raise InterruptionError
 
@@ -281,7 +281,7 @@ def warm_up_training(backend: Backend, feed: Feed, clocks: Clocks, keeper: Keepe
         state = backend.initial_state(feed.batch_size, training=True)
         before = backend.snapshot(state)
         for batch in shapes:
-            float(backend.train_step(*batch, state, 0.0).nll)
+            float(backend.train_step(batch, state, 0.0).nll)
             if keeper.interrupted():
                 raise InterruptionError
         backend.restore(before)
@@ -308,7 +308,7 @@ def train_epoch(
     reported = time.perf_counter()
     number = len(run.history) + 1
     since = averages_since(recipe, run.history)
-    averaged_before = None if since is None else (len(run.history) - since) * len(feed)  # steps
+    backend.average_from = None if since is None else since * len(feed)
     zero_state = backend.initial_state(feed.batch_size, training=True)
     # Closed at once, whatever happens: a thread may be preparing batches.
     with contextlib.closing(feed.epoch(number, sums.steps)) as batches:
@@ -320,8 +320,7 @@ def train_epoch(
             with clocks(clock):
                 for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
                     rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
-                    averaged = 1 if averaged_before is None else averaged_before + sums.steps + 1
-                    result = backend.train_step(*batch, run.state, rate, averaged)
+                    result = backend.train_step(batch, run.state, rate)
                     run.state = result.state if feed.carries_state else zero_state
                     pending.append((result.nll, result.gradient_norm))
                     count = int(batch.mask.sum())
@@ -364,7 +363,7 @@ def evaluate(
     with clocks("evaluation"), contextlib.closing(feed.epoch(1)) as batches:
         zero_state = state = backend.initial_state(feed.batch_size, training=False)
         for batch in batches:
-            nll, state = backend.evaluate_step(*batch, state)
+            nll, state = backend.evaluate_step(batch, state)
             state = state if feed.carries_state else zero_state
             pending.append(nll)
             tokens += int(batch.mask.sum())

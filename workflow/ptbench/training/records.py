@@ -15,7 +15,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from ptbench.configuration.models import Cell, Model
+from ptbench.configuration.specification import Cell
+from ptbench.model.recipe import Model
 
 
 class Score(Model):

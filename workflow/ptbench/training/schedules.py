@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 from ptbench.training.records import Epoch
 
 Stop = Literal["epochs", "patience", "target_perplexity", "maximum_seconds"]

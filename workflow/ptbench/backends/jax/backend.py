@@ -12,24 +12,8 @@ import numpy.typing as npt
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.contract import (
-    OPTIMIZER_SLOTS,
-    Backend,
-    EvaluateStep,
-    Feature,
-    Mask,
-    Parameters,
-    State,
-    Tokens,
-    TrainStep,
-    check_parameters,
-    device_columns,
-    kept_weights,
-    objective_divisor,
-    parameter_shapes,
-    rate_and_epsilon,
-    state_names,
-)
+from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, device_columns, objective_divisor
 from ptbench.backends.jax.devices import (
     DATA,
     claim_devices,
@@ -46,7 +30,15 @@ from ptbench.backends.jax.model import (
     penalties,
 )
 from ptbench.backends.jax.optimizer import update
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.optimizers import OPTIMIZER_SLOTS, rate_and_epsilon
+from ptbench.model.parameters import (
+    Parameters,
+    check_parameters,
+    kept_weights,
+    parameter_shapes,
+    state_widths,
+)
+from ptbench.model.recipe import Accelerator, Recipe
 
 Array = Any  # jax.Array, or a tracer of one
 
@@ -249,7 +241,7 @@ class JaxBackend(Backend):
             device_columns(batch_size, self.devices)  # raises if it does not divide
         zeros = {
             name: np.zeros((batch_size, width), np.float32)
-            for name, width in state_names(self.recipe).items()
+            for name, width in state_widths(self.recipe).items()
         }
         return jax.device_put(zeros, self._of_state if training else self._first)
 
@@ -307,7 +299,7 @@ class JaxBackend(Backend):
         saved = {f"parameter.{name}": p for name, p in self.parameters().items()}
         for slot, tree in self._slots.items():
             saved |= {f"optimizer.{slot}.{name}": a for name, a in self._canonical(tree).items()}
-        saved |= {name: np.array(state[name]) for name in state_names(self.recipe)}
+        saved |= {name: np.array(state[name]) for name in state_widths(self.recipe)}
         return {**saved, "step": np.array(self.step)}
 
     def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
@@ -317,7 +309,7 @@ class JaxBackend(Backend):
             for slot in self._slots
         }
         self.step = int(snapshot["step"])
-        state = {name: np.array(snapshot[name]) for name in state_names(self.recipe)}
+        state = {name: np.array(snapshot[name]) for name in state_widths(self.recipe)}
         return jax.device_put(state, self._of_state)
 
     def synchronize(self) -> None:

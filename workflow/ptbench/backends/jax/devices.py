@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.extend.backend import clear_backends
 
-from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Accelerator, Recipe
 
 # The mesh's one axis: the replicas, among which the batch is shared.
 DATA = "data"

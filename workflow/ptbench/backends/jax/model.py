@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from ptbench.backends.contract import GATES, Parameters, parameter_shapes
 from ptbench.backends.jax.devices import DATA, random_generator
 from ptbench.backends.jax.heads import (
     Features,
@@ -19,12 +18,14 @@ from ptbench.backends.jax.heads import (
     weighted_nll,
 )
 from ptbench.backends.jax.layers import CELLS, LayerState, Weights, cell_layer, fused_layer
-from ptbench.configuration.models import Recipe
-from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
+from ptbench.model.initialization import KERAS_EMBEDDING_SCALE
+from ptbench.model.parameters import GATES, Parameters, parameter_shapes
+from ptbench.model.recipe import Recipe
+from ptbench.training.initialization__LEFT import is_zero_at_first
 
 Array = Any  # jax.Array, or a tracer of one
 Tree = dict[str, Array]  # an array for each name
-State = Tree  # as in `state_names`
+State = Tree  # as in `state_widths`
 
 
 # -------------------------------------------------------------------------------------- dropout

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 Array = Any  # jax.Array, or a tracer of one
 Tree = dict[str, Array]  # an array for each parameter

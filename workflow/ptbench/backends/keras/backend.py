@@ -17,26 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ptbench.backends.contract import (
-    OPTIMIZER_SLOTS,
-    Backend,
-    EvaluateStep,
-    Feature,
-    Mask,
-    Parameters,
-    State,
-    Tokens,
-    TrainStep,
-    check_parameters,
-    device_columns,
-    objective_divisor,
-    parameter_shapes,
-    state_names,
-)
+from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, device_columns, objective_divisor
 from ptbench.backends.keras import devices as process
 from ptbench.backends.keras.model import LanguageModel
 from ptbench.backends.keras.optimizer import AveragedSGD, clips_by_rate, optimizer_of
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.optimizers import OPTIMIZER_SLOTS
+from ptbench.model.parameters import Parameters, check_parameters, parameter_shapes, state_widths
+from ptbench.model.recipe import Accelerator, Recipe
 
 
 class KerasBackend(Backend):
@@ -280,11 +268,11 @@ class KerasBackend(Backend):
         self._assign(self.variables, parameters)
 
     def initial_state(self, batch_size: int, training: bool) -> State:
-        zeros = [np.zeros((batch_size, n), np.float32) for n in state_names(self.recipe).values()]
+        zeros = [np.zeros((batch_size, n), np.float32) for n in state_widths(self.recipe).values()]
         return self._to_state(zeros, training)
 
     def _to_state(self, values: list[npt.NDArray[np.float32]], training: bool) -> State:
-        """The arrays [batch, width] of `state_names` on their devices."""
+        """The arrays [batch, width] of `state_widths` on their devices."""
         if not training:
             with tf.device(self.tf_devices[0]):
                 return [tf.constant(value) for value in values]
@@ -306,7 +294,7 @@ class KerasBackend(Backend):
         for slot, variables in self.slots().items():
             values = self._canonical([variable.numpy() for variable in variables])
             saved |= {f"optimizer.{slot}.{name}": value for name, value in values.items()}
-        for name, shares in zip(state_names(self.recipe), state, strict=True):
+        for name, shares in zip(state_widths(self.recipe), state, strict=True):
             saved[name] = np.concatenate(self.strategy.experimental_local_results(shares))
         return saved
 
@@ -318,7 +306,7 @@ class KerasBackend(Backend):
             self._assign(variables, values)
         self.step = int(snapshot["step"])
         self.optimizer.iterations.assign(self.step)
-        return self._to_state([snapshot[n] for n in state_names(self.recipe)], training=True)
+        return self._to_state([snapshot[n] for n in state_widths(self.recipe)], training=True)
 
     # Devices and provenance.
 

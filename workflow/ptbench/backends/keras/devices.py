@@ -9,8 +9,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no start-up notes, only er
 
 import tensorflow as tf
 
-from ptbench.configuration.models import Accelerator
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Accelerator
 
 tf.get_logger().setLevel("ERROR")
 

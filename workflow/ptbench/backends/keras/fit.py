@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ptbench.configuration.models import Recipe
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Recipe
 
 STEPS = 8  # a call of `fit`, after which the clock is looked at
 

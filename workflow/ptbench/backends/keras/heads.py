@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from ptbench.backends.keras.parameters import Initializers, Stored, as_it_is, transposed
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 
 class Softmax(keras.layers.Layer):

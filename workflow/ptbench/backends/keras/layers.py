@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from ptbench.backends.contract import GATES
 from ptbench.backends.keras.parameters import (
     Initializers,
     Stored,
@@ -23,7 +22,8 @@ from ptbench.backends.keras.parameters import (
     gru_weight,
     kept_only,
 )
-from ptbench.configuration.models import Recipe
+from ptbench.model.parameters import GATES
+from ptbench.model.recipe import Recipe
 
 
 def recurrent_layer(

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from ptbench.backends.contract import kept_weights, parameter_shapes
 from ptbench.backends.keras.heads import Mixture, Softmax, TunedMixture, TunedSoftmax
 from ptbench.backends.keras.layers import WeightDropout, recurrent_layer, stored_parameters
 from ptbench.backends.keras.parameters import Initializers, Stored, as_it_is
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.parameters import kept_weights, parameter_shapes
+from ptbench.model.recipe import Accelerator, Recipe
 
 
 class WordDropout(keras.layers.Layer):
@@ -38,7 +38,7 @@ class LanguageModel(keras.Model):
     Its head gives the loss.
 
     Tokens and outputs are [batch, time, ...], as Keras' layers want it, or [time, batch, ...] if
-    `time_first`. States are arrays [batch, width] in the order of the contract's `state_names`.
+    `time_first`. States are arrays [batch, width] in the order of the contract's `state_widths`.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 
 class Adam(keras.optimizers.Optimizer):

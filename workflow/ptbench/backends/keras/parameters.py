@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.backends.contract import GATES
-from ptbench.configuration.models import Recipe
+from ptbench.model.parameters import GATES
+from ptbench.model.recipe import Recipe
 
 Array = npt.NDArray[Any]
 Initializer = Callable[..., Any]

@@ -23,23 +23,8 @@ from ptbench.backends.mxnet.devices import (  # isort: skip
 import mxnet as mx
 from mxnet import autograd, gluon
 
-from ptbench.backends.contract import (
-    OPTIMIZER_SLOTS,
-    Backend,
-    EvaluateStep,
-    Feature,
-    Mask,
-    Parameters,
-    State,
-    Tokens,
-    TrainStep,
-    check_parameters,
-    device_columns,
-    kept_weights,
-    objective_divisor,
-    rate_and_epsilon,
-    state_names,
-)
+from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, device_columns, objective_divisor
 from ptbench.backends.mxnet.heads import ActivationPenalty, ChunkedLoss
 from ptbench.backends.mxnet.layers import Array, States, drop
 from ptbench.backends.mxnet.model import (
@@ -49,7 +34,9 @@ from ptbench.backends.mxnet.model import (
     stored_parameters,
 )
 from ptbench.backends.mxnet.optimizer import make_optimizer
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.optimizers import OPTIMIZER_SLOTS, rate_and_epsilon
+from ptbench.model.parameters import Parameters, check_parameters, kept_weights, state_widths
+from ptbench.model.recipe import Accelerator, Recipe
 
 # Tell the draws that all replicas share from others with the same seed and step.
 WORDS_STREAM = 1
@@ -354,7 +341,7 @@ class MXNetBackend(Backend):
             for slot, array in zip(OPTIMIZER_SLOTS[self.recipe.optimizer], arrays, strict=True):
                 saved[f"optimizer.{slot}.{name}"] = stored.canonical(array)
         replicas = [flat(replica) for replica in state]
-        for index, (name, width) in enumerate(state_names(self.recipe).items()):
+        for index, (name, width) in enumerate(state_widths(self.recipe).items()):
             # fused layers have [1, batch, width]
             parts = [arrays[index].asnumpy().reshape(-1, width) for arrays in replicas]
             saved[name] = np.concatenate(parts)
@@ -368,7 +355,7 @@ class MXNetBackend(Backend):
                 for slot, array in zip(OPTIMIZER_SLOTS[self.recipe.optimizer], arrays, strict=True):
                     array[:] = mx.nd.array(stored.stored(snapshot[f"optimizer.{slot}.{name}"]))
         self.step = int(snapshot["step"])
-        saved = [snapshot[name] for name in state_names(self.recipe)]
+        saved = [snapshot[name] for name in state_widths(self.recipe)]
         state = self.initial_state(len(saved[0]), training=True)
         columns = device_columns(len(saved[0]), self.devices)
         for replica, block in zip(state, columns, strict=True):
@@ -404,5 +391,5 @@ def carried(state: list[States]) -> list[States]:
 
 
 def flat(state: list[States]) -> States:
-    """One replica's arrays in the order of `state_names`."""
+    """One replica's arrays in the order of `state_widths`."""
     return [array for layer in state for array in layer]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.backends.contract import Scalar
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.backends.base import Scalar
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Accelerator, Recipe
 
 # Read by CUDA's libraries when they load: no rounding of fp32 products to TF32, no atomic sums.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"

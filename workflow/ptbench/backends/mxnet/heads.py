@@ -15,7 +15,7 @@ from mxnet.gluon import nn
 
 from ptbench.backends.mxnet.devices import CHUNK_ROWS
 from ptbench.backends.mxnet.layers import Array, drop
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 
 class PlainHead(gluon.HybridBlock):

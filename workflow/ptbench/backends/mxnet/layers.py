@@ -16,8 +16,8 @@ import numpy.typing as npt
 from mxnet import autograd, gluon
 from mxnet.gluon import rnn
 
-from ptbench.backends.contract import GATES
-from ptbench.configuration.models import Recipe
+from ptbench.model.parameters import GATES
+from ptbench.model.recipe import Recipe
 
 Array = Any  # NDArray, or Symbol while a graph is made
 States = list[Array]  # [h, c] of an LSTM, [h] of others
@@ -56,7 +56,9 @@ def recurrent_layer(
     """
     if recipe.kernel == "sparse":
         return SparseLSTM(recipe, width, start, kept)
-    if recipe.recurrent_dropout or (recipe.kernel == "stepwise" and recipe.implementation == "tuned"):
+    if recipe.recurrent_dropout or (
+        recipe.kernel == "stepwise" and recipe.implementation == "tuned"
+    ):
         return TimeSteps(recipe, inputs, width, start)
     if recipe.kernel == "stepwise":
         return GluonCell(recipe, inputs, width, start)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from mxnet import gluon
 from mxnet.gluon import nn
 
-from ptbench.backends.contract import parameter_shapes
 from ptbench.backends.mxnet.heads import MixtureHead, MixtureLoss, PlainHead, PlainLoss
 from ptbench.backends.mxnet.layers import (
     Array,
@@ -21,8 +20,9 @@ from ptbench.backends.mxnet.layers import (
     gate_parameters,
     recurrent_layer,
 )
-from ptbench.configuration.models import Recipe
-from ptbench.training.initialization import KERAS_EMBEDDING_SCALE
+from ptbench.model.initialization import KERAS_EMBEDDING_SCALE
+from ptbench.model.parameters import parameter_shapes
+from ptbench.model.recipe import Recipe
 
 Kept = dict[str, npt.NDArray[np.bool_]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import mxnet as mx
 
 from ptbench.backends.mxnet.devices import AGGREGATED_PARAMETERS
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 Slots = dict[tuple[int, mx.Context], list[mx.nd.NDArray]]
 

@@ -11,24 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ptbench.backends.contract import (
-    Backend,
-    EvaluateStep,
-    Feature,
-    Mask,
-    Parameters,
-    State,
-    Tokens,
-    TrainStep,
-    check_parameters,
-    slot_names,
-    state_names,
-)
+from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, slot_names
 from ptbench.backends.pytorch.devices import Followers
 from ptbench.backends.pytorch.layers import LayerState
 from ptbench.backends.pytorch.replica import Replica
-from ptbench.configuration.models import Accelerator, Recipe
 from ptbench.errors import PtbenchError
+from ptbench.model.parameters import Parameters, check_parameters, state_widths
+from ptbench.model.recipe import Accelerator, Recipe
 
 
 class TrainingState:
@@ -192,7 +182,7 @@ class PyTorchBackend(Backend):
         self.tell("load_slots", slots)
         self.replica.load_slots(slots)
         arrays: list[dict[str, npt.NDArray[Any]]] = [{} for _ in range(self.devices)]
-        for name in state_names(self.recipe):
+        for name in state_widths(self.recipe):
             parts = np.split(snapshot[name], self.devices)
             for replica, part in zip(arrays, parts, strict=True):
                 replica[name] = part

@@ -25,10 +25,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed
 
-from ptbench.backends.contract import Mask, Parameters, Tokens
+from ptbench.backends.contract__LEFT import Mask, Tokens
 from ptbench.backends.pytorch.layers import LayerState
 from ptbench.backends.pytorch.replica import Replica
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Accelerator, Recipe
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ptbench.backends.contract import parameter_shapes
 from ptbench.backends.pytorch.layers import Stored
-from ptbench.configuration.models import Recipe
+from ptbench.model.parameters import parameter_shapes
+from ptbench.model.recipe import Recipe
 
 IGNORED = -100  # target that cross_entropy leaves out (its default ignore_index)
 CHUNK = 2**23  # logits at a time: few enough for memory, enough for products at full speed

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from ptbench.backends.contract import GATES
 from ptbench.backends.pytorch.steps import DenseProduct, KeptProduct, Steps
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.parameters import GATES
+from ptbench.model.recipe import Accelerator, Recipe
 
 LayerState = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of any other cell; each [batch, width]
 KeptWeights = Mapping[str, npt.NDArray[np.bool_]]  # input, recurrent: [inputs, gates x width]

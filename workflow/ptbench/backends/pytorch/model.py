@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ptbench.backends.contract import GATES, Parameters, kept_weights, parameter_shapes
 from ptbench.backends.pytorch.heads import IGNORED, Dropout, Head
 from ptbench.backends.pytorch.layers import LayerState, Stored, call_layer, layer_class
-from ptbench.configuration.models import Accelerator, Recipe
-from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
+from ptbench.model.initialization import KERAS_EMBEDDING_SCALE
+from ptbench.model.parameters import GATES, Parameters, kept_weights, parameter_shapes
+from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.training.initialization__LEFT import is_zero_at_first
 
 # What a training step multiplies parameters by, by canonical name: `embedding` [vocabulary, 1],
 # `rnn.{l}.recurrent` of the parameter's shape; 1 for those that are not there.
@@ -130,11 +131,7 @@ class LanguageModel(nn.Module):
             parameter = stored.parameter
             if is_zero_at_first(self.recipe, name):
                 nn.init.zeros_(parameter)
-                if (
-                    self.recipe.rnn == "lstm"
-                    and name.startswith("rnn.")
-                    and name.endswith(".bias")
-                ):
+                if self.recipe.rnn == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
                     forget = GATES["lstm"].index("forget")
                     parameter.unflatten(0, (4, -1))[forget] = self.recipe.forget_bias
             elif self.recipe.initialization_scheme == "uniform":

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ptbench.backends.contract import OPTIMIZER_SLOTS, Parameters
 from ptbench.backends.pytorch.model import LanguageModel
-from ptbench.configuration.models import Recipe
+from ptbench.model.optimizers import OPTIMIZER_SLOTS
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Recipe
 
 # torch.optim's names of the contract's slots
 SLOTS = {

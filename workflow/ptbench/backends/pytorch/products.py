@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ptbench.backends.pytorch.settings import onednn_products_are_float32
-from ptbench.measurement.products import Product, measured_rate
+from ptbench.model.work import Product, measured_rate
 
 
 class TorchProducts:

@@ -12,21 +12,15 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ptbench.backends.contract import (
-    Mask,
-    Parameters,
-    Tokens,
-    TrainStep,
-    device_columns,
-    objective_divisor,
-    state_names,
-)
+from ptbench.backends.base import TrainStep
+from ptbench.backends.contract__LEFT import Mask, Tokens, device_columns, objective_divisor
 from ptbench.backends.pytorch.heads import IGNORED
 from ptbench.backends.pytorch.layers import LayerState
 from ptbench.backends.pytorch.model import LanguageModel, ParameterMasks
 from ptbench.backends.pytorch.optimizer import load_slots, optimizer_of, slots, update
 from ptbench.backends.pytorch.settings import Settings
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.parameters import Parameters, state_widths
+from ptbench.model.recipe import Accelerator, Recipe
 
 
 class Replica:
@@ -55,7 +49,7 @@ class Replica:
         self.optimizer = optimizer_of(recipe, self.trained)
 
     def initial_state(self, batch_size: int) -> list[LayerState]:
-        names = state_names(self.recipe)
+        names = state_widths(self.recipe)
         return self.load_state({n: np.zeros((batch_size, w), np.float32) for n, w in names.items()})
 
     def loss(
@@ -137,7 +131,7 @@ class Replica:
     def state_arrays(self, state: list[LayerState]) -> dict[str, npt.NDArray[np.float32]]:
         """A copy of this replica's state under the contract's names."""
         tensors = [tensor for layer in state for tensor in layer]
-        names = state_names(self.recipe)
+        names = state_widths(self.recipe)
         return {n: t.cpu().numpy().copy() for n, t in zip(names, tensors, strict=True)}
 
     def load_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> list[LayerState]:

@@ -10,7 +10,7 @@ import os
 import torch
 
 from ptbench.backends.allocator import keep_memory
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.recipe import Accelerator, Recipe
 
 
 class Settings:

@@ -10,26 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ptbench.backends.contract import (
-    OPTIMIZER_SLOTS,
-    Backend,
-    EvaluateStep,
-    Feature,
-    Mask,
-    Parameters,
-    State,
-    Tokens,
-    TrainStep,
-    check_parameters,
-    device_columns,
-    objective_divisor,
-    state_names,
-)
+from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, device_columns, objective_divisor
 from ptbench.backends.tensorflow import devices as tensorflow_devices
 from ptbench.backends.tensorflow import heads
 from ptbench.backends.tensorflow.model import Dropout, LanguageModel
 from ptbench.backends.tensorflow.optimizer import clip, step_numbers, update_variable
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.optimizers import OPTIMIZER_SLOTS
+from ptbench.model.parameters import Parameters, check_parameters, state_widths
+from ptbench.model.recipe import Accelerator, Recipe
 
 Tensor = Any  # tf.Tensor
 
@@ -193,10 +182,10 @@ class TensorFlowBackend(Backend):
             variable.assign(self._model.stored(name, parameters[name]))
 
     def initial_state(self, batch_size: int, training: bool) -> State:
-        """Arrays named as in `state_names`, each [batch, width]."""
+        """Arrays named as in `state_widths`, each [batch, width]."""
         zeros = {
             name: np.zeros((batch_size, width), np.float32)
-            for name, width in state_names(self.recipe).items()
+            for name, width in state_widths(self.recipe).items()
         }
         if training:
             return self._distribute_state(zeros)
@@ -212,7 +201,7 @@ class TensorFlowBackend(Backend):
         )
 
     def _distribute_state(self, arrays: Mapping[str, npt.NDArray[Any]]) -> State:
-        return {name: self._distribute(arrays[name], 0) for name in state_names(self.recipe)}
+        return {name: self._distribute(arrays[name], 0) for name in state_widths(self.recipe)}
 
     def _local(self, value: Any) -> list[Any]:
         """Each device's own tensor."""

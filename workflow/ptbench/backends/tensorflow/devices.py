@@ -10,8 +10,8 @@ os.environ["KERAS_BACKEND"] = "tensorflow"  # of the layers in tf.keras, whateve
 
 import tensorflow as tf
 
-from ptbench.configuration.models import Accelerator
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Accelerator
 
 # Of random numbers: named, because the default depends on the kind of device.
 RANDOM_GENERATOR = "philox"

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ptbench.backends.contract import GATES
-from ptbench.configuration.models import Accelerator, Recipe
+from ptbench.model.parameters import GATES
+from ptbench.model.recipe import Accelerator, Recipe
 
 Tensor = Any  # tf.Tensor
 LayerState = tuple[Any, ...]  # h, or h and c

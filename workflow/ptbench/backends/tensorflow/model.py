@@ -9,15 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ptbench.backends.contract import GATES, kept_weights, parameter_shapes, state_names
 from ptbench.backends.tensorflow import heads
 from ptbench.backends.tensorflow.devices import RANDOM_GENERATOR
 from ptbench.backends.tensorflow.layers import recurrent_layer
-from ptbench.configuration.models import Accelerator, Recipe
-from ptbench.training.initialization import KERAS_EMBEDDING_SCALE, is_zero_at_first
+from ptbench.model.initialization import KERAS_EMBEDDING_SCALE
+from ptbench.model.parameters import GATES, kept_weights, parameter_shapes, state_widths
+from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.training.initialization__LEFT import is_zero_at_first
 
 Tensor = Any  # tf.Tensor
-States = dict[str, Any]  # by name, as `state_names` has it, each [batch, width]
+States = dict[str, Any]  # by name, as `state_widths` has it, each [batch, width]
 
 # Where a replica's number stands for other dropout: what every replica drops alike.
 WORDS = 2**31 - 1
@@ -157,7 +158,7 @@ class LanguageModel(tf.Module):
         x = drop(x, recipe.unit_dropout[0], "units.0")
         states: States = {}
         for index, layer in enumerate(self.layers):
-            names = [name for name in state_names(recipe) if name.startswith(f"state.{index}.")]
+            names = [name for name in state_widths(recipe) if name.startswith(f"state.{index}.")]
             mask = weights = None
             if dropout is not None:
                 mask = dropout.recurrent(inputs.shape[1], layer.width, index)

@@ -9,8 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from ptbench.backends.contract import rate_and_epsilon
-from ptbench.configuration.models import Recipe
+from ptbench.model.optimizers import rate_and_epsilon
+from ptbench.model.recipe import Recipe
 
 Tensor = Any  # tf.Tensor
 

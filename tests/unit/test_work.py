@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ptbench.backends.contract import parameter_count
-from ptbench.configuration.models import FRAMEWORKS, Recipe, Specification
-from ptbench.configuration.resources import (
-    CorpusSize,
-    corpus_size,
-    memory_megabytes,
-    runtime_minutes,
-    weights_per_token,
-)
+from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.specification import Specification
+from ptbench.model import work
+from ptbench.model.parameters import parameter_count
+from ptbench.model.recipe import Recipe
+from ptbench.model.work import CorpusSize, corpus_size, weights_per_token
 from ptbench.training.records import Metrics
 
 PTB = CorpusSize({"train": 929_589, "valid": 73_760, "test": 82_430}, vocabulary_size=10_000)
@@ -24,6 +21,17 @@ PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 ZAREMBA_SMALL = Recipe(
     corpus="ptb", layers=2, hidden_size=200, embedding_size=200, batch_size=20, sequence_length=20
 )
+
+
+def memory_megabytes(
+    spec: Specification, framework: str, devices: int, size: CorpusSize, attempt: int = 1
+) -> int:
+    libraries = FRAMEWORKS[framework].memory_megabytes
+    return work.memory_megabytes(spec.recipe, spec.accelerator, libraries, devices, size, attempt)
+
+
+def runtime_minutes(spec: Specification, devices: int, size: CorpusSize, attempt: int = 1) -> int:
+    return work.runtime_minutes(spec.recipe, spec.accelerator, devices, size, attempt)
 
 
 def specification(accelerator: str = "cuda", **changes: object) -> Specification:

@@ -9,30 +9,23 @@ their non-linearities; d_a is the derivative of the objective with respect to a.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.backends.contract import (
-    GATES,
-    OPTIMIZER_SLOTS,
+from ptbench.backends.base import (
+    PARAMETER,
+    Arrays,
     Backend,
     EvaluateStep,
-    Mask,
-    Parameters,
+    Setup,
     State,
-    Tokens,
     TrainStep,
-    check_parameters,
-    kept_weights,
-    objective_divisor,
-    parameter_shapes,
-    state_names,
 )
-from ptbench.training.initialization import draw_parameters
+from ptbench.corpus.batching import Batch
+from ptbench.model.parameters import GATES, Layout, Parameters
 
 Array = npt.NDArray[np.float64]
 
@@ -53,7 +46,7 @@ def log_softmax(logits: Array) -> Array:
     return logits - log_sum_exp(logits, axis=-1)
 
 
-class CellStep(NamedTuple):
+class Step(NamedTuple):
     """A cell after one time step, and what its derivative needs, all [batch, ...]."""
 
     h: Array
@@ -61,7 +54,7 @@ class CellStep(NamedTuple):
     gates: Array  # [batch, gates x width], after their non-linearities
 
 
-class CellDerivative(NamedTuple):
+class Derivative(NamedTuple):
     """Derivatives with respect to what a time step took, all [batch, ...]."""
 
     z_input: Array  # the part of the gates that comes from the layer's input
@@ -74,16 +67,16 @@ class Lstm:
     """Gates input, forget, candidate, output."""
 
     @staticmethod
-    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
         i, f, g, o = np.split(z_input + z_recurrent, 4, axis=-1)
         i, f, g, o = sigmoid(i), sigmoid(f), np.tanh(g), sigmoid(o)
         c = f * c + i * g
-        return CellStep(o * np.tanh(c), c, np.concatenate([i, f, g, o], axis=-1))
+        return Step(o * np.tanh(c), c, np.concatenate([i, f, g, o], axis=-1))
 
     @staticmethod
     def backward(
-        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
-    ) -> CellDerivative:
+        step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> Derivative:
         i, f, g, o = np.split(step.gates, 4, axis=-1)
         tanh_c = np.tanh(step.c)
         d_c = d_c + d_h * o * (1 - tanh_c**2)
@@ -96,30 +89,30 @@ class Lstm:
             ],
             axis=-1,
         )
-        return CellDerivative(d_z, d_z, np.zeros_like(h), d_c * f)
+        return Derivative(d_z, d_z, np.zeros_like(h), d_c * f)
 
 
 class Gru:
     """Gates reset, update, candidate; the candidate's recurrent part is reset after its product."""
 
     @staticmethod
-    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
         x_r, x_z, x_n = np.split(z_input, 3, axis=-1)
         u_r, u_z, u_n = np.split(z_recurrent, 3, axis=-1)
         r, z = sigmoid(x_r + u_r), sigmoid(x_z + u_z)
         n = np.tanh(x_n + r * u_n)
-        return CellStep((1 - z) * n + z * h, c, np.concatenate([r, z, n], axis=-1))
+        return Step((1 - z) * n + z * h, c, np.concatenate([r, z, n], axis=-1))
 
     @staticmethod
     def backward(
-        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
-    ) -> CellDerivative:
+        step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> Derivative:
         r, z, n = np.split(step.gates, 3, axis=-1)
         u_n = np.split(z_recurrent, 3, axis=-1)[2]
         d_n = d_h * (1 - z) * (1 - n**2)
         d_r = d_n * u_n * r * (1 - r)
         d_z = d_h * (h - n) * z * (1 - z)
-        return CellDerivative(
+        return Derivative(
             np.concatenate([d_r, d_z, d_n], axis=-1),
             np.concatenate([d_r, d_z, d_n * r], axis=-1),
             d_h * z,
@@ -131,42 +124,42 @@ class RnnTanh:
     """The simple recurrent cell of Elman (1990)."""
 
     @staticmethod
-    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
         h = np.tanh(z_input + z_recurrent)
-        return CellStep(h, c, h)
+        return Step(h, c, h)
 
     @staticmethod
     def backward(
-        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
-    ) -> CellDerivative:
+        step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> Derivative:
         d_z = d_h * (1 - step.h**2)
-        return CellDerivative(d_z, d_z, np.zeros_like(h), d_c)
+        return Derivative(d_z, d_z, np.zeros_like(h), d_c)
 
 
 class RnnRelu:
     """The same with rectified units."""
 
     @staticmethod
-    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> CellStep:
+    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
         h = np.maximum(z_input + z_recurrent, 0.0)
-        return CellStep(h, c, h)
+        return Step(h, c, h)
 
     @staticmethod
     def backward(
-        step: CellStep, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
-    ) -> CellDerivative:
+        step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+    ) -> Derivative:
         d_z = d_h * (step.h > 0)
-        return CellDerivative(d_z, d_z, np.zeros_like(h), d_c)
+        return Derivative(d_z, d_z, np.zeros_like(h), d_c)
 
 
-CELLS = {"lstm": Lstm, "gru": Gru, "rnn_tanh": RnnTanh, "rnn_relu": RnnRelu}
+RNNS = {"lstm": Lstm, "gru": Gru, "rnn_tanh": RnnTanh, "rnn_relu": RnnRelu}
 
 
 @dataclass
 class Layer:
     """One recurrent layer: its cell, its weights, and the mask of its previous output."""
 
-    cell: Any  # one of CELLS
+    cell: Any  # one of RNNS
     w: Array  # [inputs, gates x width]
     u: Array  # [width, gates x width]
     b: Array  # [gates x width]
@@ -218,7 +211,7 @@ class LayerTrace:
     x: Array  # [time, batch, inputs]
     h: Array  # [time + 1, batch, width], the initial state first
     c: Array  # [time + 1, batch, width]
-    steps: list[CellStep]
+    steps: list[Step]
     recurrent: list[Array]  # [batch, gates x width] at each time
 
 
@@ -242,7 +235,7 @@ class Masks:
 class Forward:
     """Log-probabilities of every next word, and what the backward pass needs."""
 
-    inputs: Tokens
+    inputs: npt.NDArray[np.int32]
     layers: list[Layer]
     traces: list[LayerTrace]
     top: Array  # [time, batch, width], the last layer's output, dropped
@@ -255,38 +248,44 @@ class Forward:
     state: dict[str, Array]
 
 
-class NumpyOracle(Backend):
+class Oracle(Backend):
     """The contract in float64, for tests."""
 
     name = "numpy"
     package = "numpy"
-    features = ()
+    dtype = np.float64
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.kept = kept_weights(self.recipe, self.vocabulary_size, self.seed)
-        self.load_parameters(draw_parameters(self.recipe, self.vocabulary_size, self.seed))
-        self.slots: dict[str, dict[str, Array]] = {
-            slot: {name: np.zeros_like(p) for name, p in self.p.items()}
-            for slot in OPTIMIZER_SLOTS[self.recipe.optimizer]
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        # by kind (the parameters, or a slot of the optimizer) and canonical name
+        self.arrays: dict[str, dict[str, Array]] = {
+            kind: {name: np.zeros(shape) for name, shape in self.shapes.items()}
+            for kind in (PARAMETER, *self.slots)
         }
 
-    def parameters(self) -> Parameters:
-        return {name: p.astype(np.float32) for name, p in self.p.items()}
+    def layout(self, name: str) -> Layout:
+        return Layout(kept=self.kept.get(name))  # zeros too, whatever the kernel
 
-    def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
-        check_parameters(parameters, self.recipe, self.vocabulary_size)
-        names = parameter_shapes(self.recipe, self.vocabulary_size)
-        self.p: dict[str, Array] = {
-            name: parameters[name].astype(np.float64) * self.kept.get(name, True) for name in names
-        }
+    @property
+    def p(self) -> dict[str, Array]:
+        """The parameters."""
+        return self.arrays[PARAMETER]
 
-    def initial_state(self, batch_size: int, training: bool) -> State:  # noqa: ARG002
-        return {n: np.zeros((batch_size, width)) for n, width in state_names(self.recipe).items()}
+    def read(self, kind: str) -> Arrays:
+        return self.arrays[kind]
+
+    def write(self, kind: str, arrays: Parameters) -> None:
+        self.arrays[kind] = dict(arrays)
+
+    def read_state(self, state: State) -> Arrays:
+        return state
+
+    def make_state(self, arrays: Parameters, training: bool) -> State:  # noqa: ARG002
+        return dict(arrays)
 
     def dropout_masks(self, steps: int, batch_size: int) -> Masks:
         """What the next training step drops."""
-        recipe, rng = self.recipe, np.random.default_rng([self.seed, self.step])
+        recipe, rng = self.recipe, np.random.default_rng([self.setup.seed, self.step])
         times = 1 if recipe.dropout_kind == "locked" else steps
         inputs_and_layers = (recipe.embedding_size, *recipe.widths)
 
@@ -295,7 +294,7 @@ class NumpyOracle(Backend):
 
         latent = recipe.latent_size or recipe.widths[-1]
         return Masks(
-            words=mask(recipe.word_dropout, self.vocabulary_size, 1),
+            words=mask(recipe.word_dropout, self.setup.vocabulary_size, 1),
             units=[
                 mask(rate, times, batch_size, width)
                 for rate, width in zip(recipe.unit_dropout, inputs_and_layers, strict=True)
@@ -307,7 +306,9 @@ class NumpyOracle(Backend):
             latents=mask(recipe.latent_dropout, times, batch_size, recipe.mixtures, latent),
         )
 
-    def forward(self, inputs: Tokens, state: dict[str, Array], masks: Masks) -> Forward:
+    def forward(
+        self, inputs: npt.NDArray[np.int32], state: dict[str, Array], masks: Masks
+    ) -> Forward:
         p, recipe = self.p, self.recipe
         x = (p["embedding"] * masks.words)[inputs] * masks.units[0]
         layers, traces, final = [], [], {}
@@ -316,7 +317,7 @@ class NumpyOracle(Backend):
             w, u, b = (p[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
             r = p.get(f"{name}.recurrent_bias", np.zeros_like(b))
             kept = masks.weights[index]
-            layer = Layer(CELLS[recipe.rnn], w, u * kept, b, r, masks.recurrent[index], kept)
+            layer = Layer(RNNS[recipe.rnn], w, u * kept, b, r, masks.recurrent[index], kept)
             h0 = state[f"state.{index}.h"]
             trace = layer.forward(x, h0, state.get(f"state.{index}.c", np.zeros_like(h0)))
             layers.append(layer)
@@ -350,7 +351,7 @@ class NumpyOracle(Backend):
         return self.p["embedding" if self.recipe.tie_weights else "softmax.weight"]
 
     def backward(
-        self, forward: Forward, targets: Tokens, weights: Array, masks: Masks
+        self, forward: Forward, targets: npt.NDArray[np.int32], weights: Array, masks: Masks
     ) -> dict[str, Array]:
         """Every parameter's gradient of the sum of weights [time, batch] times each target's nll.
 
@@ -419,42 +420,34 @@ class NumpyOracle(Backend):
         return d_top, d_h
 
     def loss_and_gradients(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: dict[str, Array]
+        self, batch: Batch, state: dict[str, Array]
     ) -> tuple[float, dict[str, Array], dict[str, Array]]:
-        """Summed nll, float64 gradient of the objective, and the final state."""
-        masks = self.dropout_masks(*inputs.shape) if self.recipe.drops else self.no_masks
-        forward = self.forward(inputs, state, masks)
-        weights = mask.astype(np.float64) / objective_divisor(self.recipe, mask)
-        gradients = self.backward(forward, targets, weights, masks)
-        return summed_nll(forward, targets, mask), gradients, forward.state
+        """Return the summed nll, the float64 gradient of the objective, and the final state."""
+        masks = self.dropout_masks(*batch.inputs.shape) if self.recipe.drops else self.no_masks
+        forward = self.forward(batch.inputs, state, masks)
+        weights = batch.mask.astype(np.float64) / self.objective_divisor(batch)
+        gradients = self.backward(forward, batch.targets, weights, masks)
+        return summed_nll(forward, batch), gradients, forward.state
 
     @property
     def no_masks(self) -> Masks:
         return Masks.none(self.recipe.layers)
 
-    def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
-        _, gradients, _ = self.loss_and_gradients(inputs, targets, mask, state)
-        return {name: g.astype(np.float32) for name, g in gradients.items()}
+    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+        return self.loss_and_gradients(batch, state)[1]
 
-    def train_step(
-        self,
-        inputs: Tokens,
-        targets: Tokens,
-        mask: Mask,
-        state: State,
-        learning_rate: float,
-        averaged: int = 1,
-    ) -> TrainStep:
-        nll, gradients, final = self.loss_and_gradients(inputs, targets, mask, state)
+    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+        nll, gradients, final = self.loss_and_gradients(batch, state)
         norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
         clip = self.recipe.clip_norm
         scale = clip / norm if clip is not None and norm > clip else 1.0
+        averaged = self.averaged
         self.step += 1
         for name, p in self.p.items():
             g = scale * gradients[name] + self.recipe.weight_decay * p
             p -= learning_rate * self.direction(name, g)
             if self.recipe.optimizer == "asgd":
-                mean = self.slots["average"][name]
+                mean = self.arrays["average"][name]
                 mean[:] = (1 - 1 / averaged) * mean + p / averaged
         return TrainStep(nll, norm, final)
 
@@ -463,7 +456,7 @@ class NumpyOracle(Backend):
         recipe = self.recipe
         if recipe.optimizer in ("sgd", "asgd"):
             return g
-        slots = {slot: arrays[name] for slot, arrays in self.slots.items()}
+        slots = {slot: self.arrays[slot][name] for slot in self.slots}
         if recipe.optimizer == "rmsprop":
             s, decay = slots["mean_square"], recipe.rmsprop_decay
             s[:] = decay * s + (1 - decay) * g**2
@@ -475,33 +468,15 @@ class NumpyOracle(Backend):
         v_hat = v / (1 - recipe.adam_beta2**self.step)
         return m_hat / (np.sqrt(v_hat) + recipe.optimizer_epsilon)
 
-    def evaluate_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
-    ) -> EvaluateStep:
-        forward = self.forward(inputs, state, self.no_masks)
-        return EvaluateStep(summed_nll(forward, targets, mask), forward.state)
+    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+        forward = self.forward(batch.inputs, state, self.no_masks)
+        return EvaluateStep(summed_nll(forward, batch), forward.state)
 
     def next_token_log_probabilities(
-        self, inputs: Tokens, state: State
+        self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
         forward = self.forward(inputs, state, self.no_masks)
         return forward.log_probabilities.astype(np.float32), forward.state
-
-    def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
-        saved: dict[str, npt.NDArray[Any]] = {f"parameter.{n}": p.copy() for n, p in self.p.items()}
-        for slot, arrays in self.slots.items():
-            saved |= {f"optimizer.{slot}.{name}": a.copy() for name, a in arrays.items()}
-        saved |= {name: array.copy() for name, array in state.items()}
-        return {**saved, "step": np.array(self.step)}
-
-    def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
-        self.p = {name: snapshot[f"parameter.{name}"].copy() for name in self.p}
-        self.slots = {
-            slot: {name: snapshot[f"optimizer.{slot}.{name}"].copy() for name in self.p}
-            for slot in self.slots
-        }
-        self.step = int(snapshot["step"])
-        return {name: snapshot[name].copy() for name in state_names(self.recipe)}
 
     def synchronize(self) -> None:
         pass
@@ -510,7 +485,8 @@ class NumpyOracle(Backend):
         return [f"numpy:{r}" for r in range(self.devices)]
 
 
-def summed_nll(forward: Forward, targets: Tokens, mask: Mask) -> float:
-    """Negative log-likelihood of the real tokens [nats]."""
-    log_p = np.take_along_axis(forward.log_probabilities, targets[..., None], axis=-1)[..., 0]
-    return float(-(log_p * mask).sum())
+def summed_nll(forward: Forward, batch: Batch) -> float:
+    """Return the negative log-likelihood of the real tokens [nats]."""
+    at_target = batch.targets[..., None]
+    log_p = np.take_along_axis(forward.log_probabilities, at_target, axis=-1)[..., 0]
+    return float(-(log_p * batch.mask).sum())

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.problems import new_oracle
 
-from ptbench.backends.contract import (
+from ptbench.corpus.batching import Batch
+from ptbench.model.optimizers import rate_and_epsilon
+from ptbench.model.parameters import (
+    Layout,
     Parameters,
     check_parameters,
-    device_columns,
     kept_count,
     kept_weights,
-    objective_divisor,
     parameter_count,
     parameter_shapes,
-    rate_and_epsilon,
-    slot_names,
     smallest_draws,
 )
-from ptbench.configuration.models import Recipe
+from ptbench.model.recipe import Recipe
 
 SMALL = Recipe(layers=2, embedding_size=3, hidden_size=2)
 
@@ -49,7 +49,7 @@ def test_a_model_has_an_embedding_two_weights_and_a_bias_for_each_layer_and_a_so
 
 
 def test_the_model_s_own_parameters_are_accepted() -> None:
-    check_parameters(parameters_of(SMALL, 7), SMALL, 7)
+    check_parameters(parameters_of(SMALL, 7), parameter_shapes(SMALL, 7))
 
 
 @pytest.mark.parametrize(
@@ -71,26 +71,24 @@ def test_other_parameters_are_refused_by_name(change: dict[str, Any], sentence: 
         if array is not None
     }
     with pytest.raises(ValueError, match=sentence):
-        check_parameters(changed, SMALL, 7)
+        check_parameters(changed, parameter_shapes(SMALL, 7))
+
+
+def divisor(objective: str, mask: list[list[int]]) -> float:
+    real = np.array(mask, np.float32)
+    words = np.zeros(real.shape, np.int32)
+    oracle = new_oracle(SMALL.model_copy(update={"objective": objective}), vocabulary_size=7)
+    return oracle.objective_divisor(Batch(words, words, real))
 
 
 def test_a_sum_over_time_is_divided_by_the_batch_size_and_a_mean_by_the_real_tokens() -> None:
-    mask = np.array([[1, 1, 1], [1, 0, 0]], np.float32)
-    assert objective_divisor(Recipe(objective="sum_over_time"), mask) == 3
-    assert objective_divisor(Recipe(objective="mean_per_token"), mask) == 4
+    mask = [[1, 1, 1], [1, 0, 0]]
+    assert divisor("sum_over_time", mask) == 3
+    assert divisor("mean_per_token", mask) == 4
 
 
 def test_the_mean_over_nothing_but_padding_is_not_divided_by_zero() -> None:
-    mask = np.zeros((2, 3), np.float32)
-    assert objective_divisor(Recipe(objective="mean_per_token"), mask) == 1
-
-
-def test_adam_keeps_two_moments_of_each_parameter_and_sgd_nothing() -> None:
-    names = list(parameter_shapes(SMALL, 7))
-    adam = SMALL.model_copy(update={"optimizer": "adam"})
-    moments = ("first_moment", "second_moment")
-    assert slot_names(adam, 7) == [(moment, name) for moment in moments for name in names]
-    assert slot_names(SMALL, 7) == []
+    assert divisor("mean_per_token", [[0, 0, 0], [0, 0, 0]]) == 1
 
 
 @given(step=st.integers(0, 10_000), m=st.floats(-10, 10), v=st.floats(1e-6, 10))
@@ -108,17 +106,48 @@ def test_other_optimizers_rate_and_epsilon_are_the_recipe_s() -> None:
     assert rate_and_epsilon(Recipe(optimizer="rmsprop"), 0.3, 0) == (0.3, 1e-7)
 
 
-@given(share=st.integers(1, 50), devices=st.integers(1, 16))
-def test_devices_share_the_columns_evenly_in_contiguous_blocks(share: int, devices: int) -> None:
-    columns = np.arange(share * devices)
-    blocks = [columns[block] for block in device_columns(columns.size, devices)]
-    assert [block.size for block in blocks] == [share] * devices
-    np.testing.assert_array_equal(np.concatenate(blocks), columns)
+@given(share=st.integers(1, 5), devices=st.integers(1, 16), axis=st.integers(0, 1))
+def test_devices_share_a_batch_evenly_in_contiguous_blocks(
+    share: int, devices: int, axis: int
+) -> None:
+    array = np.arange(2 * share * devices).reshape(2, -1)
+    array = array if axis == 1 else array.T
+    oracle = new_oracle(SMALL, devices=devices, vocabulary_size=7)
+    blocks = oracle.shares(array, axis)
+    assert [block.shape[axis] for block in blocks] == [share] * devices
+    np.testing.assert_array_equal(np.concatenate(blocks, axis), array)
+    assert not any(np.shares_memory(block, array) for block in blocks)
 
 
 def test_a_batch_that_does_not_divide_by_the_devices_is_refused() -> None:
+    oracle = new_oracle(SMALL, devices=2, vocabulary_size=7)
     with pytest.raises(ValueError, match="a batch of 5 does not divide by 2 devices"):
-        device_columns(5, 2)
+        oracle.shares(np.zeros((3, 5)), axis=1)
+
+
+@given(
+    gates=st.sampled_from([(), (1, 0, 2), (2, 0, 1)]),
+    transposed=st.booleans(), sparse=st.booleans(), packed=st.booleans(),
+)  # fmt: skip
+def test_an_array_comes_back_from_any_layout_as_it_was(
+    gates: tuple[int, ...], transposed: bool, sparse: bool, packed: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    array = rng.random((4, 6)).astype(np.float32)
+    kept = rng.random((4, 6)) < 0.5 if sparse else None
+    layout = Layout(transposed, gates, kept, packed=packed and sparse)
+    stored = layout.stored(array)
+    expected = array if kept is None else array * kept
+    np.testing.assert_array_equal(layout.canonical(stored), expected)
+    if not packed and not gates:
+        np.testing.assert_array_equal(stored, expected.T if transposed else expected)
+
+
+def test_gates_are_stored_in_the_order_of_the_framework() -> None:
+    reset, update, candidate = np.arange(3.0).reshape(3, 1).repeat(2, axis=1)
+    array = np.concatenate([reset, update, candidate])
+    stored = Layout(gate_order=(1, 0, 2)).stored(array)
+    np.testing.assert_array_equal(stored, np.concatenate([update, reset, candidate]))
 
 
 LARGE_MOS = {"mixtures": 15, "layers": 2, "embedding_size": 1500, "hidden_size": 1500}
@@ -171,7 +200,7 @@ def test_a_sparse_model_keeps_the_share_of_the_weights(kept: float, thousands: f
 
 
 def test_as_many_weights_are_kept_in_every_gate_s_matrix_and_the_seed_says_which() -> None:
-    recipe = Recipe(layers=2, embedding_size=12, hidden_size=16, kept_weights=0.3, cell="gru")
+    recipe = Recipe(layers=2, embedding_size=12, hidden_size=16, kept_weights=0.3, rnn="gru")
     masks = kept_weights(recipe, 40, seed=1)
     again, other = kept_weights(recipe, 40, seed=1), kept_weights(recipe, 40, seed=2)
     shapes = parameter_shapes(recipe, 40)

@@ -1,41 +1,21 @@
-"""What a training run is: the pydantic models of recipes and cells, and the naming of variants.
+"""The recipe: a pydantic model of everything that defines a training run.
 
-Runs in every environment, so it imports pydantic and the standard library alone. Reading YAML,
-and the configuration and experiments built on these models, live in `loading.py`.
+Every environment imports it, so it needs pydantic and the standard library alone. Variants and
+specifications, which are built on it, are in `configuration/specification.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# A change of what training or measuring means. Raising it re-runs every cell.
-PROTOCOL = 1
-
-Framework = Literal["pytorch", "tensorflow", "keras", "mxnet", "jax"]
 Accelerator = Literal["cpu", "cuda"]
 Kernel = Literal["fused", "stepwise", "block", "sparse"]
 Implementation = Literal["stock", "tuned"]
 TokenSource = Literal["memory", "memory_map", "stream"]
-FRAMEWORKS: tuple[Framework, ...] = get_args(Framework)
-
-# Kernels that each framework has for its LSTM; only fused and stepwise are for other kinds of layer too.
-KERNELS: dict[Framework, tuple[Kernel, ...]] = {
-    "pytorch": ("fused", "stepwise", "sparse"),
-    "tensorflow": ("fused", "stepwise", "block", "sparse"),
-    "keras": ("fused", "stepwise", "sparse"),
-    "mxnet": ("fused", "stepwise", "sparse"),
-    "jax": ("fused", "stepwise", "sparse"),
-}
-
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
-# A recipe's name followed by its overrides, as `Recipe.variant` writes it.
-VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9_.-]+)*"
 
 
 class Model(BaseModel):
@@ -188,18 +168,15 @@ class Recipe(Model):
         le=20,
         description="Initial bias of an LSTM's forget gates; other biases start at 0.",
     )
-    initialization: Literal["shared", "native"] = Field(
-        "shared",
-        description="shared: drawn in NumPy, the same in every framework; native: by its own draw.",
-    )
-    initialization_scheme: Literal["uniform", "keras_defaults", "framework_defaults"] = Field(
+    initialization: Literal["uniform", "keras", "pytorch"] = Field(
         "uniform",
-        description="uniform: in ± initialization_scale; keras_defaults: embedding in ±0.05, "
-        "kernels Glorot-uniform, recurrent ones orthogonal, biases 0 but for forget_bias; "
-        "framework_defaults: as the framework's layers start by themselves (needs native).",
+        description="How parameters start, the same in every framework. uniform: weights in "
+        "± initialization_scale; keras: embedding in ±0.05, kernels Glorot-uniform, recurrent ones "
+        "orthogonal; pytorch: as torch.nn's layers start, embedding and output in "
+        "± initialization_scale.",
     )
     initialization_scale: float = Field(
-        0.1, gt=0, le=10, description="With uniform, weights start uniform in ± this value."
+        0.1, gt=0, le=10, description="Half the width of the range that weights are drawn from."
     )
 
     objective: Literal["sum_over_time", "mean_per_token"] = Field(
@@ -312,16 +289,8 @@ class Recipe(Model):
                 "tie_weights and output_rank exclude each other: a tied output matrix is the "
                 "embedding, which has its own rank"
             )
-        if self.initialization_scheme == "framework_defaults":
-            if self.initialization != "native":
-                raise ValueError(
-                    "initialization_scheme=framework_defaults needs initialization=native"
-                )
-            if self.forget_bias:
-                raise ValueError(
-                    "initialization_scheme=framework_defaults leaves the biases to the framework: "
-                    "forget_bias must be 0"
-                )
+        if self.initialization == "pytorch" and self.forget_bias:
+            raise ValueError("initialization=pytorch draws the biases: forget_bias must be 0")
         return self
 
     @property
@@ -371,94 +340,3 @@ class Recipe(Model):
     def corpus_folder(self) -> str:
         """Name of the prepared corpus: the corpus, and its subset if it has one."""
         return self.corpus if self.subset is None else f"{self.corpus}-first-{self.subset}-lines"
-
-
-def format_override(value: object) -> str:
-    """Write one override's value the one way that a variant's name has it.
-
-    Numbers are written in their shortest form (1.0 becomes 1), so that equal values give
-    equal names.
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        whole = value.is_integer() and abs(value) < 1e15
-        return repr(int(value)) if whole else repr(value).replace("e+", "e")  # + joins overrides
-    return str(value)
-
-
-def variant_name(recipe_name: str, base: Recipe, changed: Recipe) -> str:
-    """The one name of `changed` as a variant of the recipe `base`, called `recipe_name`.
-
-    Overrides equal to the recipe's own values are dropped and the others sorted, so one
-    configuration has exactly one name: `zaremba-small+dropout=0.5+learning_rate=0.01`.
-    """
-    names = sorted(Recipe.model_fields)
-    overrides = [
-        f"+{name}={format_override(getattr(changed, name))}"
-        for name in names
-        if getattr(changed, name) != getattr(base, name)
-    ]
-    return recipe_name + "".join(overrides)
-
-
-class Specification(Model):
-    """One variant resolved: all that a framework is told, whatever its devices and seed.
-
-    Written as JSON by the workflow and read by the trainer; frameworks never read YAML.
-    """
-
-    protocol: int = Field(PROTOCOL, description="Version of what training and measuring mean.")
-    variant: str = Field(description="Name of the variant.")
-    recipe: Recipe = Field(description="The recipe with its overrides applied.")
-    corpus_definition: dict[str, Any] = Field(
-        description="What is in the corpus, as configured; not where it is fetched from."
-    )
-    accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
-
-    def text(self) -> str:
-        """The specification as JSON, without the recipe's keys that have their default values.
-
-        Two runs mean the same exactly if their texts are equal. A new key, whose default is what
-        was done before, changes no text. Changing a default changes what runs mean: raise
-        `PROTOCOL` with it.
-        """
-        content = self.model_dump(mode="json", exclude={"recipe"})
-        content["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
-        return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-    @property
-    def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that change exactly when the meaning of the run does."""
-        return hashlib.sha256(self.text().encode()).hexdigest()[:12]
-
-
-class Cell(Model):
-    """One run: the unit of scheduling, failure and re-run."""
-
-    variant: str = Field(pattern=f"^{VARIANT_PATTERN}$", description="Name of the variant.")
-    framework: Framework = Field(description="Framework that trains.")
-    devices: int = Field(ge=1, le=1024, description="Data-parallel replicas.")
-    seed: int = Field(ge=0, lt=2**31, description="Seed of initial parameters and dropout.")
-
-    @property
-    def path(self) -> str:
-        """Folder of the cell, relative to `results/cells`."""
-        return f"{self.variant}/{self.framework}/devices-{self.devices}/seed-{self.seed}"
-
-
-def parse_cell_path(path: str) -> Cell:
-    """The cell whose `path` this is.
-
-    Raises:
-        ValueError: if it is not `{variant}/{framework}/devices-{devices}/seed-{seed}`.
-    """
-    match = re.fullmatch(r"([^/]+)/([^/]+)/devices-(\d+)/seed-(\d+)", path)
-    if match is None:
-        raise ValueError(f"{path} is not of the form variant/framework/devices-N/seed-N")
-    variant, framework, devices, seed = match.groups()
-    return Cell.model_validate(
-        {"variant": variant, "framework": framework, "devices": int(devices), "seed": int(seed)}
-    )

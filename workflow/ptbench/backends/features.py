@@ -1,0 +1,30 @@
+"""What each framework has built in, read from `features.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import Field
+
+from ptbench.model.recipe import Model
+
+FILE = Path(__file__).with_suffix(".yaml")
+
+
+class Feature(Model):
+    """How one framework provides one feature."""
+
+    built_in: bool = Field(description="The framework has it; otherwise it is written here.")
+    symbols: list[str] = Field([], description="Public names of the framework that are used.")
+    code: list[str] = Field([], description="Where it is written here: module.object.")
+    note: str | None = Field(None, description="What else a reader should know.")
+
+
+def read_features() -> dict[str, dict[str, Feature]]:
+    """Return every framework's features by name, all in the same order."""
+    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return {
+        framework: {name: Feature.model_validate(given) for name, given in features.items()}
+        for framework, features in content.items()
+    }

@@ -1,0 +1,113 @@
+"""What one run is: variants and their names, specifications, and cells.
+
+Every environment imports it, so it needs pydantic and the standard library alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from pydantic import Field
+
+from ptbench.backends import Framework
+from ptbench.model.recipe import Accelerator, Model, Recipe
+
+# A change of what training or measuring means. Raising it runs every cell again.
+PROTOCOL = 2
+
+# A recipe's name followed by its overrides, as `variant_name` writes it.
+VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9_.-]+)*"
+
+
+def format_override(value: object) -> str:
+    """Write one override's value the one way that a variant's name has it.
+
+    Numbers are written in their shortest form (1.0 becomes 1), so that equal values give
+    equal names.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        whole = value.is_integer() and abs(value) < 1e15
+        return repr(int(value)) if whole else repr(value).replace("e+", "e")  # + joins overrides
+    return str(value)
+
+
+def variant_name(recipe_name: str, base: Recipe, changed: Recipe) -> str:
+    """The one name of `changed` as a variant of the recipe `base`, called `recipe_name`.
+
+    Overrides equal to the recipe's own values are dropped and the others sorted, so one
+    configuration has exactly one name: `zaremba-small+dropout=0.5+learning_rate=0.01`.
+    """
+    names = sorted(Recipe.model_fields)
+    overrides = [
+        f"+{name}={format_override(getattr(changed, name))}"
+        for name in names
+        if getattr(changed, name) != getattr(base, name)
+    ]
+    return recipe_name + "".join(overrides)
+
+
+class Specification(Model):
+    """One variant resolved: all that a framework is told, whatever its devices and seed.
+
+    Written as JSON by the workflow and read by the trainer; frameworks never read YAML.
+    """
+
+    protocol: int = Field(PROTOCOL, description="Version of what training and measuring mean.")
+    variant: str = Field(description="Name of the variant.")
+    recipe: Recipe = Field(description="The recipe with its overrides applied.")
+    corpus_definition: dict[str, Any] = Field(
+        description="What is in the corpus, as configured; not where it is fetched from."
+    )
+    accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
+
+    def text(self) -> str:
+        """The specification as JSON, without the recipe's keys that have their default values.
+
+        Two runs mean the same exactly if their texts are equal. A new key, whose default is what
+        was done before, changes no text. Changing a default changes what runs mean: raise
+        `PROTOCOL` with it.
+        """
+        content = self.model_dump(mode="json", exclude={"recipe"})
+        content["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that change exactly when the meaning of the run does."""
+        return hashlib.sha256(self.text().encode()).hexdigest()[:12]
+
+
+class Cell(Model):
+    """One run: the unit of scheduling, failure and re-run."""
+
+    variant: str = Field(pattern=f"^{VARIANT_PATTERN}$", description="Name of the variant.")
+    framework: Framework = Field(description="Framework that trains.")
+    devices: int = Field(ge=1, le=1024, description="Data-parallel replicas.")
+    seed: int = Field(ge=0, lt=2**31, description="Seed of initial parameters and dropout.")
+
+    @property
+    def path(self) -> str:
+        """Folder of the cell, relative to `results/cells`."""
+        return f"{self.variant}/{self.framework}/devices-{self.devices}/seed-{self.seed}"
+
+
+def parse_cell_path(path: str) -> Cell:
+    """The cell whose `path` this is.
+
+    Raises:
+        ValueError: if it is not `{variant}/{framework}/devices-{devices}/seed-{seed}`.
+    """
+    match = re.fullmatch(r"([^/]+)/([^/]+)/devices-(\d+)/seed-(\d+)", path)
+    if match is None:
+        raise ValueError(f"{path} is not of the form variant/framework/devices-N/seed-N")
+    variant, framework, devices, seed = match.groups()
+    return Cell.model_validate(
+        {"variant": variant, "framework": framework, "devices": int(devices), "seed": int(seed)}
+    )

@@ -1,8 +1,7 @@
-"""What a corpus is: the pydantic models of its definition.
+"""Pydantic models of a corpus' definition: where its text comes from.
 
-A definition says where text comes from; it is discriminated by `kind`, and a synthetic one further
-by `process`. Reading `corpora.yaml` and merging the user's own definitions over it live in
-`loading.py`; fetching, generating and preparing live in `ptbench.corpus`.
+Definitions differ by `kind`, and synthetic ones also by `process`. The configuration package reads
+`corpora.yaml` and the user's own definitions; the other modules here fetch, generate and prepare.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from ptbench.model.recipe import Model
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
-# The stationary law of a markov process is a dense linear system of this size at most: 130 MB.
+# The stationary law of a markov process is a dense linear system, of at most this size: 130 MB.
 MAXIMUM_STATES = 4000
 
 ADDRESS_PATTERN = r"^(https?://[^/\s]+\S*|file:.+)$"
 
 
 def address_of_a_mirror(value: Any) -> Any:
-    """`value`, if it is an address that files can be had from, or no text at all.
+    """Return `value` if files can be fetched from that address, or if it is not text.
 
     Raises:
-        ValueError: what to write instead.
+        ValueError: it says what to write instead.
     """
     if not isinstance(value, str):
         return value
@@ -96,9 +95,9 @@ class DownloadedCorpus(Model):
     )
 
     def with_first(self, address: MirrorAddress) -> Self:
-        """This corpus with a folder of plain files to try before the other mirrors.
+        """Return this corpus with a folder of plain files as its first mirror.
 
-        The files there have the names that they have in the first of the others.
+        The files there must have the names that they have in what was the first mirror.
         """
         first = self.mirrors[0].paths
         paths = SplitPaths(**{split: getattr(first, split).rpartition("/")[2] for split in SPLITS})
@@ -107,7 +106,7 @@ class DownloadedCorpus(Model):
 
 
 class FolderCorpus(Model):
-    """A folder of the user's own with train.txt, valid.txt and test.txt."""
+    """A local folder with train.txt, valid.txt and test.txt."""
 
     kind: Literal["folder"] = Field(description="A corpus in a local folder.")
     folder: Path = Field(
@@ -127,7 +126,7 @@ class FolderCorpus(Model):
 
 
 class _GeneratedCorpus(Model):
-    """What both synthetic processes need."""
+    """The settings that both synthetic processes have."""
 
     kind: Literal["synthetic"] = Field(description="A corpus that is generated.")
     seed: int = Field(0, ge=0, description="Seed of the process and of the text drawn from it.")
@@ -190,6 +189,6 @@ CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
 def content_of(definition: CorpusDefinition) -> dict[str, Any]:
-    """What decides what is in a corpus: its definition without where and how it is fetched."""
+    """Return what decides the content of a corpus: all except where and how it is fetched."""
     transport = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
     return definition.model_dump(mode="json", exclude_defaults=True, exclude=transport)

@@ -30,13 +30,12 @@ from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Accelerator
 
-# JAX's configuration. Each would otherwise come from an environment variable of the same name in
-# capitals, and change numbers or end a run. `claim_devices` sets those that depend on the setup.
+# JAX's configuration, which would otherwise come from the environment (JAX_ENABLE_X64, ...) and
+# could change numbers. `claim_devices` sets what depends on the setup.
 CONFIGURATION: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_default_matmul_precision": "highest",  # float32 on GPUs, not TF32
     "jax_numpy_dtype_promotion": "standard",
-    "jax_numpy_rank_promotion": "allow",
     "jax_default_prng_impl": model.RANDOM_GENERATOR,
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
@@ -45,36 +44,25 @@ CONFIGURATION: dict[str, Any] = {
     "jax_debug_nans": False,
     "jax_debug_infs": False,
 }
-# The variables that were set for this process and have no effect here.
-IGNORED = [
-    variable
-    for name in (*CONFIGURATION, "jax_platforms", "jax_num_cpu_devices", "nproc", "xla_flags")
-    if (variable := name.upper()) in os.environ
-]
 
 
 def claim_devices(setup: Setup) -> list[Any]:
     """Set what JAX and XLA would read from the environment; return the devices to use.
 
-    The CPU appears to JAX as the number of devices that was set before its first use. They share
-    one pool of threads, which has at least as many threads as there are devices.
+    JAX makes as many devices of the CPU as were asked for before its first use. They share one
+    pool of threads, which has at least as many threads as there are devices.
 
     Raises:
         PtbenchError: if there are fewer devices of that kind than the setup asks for.
     """
+    os.environ.pop("XLA_FLAGS", None)
+    os.environ["NPROC"] = str(setup.threads)  # size of XLA's pool of threads
     for name, value in CONFIGURATION.items():
         jax.config.update(name, value)
-    os.environ.pop("XLA_FLAGS", None)
-    on_cpu = setup.accelerator == "cpu"
-    try:
-        jax.config.update("jax_platforms", "cpu" if on_cpu else "cuda,cpu")
-        if on_cpu:
-            os.environ["NPROC"] = str(setup.threads)  # XLA reads the size of its pool from it
-            jax.config.update("jax_num_cpu_devices", setup.devices)
-    except RuntimeError:  # JAX is in use already; whoever uses it keeps working
-        if jax.device_count("cpu") < setup.devices:
-            clear_backends()
-            jax.config.update("jax_num_cpu_devices", setup.devices)
+    jax.config.update("jax_platforms", "cpu" if setup.accelerator == "cpu" else "cuda,cpu")
+    if jax.config.jax_num_cpu_devices < setup.devices:
+        clear_backends()  # JAX may be in use already, with fewer devices
+        jax.config.update("jax_num_cpu_devices", setup.devices)
     try:
         found = jax.devices(setup.accelerator)
     except RuntimeError:  # no such platform
@@ -256,6 +244,5 @@ class JAXBackend(Backend):
             "random_generator": self._generator,
             "allocator": allocator
             + (", memory kept between steps" if self._memory_is_kept else ""),
-            "ignored_variables": " ".join(IGNORED),
             **{name: str(value) for name, value in compiler_options(self.accelerator).items()},
         }

@@ -31,6 +31,22 @@ def shared_parameters(backend: Backend, seed: int) -> Parameters:
     return initial_parameters(backend.recipe, backend.setup.vocabulary_size, seed)
 
 
+def largest_values_in_new_torch_layers(
+    backend: Backend,  # noqa: ARG001
+    rnn: str,
+    inputs: int,
+    width: int,
+    outputs: int,
+) -> dict[str, float]:
+    """Return the largest absolute value in each parameter of a new torch.nn layer and Linear."""
+    torch = importlib.import_module("torch")
+    torch.manual_seed(0)
+    layer = getattr(torch.nn, rnn.upper())(inputs, width)
+    linear = torch.nn.Linear(width, outputs)
+    parameters = [*layer.named_parameters(), *linear.named_parameters()]
+    return {name: float(parameter.abs().max()) for name, parameter in parameters}
+
+
 def missing_names(backend: Backend, names: list[str], package: str) -> list[str]:  # noqa: ARG001
     """Return those dotted names that cannot be found, relative to a package or absolute."""
     return [name for name in names if not exists(f"{package}.{name}".lstrip("."))]

@@ -13,24 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.base import (
-    PARAMETER,
-    Arrays,
-    Backend,
-    EvaluateStep,
-    Setup,
-    State,
-    TrainStep,
-)
-from ptbench.backends.pytorch import model, tuned
+from ptbench.backends.base import PARAMETER, Arrays, Backend, EvaluateStep, Setup, State, TrainStep
+from ptbench.backends.pytorch import model, replicas, tuned
 from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
-from ptbench.backends.pytorch.replicas import (
-    Replicas,
-    Replicated,
-    gathered,
-    meet,
-    on_every_replica,
-)
+from ptbench.backends.pytorch.replicas import Replicated, on_every_replica
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Parameters
@@ -57,6 +43,8 @@ class PyTorchBackend(Backend, Replicated):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
+        self.on_gpu = setup.accelerator == "cuda"
+        self.threads = max(setup.threads // self.devices, 1)  # of each replica
         if self.on_gpu and torch.cuda.device_count() < self.devices:
             raise PtbenchError(
                 f"pytorch was asked for {self.devices} GPUs and sees {torch.cuda.device_count()}"
@@ -65,20 +53,20 @@ class PyTorchBackend(Backend, Replicated):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing
         torch.backends.cudnn.allow_tf32 = False
-        is_tuned = self.recipe.implementation == "tuned"
-        self.fast_products = is_tuned and not self.on_gpu and tuned.onednn_products_are_float32()
-        self.keeps_memory = is_tuned and not self.on_gpu and keep_memory()
+        means = tuned if self.recipe.implementation == "tuned" else model
+        tuned_cpu = means is tuned and not self.on_gpu
+        self.fast_products = tuned_cpu and tuned.onednn_products_are_float32()
+        self.keeps_memory = tuned_cpu and keep_memory()
         self.apply_settings()
 
         self.rank, self.replicas = 0, None
         if self.devices > 1:
-            self.replicas = Replicas.of(self.devices, setup.accelerator)
+            self.replicas = replicas.other_replicas(self.devices, setup.accelerator)
             self.rank = dist.get_rank()
             if self.replicas is not None:
                 self.replicas.call(PyTorchBackend, setup)
             self.replicate()
         self.device = torch.device("cuda", self.rank) if self.on_gpu else torch.device("cpu")
-        means = tuned if is_tuned else model
         self.clip = means.clip
         self.model = LanguageModel(self.recipe, setup.vocabulary_size, self.kept, means.nll)
         self.model.to(self.device)
@@ -93,28 +81,20 @@ class PyTorchBackend(Backend, Replicated):
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         self.parallel: nn.Module = self.model
         if self.devices > 1:
-            meet(self.replicas)
+            replicas.meet(self.replicas)
             device_ids = [self.device] if self.on_gpu else None
             self.parallel = DistributedDataParallel(  # buffers never change
                 self.model, device_ids=device_ids, forward_sync_buffers=False
             )
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.setup.accelerator == "cuda"
-
-    @property
-    def threads(self) -> int:
-        """CPU threads of each replica."""
-        return max(self.setup.threads // self.devices, 1)
 
     def apply_settings(self) -> None:
         """Set what another backend in this process may have set otherwise."""
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("medium" if self.fast_products else "highest")
 
-    def shared(self) -> dict[str, Any]:
-        return {"step": self.step, "average_from": self.average_from}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Have what replica 0 alone is told take effect on the replica that this is sent to."""
+        return *super().__reduce__(), {"step": self.step, "average_from": self.average_from}
 
     # ------------------------------------------------------------------- parameters, slots, states
 
@@ -135,7 +115,7 @@ class PyTorchBackend(Backend, Replicated):
     @on_every_replica
     def read_state(self, state: State) -> Arrays:
         parts = [part.contiguous() for layer in state for part in layer]
-        whole = [gathered(part) for part in parts] if self.devices > 1 else parts
+        whole = [replicas.gathered(part) for part in parts] if self.devices > 1 else parts
         return {n: t.cpu().numpy() for n, t in zip(self.state_widths, whole, strict=True)}
 
     @on_every_replica
@@ -229,7 +209,7 @@ class PyTorchBackend(Backend, Replicated):
         if not self.on_gpu:
             return None
         peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
-        return int((gathered(peak) if self.devices > 1 else peak).max())
+        return int((replicas.gathered(peak) if self.devices > 1 else peak).max())
 
     def settings(self) -> dict[str, str]:
         if self.on_gpu:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,19 +20,15 @@ from ptbench.model.parameters import parameter_shapes
 from ptbench.model.recipe import Recipe
 
 LayerState = tuple[Tensor, ...]  # (h, c) of an LSTM, (h,) of other layers; each [batch, width]
+LayerOutputs = tuple[Tensor, LayerState]  # at all time steps, [time, batch, width]; the last state
 
-FUSED: dict[str, Callable[[int, int], nn.Module]] = {
-    "lstm": nn.LSTM,
-    "gru": nn.GRU,
-    "rnn_tanh": functools.partial(nn.RNN, nonlinearity="tanh"),
-    "rnn_relu": functools.partial(nn.RNN, nonlinearity="relu"),
-}
-STEPWISE: dict[str, Callable[[int, int], nn.Module]] = {
-    "lstm": nn.LSTMCell,
-    "gru": nn.GRUCell,
-    "rnn_tanh": functools.partial(nn.RNNCell, nonlinearity="tanh"),
-    "rnn_relu": functools.partial(nn.RNNCell, nonlinearity="relu"),
-}
+FUSED: dict[str, Any] = {
+    "lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN
+}  # fmt: skip
+STEPWISE: dict[str, Any] = {
+    "lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn_tanh": nn.RNNCell, "rnn_relu": nn.RNNCell
+}  # fmt: skip
+OPTIONS = {"rnn_tanh": {"nonlinearity": "tanh"}, "rnn_relu": {"nonlinearity": "relu"}}
 
 
 class Dropout(nn.Module):
@@ -94,18 +89,18 @@ class Dropout(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """nn.LSTM, nn.GRU or nn.RNN: by cuDNN on a GPU, by oneDNN for an LSTM on the CPU."""
+    """nn.LSTM, nn.GRU or nn.RNN: by cuDNN on a GPU, by oneDNN for an LSTM on the CPU.
+
+    Every layer takes x [time, batch, inputs] and the mask [batch, width] of the previous output.
+    """
 
     recurrent_weights = "rnn.weight_hh_l0"
 
     def __init__(self, recipe: Recipe, inputs: int, width: int) -> None:
         super().__init__()
-        self.rnn = FUSED[recipe.rnn](inputs, width)
+        self.rnn = FUSED[recipe.rnn](inputs, width, **OPTIONS.get(recipe.rnn, {}))
 
-    def forward(
-        self, x: Tensor, state: LayerState, mask: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        """Return outputs [time, batch, width] and the last state."""
+    def forward(self, x: Tensor, state: LayerState, mask: Tensor | None) -> LayerOutputs:
         assert mask is None, "it cannot drop previous outputs"
         first = tuple(each[None] for each in state)  # for one layer and direction
         if len(first) == 2:
@@ -122,12 +117,9 @@ class StepwiseLayer(nn.Module):
 
     def __init__(self, recipe: Recipe, inputs: int, width: int) -> None:
         super().__init__()
-        self.rnn: Any = STEPWISE[recipe.rnn](inputs, width)
+        self.rnn = STEPWISE[recipe.rnn](inputs, width, **OPTIONS.get(recipe.rnn, {}))
 
-    def forward(
-        self, x: Tensor, state: LayerState, mask: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        """Return outputs [time, batch, width] and the last state."""
+    def forward(self, x: Tensor, state: LayerState, mask: Tensor | None) -> LayerOutputs:
         outputs = []
         for x_t in x:
             h = state[0] if mask is None else state[0] * mask
@@ -183,10 +175,7 @@ class SparseLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(4 * width))
         self.recurrent_bias = nn.Parameter(torch.zeros(4 * width))
 
-    def forward(
-        self, x: Tensor, state: LayerState, mask: Tensor | None
-    ) -> tuple[Tensor, LayerState]:
-        """Return outputs [time, batch, width] and the last state."""
+    def forward(self, x: Tensor, state: LayerState, mask: Tensor | None) -> LayerOutputs:
         bias = (self.bias + self.recurrent_bias)[:, None]
         h, c = (each.T for each in state)  # a sparse matrix multiplies columns
         outputs = []
@@ -293,15 +282,14 @@ def penalty(recipe: Recipe, dropped: Tensor, undropped: Tensor, weights: Tensor)
         undropped: the same before dropout.
         weights: [time, batch]; 0 where there is no token.
     """
-    total = dropped.new_zeros(())
-    if recipe.activation_regularization:
-        squares = dropped.square().mean(-1)
-        total = total + recipe.activation_regularization * (squares * weights).sum()
-    if recipe.temporal_activation_regularization:
-        squares = undropped.diff(dim=0).square().mean(-1)
-        both_real = torch.minimum(weights[1:], weights[:-1])
-        total = total + recipe.temporal_activation_regularization * (squares * both_real).sum()
-    return total
+    if not recipe.penalizes:
+        return dropped.new_zeros(())
+    squares = dropped.square().mean(-1)
+    changes = undropped.diff(dim=0).square().mean(-1)
+    both_real = torch.minimum(weights[1:], weights[:-1])
+    activation, change = (squares * weights).sum(), (changes * both_real).sum()
+    of_changes = recipe.temporal_activation_regularization
+    return recipe.activation_regularization * activation + of_changes * change
 
 
 class LanguageModel(nn.Module):
@@ -395,9 +383,9 @@ SLOTS = {
 
 
 def optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer; of `asgd`, torch.optim.SGD is the part before the mean.
+    """Return the recipe's optimizer; `average` does the rest of `asgd`.
 
-    torch.optim.ASGD has a rate and a start of the mean of its own, which it cannot do without.
+    torch.optim.ASGD itself decides which steps its mean is of.
     """
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     epsilon = recipe.optimizer_epsilon

@@ -17,12 +17,12 @@ import os
 import signal
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,7 @@ from torch import Tensor
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Accelerator
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -55,40 +54,24 @@ class Replicated:
         else:
             Replicated.counterparts[self.number] = self
 
-    def shared(self) -> dict[str, Any]:
-        """Return the attributes that replica 0 decides for all."""
-        return {}
-
-    def __reduce__(self) -> Any:
-        """Pickle as the number and the shared attributes, which the counterpart is given."""
-        return counterpart, (self.number,), self.shared() or None
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be sent as the number, by which the receiver finds its own; see pickle."""
+        return _counterpart, (self.number,)
 
 
-def counterpart(number: int) -> Replicated:
-    """Return this replica's object of that number."""
+def _counterpart(number: int) -> Replicated:
     return Replicated.counterparts[number]
 
 
 class Replicas:
     """Replicas 1 to N - 1 of this process, which is replica 0."""
 
-    _started: ClassVar[Replicas | None] = None
-
-    @classmethod
-    def of(cls, devices: int, accelerator: Accelerator) -> Replicas | None:
-        """Return the other replicas, started when first asked for; None if this is one of them.
+    def __init__(self, devices: int, accelerator: Accelerator) -> None:
+        """Start them.
 
         Raises:
             PtbenchError: if one of them ends before it can take part.
         """
-        if _to_first is not None:
-            return None
-        if cls._started is None:
-            cls._started = cls(devices, accelerator)
-        assert len(cls._started.processes) == devices - 1, "torch.distributed has one size"
-        return cls._started
-
-    def __init__(self, devices: int, accelerator: Accelerator) -> None:
         context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
@@ -115,23 +98,29 @@ class Replicas:
         """Have every other replica call a function; nothing is returned, nor waited for."""
         gone = Replicated.gone[:]
         del Replicated.gone[: len(gone)]
-        try:
+        with self.watched():
             for connection in self.connections:
                 connection.send((function, arguments, keywords, gone))
-        except BrokenPipeError:
-            self.check()
-            raise
 
-    def check(self) -> None:
-        """Raise PtbenchError if a replica has ended, or is about to."""
-        ended = []
-        for rank, process in enumerate(self.processes, start=1):
-            process.join(1)
-            if process.exitcode is not None:
-                ended.append(f"replica {rank} ended with exit status {process.exitcode}")
-        if ended:
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise PtbenchError in place of errors that come of a replica's end, broken connections.
+
+        It names those that ended and their exit status.
+        """
+        try:
+            yield
+        except (EOFError, OSError, RuntimeError):
+            ended = []
+            for rank, process in enumerate(self.processes, start=1):
+                process.join(1)  # it may be about to end
+                if process.exitcode is not None:
+                    ended.append(f"replica {rank} ended with exit status {process.exitcode}")
+            if not ended:
+                raise
             self.stop(seconds=0)
-            raise PtbenchError(f"pytorch: {', '.join(ended)}; its own output says why")
+            message = f"pytorch: {' and '.join(ended)}; the reason is in what it printed"
+            raise PtbenchError(message) from None
 
     def stop(self, seconds: float = 10) -> None:
         """End the other replicas; those that do not by themselves in that time are killed."""
@@ -145,23 +134,24 @@ class Replicas:
             dist.destroy_process_group()
 
 
-def on_every_replica(
-    method: Callable[Concatenate[Any, P], T],
-) -> Callable[Concatenate[Any, P], T]:
-    """Have a method of a backend called on all its replicas; returns what it does on this one."""
+@functools.cache
+def other_replicas(devices: int, accelerator: Accelerator) -> Replicas | None:
+    """Return the others, started when first asked for; None if this process is one of them."""
+    return Replicas(devices, accelerator) if _to_first is None else None
+
+
+def on_every_replica(method: Method) -> Method:
+    """Have a method of a backend called on all its replicas; return what it does on this one."""
 
     @functools.wraps(method)
-    def replicated(self: Any, *arguments: P.args, **keywords: P.kwargs) -> T:
+    def replicated(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if self.replicas is None:
             return method(self, *arguments, **keywords)
         self.replicas.call(replicated, self, *arguments, **keywords)
-        try:
+        with self.replicas.watched():
             return method(self, *arguments, **keywords)
-        except RuntimeError:  # such as a connection that broke
-            self.replicas.check()
-            raise
 
-    return replicated
+    return replicated  # type: ignore[return-value]
 
 
 def gathered(part: Tensor) -> Tensor:
@@ -174,21 +164,18 @@ def gathered(part: Tensor) -> Tensor:
 def join_group(rendezvous: Path, rank: int, devices: int, accelerator: Accelerator) -> None:
     """Meet the other replicas, all on this machine."""
     dist.init_process_group(
-        "nccl" if accelerator == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=devices,
-        timeout=timedelta(minutes=10),
-    )
+        "nccl" if accelerator == "cuda" else "gloo", f"file://{rendezvous}",
+        timedelta(minutes=10), devices, rank,
+    )  # fmt: skip
 
 
 _to_first: Connection | None = None  # set in replicas 1 to N - 1
 
 
 def meet(others: Replicas | None) -> None:
-    """Return on replica 0 when all others have come as far; call it on each.
+    """Return on replica 0 when all others have come as far, too; each replica calls it.
 
-    A collective operation would wait for minutes for a replica that has ended.
+    It goes before operations that would wait for minutes for a replica that has ended.
 
     Args:
         others: the other replicas; None if this is one of them.
@@ -199,13 +186,10 @@ def meet(others: Replicas | None) -> None:
     if others is None:
         assert _to_first is not None
         _to_first.send(None)
-        return
-    try:
-        for connection in others.connections:
-            connection.recv()
-    except (EOFError, ConnectionResetError):
-        others.check()
-        raise
+    else:
+        with others.watched():
+            for connection in others.connections:
+                connection.recv()
 
 
 def follow(

@@ -31,6 +31,22 @@ def shared_parameters(backend: Backend, seed: int) -> Parameters:
     return initial_parameters(backend.recipe, backend.setup.vocabulary_size, seed)
 
 
+def largest_values_in_new_torch_layers(
+    backend: Backend,  # noqa: ARG001
+    rnn: str,
+    inputs: int,
+    width: int,
+    outputs: int,
+) -> dict[str, float]:
+    """Return the largest absolute value in each parameter of a new torch.nn layer and Linear."""
+    torch = importlib.import_module("torch")
+    torch.manual_seed(0)
+    layer = getattr(torch.nn, rnn.upper())(inputs, width)
+    linear = torch.nn.Linear(width, outputs)
+    parameters = [*layer.named_parameters(), *linear.named_parameters()]
+    return {name: float(parameter.abs().max()) for name, parameter in parameters}
+
+
 def missing_names(backend: Backend, names: list[str], package: str) -> list[str]:  # noqa: ARG001
     """Return those dotted names that cannot be found, relative to a package or absolute."""
     return [name for name in names if not exists(f"{package}.{name}".lstrip("."))]
@@ -145,14 +161,14 @@ def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> 
     batches = [Batch(*batch) for batch in batches]  # they come as lists
     state = backend.initial_state(batches[0][0].shape[1], training=True)
     for batch in batches:
-        state = backend.train_step(batch, state, learning_rate).state
+        state = backend.train_step(Batch(*batch), state, learning_rate).state
     snapshot = {name: aligned(array) for name, array in backend.snapshot(state).items()}
     before = {name: array.copy() for name, array in snapshot.items()}
     nll = []
     for _ in range(2):
         state = backend.restore(snapshot)
         for batch in batches:
-            step = backend.train_step(batch, state, learning_rate)
+            step = backend.train_step(Batch(*batch), state, learning_rate)
             state = step.state
         nll.append(float(step.nll))
     return [before, snapshot, nll]

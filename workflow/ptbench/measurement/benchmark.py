@@ -48,7 +48,7 @@ MODELS = {
 # What multiplies matrices: the framework whose environment has it, and the class that does it.
 PRODUCTS = {
     "NumPy": ("jax", "ptbench.model.work:NumpyProducts"),
-    "PyTorch": ("pytorch", "ptbench.backends.pytorch.products:TorchProducts"),
+    "PyTorch": ("pytorch", "ptbench.backends.pytorch.tuned:TorchProducts"),
 }
 YARDSTICK = ("keras", "ptbench.backends.keras.fit:KerasFit")
 

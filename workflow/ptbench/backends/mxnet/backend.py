@@ -19,6 +19,7 @@ os.environ["MXNET_ENFORCE_DETERMINISM"] = "1"
 import mxnet as mx
 from mxnet import autograd, gluon
 
+from ptbench.backends.allocator import keep_memory
 from ptbench.backends.base import (
     PARAMETER,
     Arrays,
@@ -67,6 +68,7 @@ class MXNetBackend(Backend):
         super().__init__(setup)
         recipe = self.recipe
         self.tuned = recipe.implementation == "tuned"
+        self.memory_is_kept = self.tuned and setup.accelerator == "cpu" and keep_memory(arenas=1)
         self.contexts = choose_contexts(setup.accelerator, self.devices)
         self.model = LanguageModel(recipe, self.shapes, self.kept)
         self.output = output_layer(recipe, self.shapes, self.model.embedding)
@@ -241,20 +243,19 @@ class MXNetBackend(Backend):
                 with autograd.record():
                     outputs, final, penalized = self.model(x, state[replica], *words[replica])
                 if self.in_chunks:
-                    summed, gradients = tuned.nll_with_gradients(
-                        self.output, y, real, outputs, divisor
-                    )
-                    heads += outputs
-                    head_gradients += gradients
+                    ends = outputs
+                    summed, gradients = tuned.nll(self.output, y, real, *outputs, divisor=divisor)
                 else:
+                    features, *prior = outputs
                     with autograd.record():
-                        summed = nll(self.output, y, real, *outputs)
-                        heads.append(summed / divisor)
-                    head_gradients.append(None)  # one
+                        ends = [self.output(features), *prior]
+                    summed, gradients = nll(ends[0], y, real, *prior, divisor=divisor)
+                heads += ends
+                head_gradients += gradients
                 if penalized:
                     with autograd.record():
                         heads.append(self.penalty(*penalized, mask) / divisor)
-                    head_gradients.append(None)
+                    head_gradients.append(None)  # one
                 nlls.append(summed)
                 states.append([a.detach() for a in final])  # the next window's past ends here
             autograd.backward(heads, head_gradients)
@@ -299,14 +300,18 @@ class MXNetBackend(Backend):
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
         outputs, final = self._evaluate(batch.inputs, state)
         y, mask = (to_device(a.reshape(-1), self.contexts[0]) for a in batch[1:])
-        summed = (tuned.nll if self.in_chunks else nll)(self.output, y, mask, *outputs)
+        if self.in_chunks:
+            summed, _ = tuned.nll(self.output, y, mask, *outputs)
+        else:
+            features, *prior = outputs
+            summed, _ = nll(self.output(features), y, mask, *prior)
         return EvaluateStep(as_scalar(summed), final)
 
     def next_token_log_probabilities(
         self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
-        outputs, final = self._evaluate(inputs, state)
-        log_p = log_probabilities(self.output, *outputs)
+        (features, *prior), final = self._evaluate(inputs, state)
+        log_p = log_probabilities(self.output(features), *prior)
         return log_p.asnumpy().reshape(*inputs.shape, -1), final
 
     # ----------------------------------------------------------------------------- the process

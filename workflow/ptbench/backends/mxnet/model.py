@@ -319,30 +319,48 @@ def output_layer(recipe: Recipe, shapes: Shapes, embedding: nn.Embedding) -> nn.
     return dense(vocabulary_size, features, use_bias=recipe.softmax_bias, params=tied)
 
 
-class TargetLogProbability(autograd.Function):
-    """Log-softmax of logits [rows, vocabulary] at each row's target, with its gradient.
+def nll(
+    logits: mx.nd.NDArray,
+    targets: mx.nd.NDArray,
+    mask: mx.nd.NDArray,
+    log_prior: mx.nd.NDArray | None = None,
+    divisor: float | None = None,
+) -> tuple[mx.nd.NDArray, list[mx.nd.NDArray]]:
+    """Return the summed negative log-likelihood [1] of the real tokens [nats], and its gradients.
 
-    Gluon's SoftmaxCrossEntropyLoss is nd.log_softmax and nd.pick, and takes over the former's
-    errors (see `accurate_log`), in the gradient as well.
+    Gluon's SoftmaxCrossEntropyLoss is made of nd.log_softmax, whose errors (see `accurate_log`) it
+    has in its gradient too. So the gradient is written out: that of a row's logits is its share in
+    the token's probability times softmax - one_hot(target).
+
+    Args:
+        logits: [T or T x mixtures, vocabulary]; they are overwritten.
+        targets: [T].
+        mask: [T].
+        log_prior: [T, mixtures].
+        divisor: what the nll is divided by to give the objective; None: no gradient is wanted.
+
+    Returns:
+        The nll, and the objective's gradient for logits and log_prior.
     """
-
-    def __init__(self, targets: mx.nd.NDArray) -> None:
-        super().__init__()
-        self.targets = targets
-
-    def forward(self, logits: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Return [rows]."""
-        far = mx.nd.pick(mx.nd.log_softmax(logits), self.targets)
-        self.p = mx.nd.softmax(logits, out=logits)
-        self.p_target = mx.nd.pick(self.p, self.targets)
-        return accurate_log(self.p_target, far)
-
-    def backward(self, d_log_p: mx.nd.NDArray) -> mx.nd.NDArray:
-        """Return d_log_p (one_hot(target) - p), in the memory of p."""
-        d_logits = mx.nd.broadcast_mul(self.p, -d_log_p.expand_dims(1), out=self.p)
-        rows = mx.nd.arange(len(d_log_p), dtype="int32", ctx=d_log_p.context)
-        d_logits[rows, self.targets] = d_log_p * (1 - self.p_target)
-        return d_logits
+    logits, mixtures = logits.detach(), 1 if log_prior is None else log_prior.shape[1]
+    targets = targets.repeat(mixtures)
+    far = mx.nd.pick(mx.nd.log_softmax(logits), targets)
+    p = mx.nd.softmax(logits, out=logits)
+    p_target = mx.nd.pick(p, targets)
+    log_p = accurate_log(p_target, far)
+    if log_prior is not None:
+        log_joint = log_prior.detach() + log_p.reshape((-1, mixtures))
+        log_p = log_sum_exp(mx.nd, log_joint)
+    summed = -(log_p * mask).sum()
+    if divisor is None:
+        return summed, []
+    share = mask / divisor
+    if log_prior is not None:
+        share = share.expand_dims(1) * mx.nd.exp(log_joint - log_p.expand_dims(1))
+    d_logits = mx.nd.broadcast_mul(p, share.reshape((-1, 1)), out=p)
+    rows = mx.nd.arange(len(targets), dtype="int32", ctx=targets.context)
+    d_logits[rows, targets] = (p_target - 1) * share.reshape(-1)
+    return summed, [d_logits] if log_prior is None else [d_logits, -share]
 
 
 def accurate_log(p: mx.nd.NDArray, log_p: mx.nd.NDArray) -> mx.nd.NDArray:
@@ -356,35 +374,10 @@ def accurate_log(p: mx.nd.NDArray, log_p: mx.nd.NDArray) -> mx.nd.NDArray:
     return mx.nd.where(p > smallest, mx.nd.log(mx.nd.maximum(p, smallest)), log_p)
 
 
-def nll(
-    output: nn.Dense,
-    targets: mx.nd.NDArray,
-    mask: mx.nd.NDArray,
-    features: mx.nd.NDArray,
-    log_prior: mx.nd.NDArray | None = None,
-) -> mx.nd.NDArray:
-    """Return the summed negative log-likelihood [1] of the real tokens [nats].
-
-    Args:
-        output: the output layer.
-        targets: [T].
-        mask: [T].
-        features: the head's, as log_prior.
-    """
-    logits = output(features)
-    if log_prior is None:
-        return -(TargetLogProbability(targets)(logits) * mask).sum()
-    mixtures = log_prior.shape[1]
-    log_components = TargetLogProbability(targets.repeat(mixtures))(logits)
-    log_joint = log_prior + log_components.reshape((-1, mixtures))
-    return -(log_sum_exp(mx.nd, log_joint) * mask).sum()
-
-
 def log_probabilities(
-    output: nn.Dense, features: mx.nd.NDArray, log_prior: mx.nd.NDArray | None = None
+    logits: mx.nd.NDArray, log_prior: mx.nd.NDArray | None = None
 ) -> mx.nd.NDArray:
-    """Return log-probabilities of every word [T, vocabulary], of what the head gives."""
-    logits = output(features)
+    """Return log-probabilities of every word [T, vocabulary]; arguments are those of `nll`."""
     log_p = accurate_log(mx.nd.softmax(logits), mx.nd.log_softmax(logits))
     if log_prior is None:
         return log_p

@@ -21,32 +21,33 @@ AGGREGATED_PARAMETERS = 0
 GRAPH = {"static_alloc": True, "static_shape": True}
 
 
-def nll(output: nn.Dense, targets: Array, mask: Array, *heads: Array) -> Array:
-    """Return what `model.nll` does, with no more than `CHUNK_ROWS` rows of logits at once."""
-    parts = [model.nll(output, *chunk) for chunk in chunks([targets, mask, *heads])]
-    return mx.nd.add_n(*parts)
-
-
-def nll_with_gradients(
-    output: nn.Dense, targets: Array, mask: Array, heads: list[Array], divisor: float
+def nll(
+    output: nn.Dense,
+    targets: Array,
+    mask: Array,
+    features: Array,
+    log_prior: Array | None = None,
+    divisor: float | None = None,
 ) -> tuple[Array, list[Array]]:
-    """Return the nll, and the gradient of nll / divisor for each array of the head.
+    """Return what `model.nll` does, with no more than `CHUNK_ROWS` rows of logits at once.
 
-    The gradients of a chunk are formed before the next one's logits. Those of the output layer are
-    added to its `grad`.
+    The gradients are those for features and log_prior. That of the output layer is added to its
+    `grad`. A chunk's gradients are formed before the next one's logits.
     """
-    gradients = [mx.nd.empty(a.shape, ctx=a.context) for a in heads]
-    heads = [a.detach() for a in heads]
-    parts = []
-    for y, real, *leaves_and_gradients in chunks([targets, mask, *heads, *gradients]):
-        leaves = leaves_and_gradients[: len(heads)]
-        autograd.mark_variables(leaves, leaves_and_gradients[len(heads) :])
+    d_features = mx.nd.empty(features.shape, ctx=features.context)
+    prior = [] if log_prior is None else [log_prior]
+    parts, d_prior = [], []
+    for y, real, x, d_x, *own_prior in chunks([targets, mask, features, d_features, *prior]):
+        leaf = x.detach()
+        autograd.mark_variables([leaf], [d_x])
         with autograd.record():
-            part = model.nll(output, y, real, *leaves)
-            objective = part / divisor
-        objective.backward()
-        parts.append(part.detach())
-    return mx.nd.add_n(*parts), gradients
+            logits = output(leaf)
+        part, gradients = model.nll(logits, y, real, *own_prior, divisor=divisor)
+        if gradients:
+            logits.backward(gradients[0])
+            d_prior += gradients[1:]
+        parts.append(part)
+    return mx.nd.add_n(*parts), [d_features, *([mx.nd.concat(*d_prior, dim=0)] if d_prior else [])]
 
 
 def chunks(arrays: list[Array]) -> list[list[Array]]:

@@ -1,0 +1,68 @@
+"""What is faster than the stock model: the loss by chunks, and settings of MXNet.
+
+Layers are those of `model.py`: Gluon's fused LSTM is the fastest that there is.
+"""
+
+from __future__ import annotations
+
+import mxnet as mx
+from mxnet import autograd
+from mxnet.gluon import nn
+
+from ptbench.backends.mxnet import model
+
+Array = mx.nd.NDArray
+
+CHUNK_ROWS = 1024  # rows of logits that exist at a time
+# Parameters that one kernel of SGD updates. MXNet's kernel for several, which it uses by default,
+# takes three times as long as a kernel for each (0).
+AGGREGATED_PARAMETERS = 0
+# Buffers and plan of execution are made once; only what a call returns is allocated anew.
+GRAPH = {"static_alloc": True, "static_shape": True}
+
+
+def nll(
+    output: nn.Dense,
+    targets: Array,
+    mask: Array,
+    features: Array,
+    log_prior: Array | None = None,
+    divisor: float | None = None,
+) -> tuple[Array, list[Array]]:
+    """Return what `model.nll` does, with no more than `CHUNK_ROWS` rows of logits at once.
+
+    The gradients are those for features and log_prior. That of the output layer is added to its
+    `grad`. A chunk's gradients are formed before the next one's logits.
+    """
+    d_features = mx.nd.empty(features.shape, ctx=features.context)
+    prior = [] if log_prior is None else [log_prior]
+    parts, d_prior = [], []
+    for y, real, x, d_x, *own_prior in chunks([targets, mask, features, d_features, *prior]):
+        leaf = x.detach()
+        autograd.mark_variables([leaf], [d_x])
+        with autograd.record():
+            logits = output(leaf)
+        part, gradients = model.nll(logits, y, real, *own_prior, divisor=divisor)
+        if gradients:
+            logits.backward(gradients[0])
+            d_prior += gradients[1:]
+        parts.append(part)
+    return mx.nd.add_n(*parts), [d_features, *([mx.nd.concat(*d_prior, dim=0)] if d_prior else [])]
+
+
+def chunks(arrays: list[Array]) -> list[list[Array]]:
+    """Return views of equal parts of all arrays; the first has one row for each token.
+
+    Parts have one size, so that MXNet makes one plan of execution.
+    """
+    tokens, most = len(arrays[0]), max(len(a) for a in arrays)
+    count = next(
+        n
+        for n in range(1, tokens + 1)
+        if tokens % n == 0 and (most <= n * CHUNK_ROWS or n == tokens)
+    )
+    sizes = [len(a) // count for a in arrays]
+    return [
+        [a[n * size : (n + 1) * size] for a, size in zip(arrays, sizes, strict=True)]
+        for n in range(count)
+    ]

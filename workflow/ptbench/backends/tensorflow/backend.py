@@ -72,7 +72,13 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
     def log_probabilities(self, inputs: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
         return self.model.log_probabilities(inputs, state)
 
-    def update(self, gradients: list[PerReplica], norm: Tensor, numbers: Tensors) -> None:
+    def update(
+        self,
+        gradients: list[PerReplica],
+        norm: Tensor,
+        numbers: Tensors,
+        step: Tensor,  # noqa: ARG002 - the numbers are of it
+    ) -> None:
         one = partial(model.update, self.recipe)
         for (name, parameter), gradient in zip(
             self.model.parameters.items(), gradients, strict=True

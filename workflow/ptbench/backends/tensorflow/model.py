@@ -288,6 +288,7 @@ class Head(NamedTuple):
     log_prior: Tensor | None  # [N, K]; None for the plain softmax, where K is 1
     matrix: Tensor  # [V, F]
     bias: Tensor | None  # [V]
+    transposed: bool = False  # whether the matrix is [F, V], as Keras' Dense layers have it
 
     @classmethod
     def of(cls, v: Tensor, p: Tensors, dropout: Dropout) -> Head:
@@ -313,7 +314,7 @@ class Head(NamedTuple):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return logits [rows, V] of features [rows, F]."""
-        logits = tf.matmul(rows, self.matrix, transpose_b=True)
+        logits = tf.matmul(rows, self.matrix, transpose_b=not self.transposed)
         return logits if self.bias is None else tf.nn.bias_add(logits, self.bias)
 
 

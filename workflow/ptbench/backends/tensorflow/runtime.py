@@ -140,13 +140,16 @@ class TensorFlowRuntimeBackend(Backend):
         """Return log-probabilities [time, batch, vocabulary], and the new state."""
 
     @abc.abstractmethod
-    def update(self, gradients: list[PerReplica], norm: Tensor, numbers: Tensors) -> None:
+    def update(
+        self, gradients: list[PerReplica], norm: Tensor, numbers: Tensors, step: Tensor
+    ) -> None:
         """Clip and take one step on every device; called outside the replicas.
 
         Args:
             gradients: of the parameters in their order, the same on every replica.
             norm: their global norm.
             numbers: those of `_update_numbers`.
+            step: training steps taken before this one, int64.
         """
 
     # ----------------------------------------------------------------------------- compiled steps
@@ -182,13 +185,18 @@ class TensorFlowRuntimeBackend(Backend):
         nll, gradients, state = self._global_gradients(*arguments)
         with tf.device(self.worker_devices[0]):
             norm = tf.linalg.global_norm([self.local(gradient)[0] for gradient in gradients])
-        self.update(gradients, norm, numbers)
+        self.update(gradients, norm, numbers, step=arguments[-1])
         return self.local(nll)[0], norm, state
 
     def _update_numbers(self, learning_rate: float) -> dict[str, Tensor]:
         """Return what the next update has of its own, as tensors."""
         rate, epsilon = rate_and_epsilon(self.recipe, learning_rate, self.step)
-        numbers = {"rate": rate, "epsilon": epsilon, "share": 1 / self.averaged}
+        numbers = {
+            "learning_rate": learning_rate,
+            "rate": rate,  # this one and epsilon with Adam's corrections
+            "epsilon": epsilon,
+            "share": 1 / self.averaged,  # of the new parameters in asgd's mean
+        }
         return {name: tf.constant(number, tf.float32) for name, number in numbers.items()}
 
     # -------------------------------------------------------------------- batches and the contract

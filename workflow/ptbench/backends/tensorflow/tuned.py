@@ -133,9 +133,12 @@ def nll(head: Head, targets: Tensor, weights: Tensor, training: bool) -> Tensor:
     log_prior adds the rest). The factors weight posterior_k, one for each row of logits, go to the
     narrow side of every product, so that nothing passes over the logits a second time.
     """
-    given = {name: tensor for name, tensor in head._asdict().items() if tensor is not None}
+    tensors = {"features": head.features, "log_prior": head.log_prior}
+    tensors |= {"matrix": head.matrix, "bias": head.bias}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     tokens, mixtures, width = head.features.shape
-    size = max(CHUNK_LOGITS // (mixtures * head.matrix.shape[0]), 1)
+    vocabulary_size = head.matrix.shape[1 if head.transposed else 0]
+    size = max(CHUNK_LOGITS // (mixtures * vocabulary_size), 1)
 
     @tf.custom_gradient
     def loss(*tensors: Tensor) -> Any:
@@ -158,9 +161,10 @@ def nll(head: Head, targets: Tensor, weights: Tensor, training: bool) -> Tensor:
                 share *= tf.exp(log_joint - log_p)
                 parts["log_prior"].append(-share)
             factor = tf.reshape(share, (-1, 1))
-            d_rows = factor * (d_logits @ whole.matrix)
+            d_rows = factor * tf.matmul(d_logits, whole.matrix, transpose_b=whole.transposed)
             parts["features"].append(tf.reshape(d_rows, (-1, mixtures, width)))
-            d = {"matrix": tf.matmul(d_logits, factor * rows, transpose_a=True)}
+            both = (d_logits, factor * rows)
+            d = {"matrix": tf.matmul(*(both[::-1] if whole.transposed else both), transpose_a=True)}
             if whole.bias is not None:
                 d["bias"] = tf.matmul(factor, d_logits, transpose_a=True)[0]
             for name, part in d.items():

@@ -50,7 +50,7 @@ PRODUCTS = {
     "NumPy": ("jax", "ptbench.model.work:NumpyProducts"),
     "PyTorch": ("pytorch", "ptbench.backends.pytorch.tuned:TorchProducts"),
 }
-YARDSTICK = ("keras", "ptbench.backends.keras.fit:KerasFit")
+YARDSTICK = ("keras", "ptbench.backends.keras.backend:KerasFit")
 
 
 @dataclass(frozen=True)

@@ -35,23 +35,26 @@ class PublishedValue(Model):
 
 
 def read_published(folder: Path) -> list[PublishedValue]:
-    """Return all rows of all CSV files in the folder and below it, by file name.
+    """Return all rows of the folder's CSV files and of each document's `published.csv`.
+
+    The source of a document's rows is the name of its folder.
 
     Raises:
         AnalysisError: naming file, line and column, if a row is malformed or there twice.
     """
-    columns = list(PublishedValue.model_fields)
     values: list[PublishedValue] = []
     seen: dict[tuple[object, ...], str] = {}
-    for path in sorted(folder.rglob("*.csv")):
+    for path in sorted([*folder.glob("*.csv"), *folder.glob("*/published.csv")]):
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            given = {"source": path.parent.name} if path.parent != folder else {}
+            columns = [name for name in PublishedValue.model_fields if name not in given]
             if reader.fieldnames != columns:
                 raise AnalysisError(f"{path}: the first line must be {','.join(columns)}")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 try:
-                    value = PublishedValue.model_validate(row)
+                    value = PublishedValue.model_validate({**row, **given})
                 except ValidationError as error:
                     first = error.errors()[0]
                     column = ".".join(map(str, first["loc"]))

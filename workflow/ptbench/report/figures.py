@@ -517,13 +517,13 @@ def _draw_curves(axes: Axes, rows: Sequence[Row]) -> None:
         axes.text(0.5, 0.5, "no result", transform=axes.transAxes, ha="center", color=MUTED)
         return
     axes.set_yscale("log")
-    few = data.epoch.nunique() <= 3
+    line = "o-" if data.epoch.nunique() <= 3 else "-"
     ends = {}
-    for framework, part in data.groupby("framework", sort=False):
-        curve = part.groupby("epoch").nll.agg(["mean", "min", "max"]).map(perplexity)
+    for framework in dict.fromkeys(data.framework):
+        of_it = data[data.framework == framework]
+        curve = of_it.groupby("epoch").nll.agg(["mean", "min", "max"]).map(perplexity)
         colour = FRAMEWORK_COLOURS[framework]
-        marker = {"marker": "o", "markeredgewidth": 0} if few else {}
-        axes.plot(curve.index, curve["mean"], color=colour, linewidth=1.6, **marker)
+        axes.plot(curve.index, curve["mean"], line, linewidth=1.6, color=colour, mew=0)
         axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.18, lw=0)
         ends[framework] = (float(curve.index[-1]), float(curve["mean"].iloc[-1]))
     for framework, cell in diverged:

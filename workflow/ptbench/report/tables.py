@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ptbench.analysis.experiment import Analysis, PublishedResult, RowResult
-from ptbench.analysis.metrics import METRICS, NOTHING, PERPLEXITY, Metric
+from ptbench.analysis.metrics import LARGEST, METRICS, NOTHING, PERPLEXITY, Metric
 from ptbench.report.formatting import (
     format_seeds,
     format_std,
@@ -46,7 +46,10 @@ def _result_record(row: RowResult) -> dict[str, Any]:
     }
     for name, metric in METRICS.items():
         summary = row.metrics.get(name)
-        record[name + metric.kind.column] = summary and summary.value
+        value = summary and summary.value
+        record[name + metric.kind.column] = (
+            int(value) if value and metric.kind is LARGEST else value
+        )
         if metric.kind.spread:
             record[f"{name}_low"] = summary and summary.low
             record[f"{name}_high"] = summary and summary.high
@@ -124,9 +127,14 @@ def _csv(records: list[dict[str, Any]], columns: Collection[str] | None = None) 
         records: one for each line.
         columns: those to write, in order; None: all of the records'.
     """
+
+    def plain(value: object) -> object:
+        return str(value).lower() if isinstance(value, bool) else value
+
+    lines = [{name: plain(value) for name, value in record.items()} for record in records]
     # As objects, or pandas would turn whole numbers into floats where one of them is missing.
-    frame = pd.DataFrame(records, columns=list(columns) if columns else None, dtype=object)
-    return frame.replace({True: "true", False: "false"}).to_csv(index=False, lineterminator="\n")
+    frame = pd.DataFrame(lines, columns=list(columns) if columns else None, dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def printed_metrics(analysis: Analysis) -> list[Metric]:

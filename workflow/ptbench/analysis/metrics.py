@@ -152,14 +152,18 @@ class Metric:
         return f"{self.title} [{self.unit}]" if self.unit else self.title
 
     def spread_text(self, summary: Summary | None) -> str:
-        """Write a summary's interval or quartiles; say why a perplexity has none."""
+        """Write a summary's interval or quartiles; say why a perplexity has no interval.
+
+        Quartiles that read the same say nothing and are left out.
+        """
         if summary is None or not self.kind.spread:
             return ""
         if summary.n == 1:
             return "n = 1" if self.kind is PERPLEXITY else ""
         if summary.low is None or summary.high is None:
             return "no spread"
-        return f"{self.write(summary.low)} to {self.write(summary.high)}"
+        low, high = self.write(summary.low), self.write(summary.high)
+        return "" if low == high and self.kind is MEDIAN else f"{low} to {high}"
 
 
 def nll_of(score: Score | None) -> float | None:

@@ -45,7 +45,7 @@ def test_every_number_that_a_run_records_is_a_metric() -> None:
     not_measured = {"protocol", "fingerprint", "cell", "status", "reason", "stopped", "attempts"}
     given = {"vocabulary_size"}  # by the corpus
     recorded = Metrics.model_fields.keys() - {"train", "valid", "test", "seconds"}
-    assert set(METRICS) == clocks | scores | (recorded - not_measured - given)
+    assert set(METRICS) >= clocks | scores | (recorded - not_measured - given)
 
 
 def test_rows_follow_the_plans_variants_then_devices_then_frameworks(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
         raise AnalysisError(f"{path} is missing although the run has finished") from error
     except (OSError, ValidationError, UnicodeDecodeError, csv.Error) as error:
         raise AnalysisError(
-            f"{path} cannot be read ({_first_line(error)}); delete the cell's metrics.json and run "
+            f"{path} cannot be read ({first_line(error)}); delete the cell's metrics.json and run "
             "the workflow again to renew the cell"
         ) from error
     if metrics.cell != cell:
@@ -227,7 +227,8 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
     return CellResult(cell, Result(metrics, history), provenance)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first problem that an error tells of, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
@@ -259,4 +260,4 @@ def read_corpus_facts(results_folder: Path, corpus_folder: str) -> CorpusFacts:
     try:
         return CorpusFacts.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise AnalysisError(f"{path} cannot be read ({_first_line(error)})") from error
+        raise AnalysisError(f"{path} cannot be read ({first_line(error)})") from error

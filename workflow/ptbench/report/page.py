@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, ValidationError
 
-from ptbench.analysis.collect import AnalysisError
+from ptbench.analysis.collect import AnalysisError, first_line
 from ptbench.analysis.experiment import (
     Analysis,
     FigureFile,
@@ -165,7 +165,7 @@ def _section(folder: Path, report_folder: Path, index: int) -> Section:
         ]
     except (OSError, ValidationError, ElementTree.ParseError) as error:
         raise AnalysisError(
-            f"{folder} is not a whole analysis of an experiment: {error}"
+            f"{folder} is not a whole analysis of an experiment: {first_line(error)}"
         ) from error
     metrics = printed_metrics(analysis)
     columns = [_column(metric, analysis.rows) for metric in metrics]

@@ -13,7 +13,7 @@ from tests.support import probes
 from tests.support.problems import recipe
 from tests.support.remote import Backends, probe
 
-from ptbench.analysis.statistics import SIGNIFICANCE, compare_pairs
+from ptbench.analysis.statistics import SIGNIFICANCE, t_test
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.loading import Study, load_study
 from ptbench.corpus.prepare import prepare
@@ -65,8 +65,7 @@ def test_a_mixture_of_softmaxes_comes_closer_to_the_floor_than_one_softmax(
     assert margin > 0.1  # nats: 10 % of perplexity
     assert softmax.mean() - mixture.mean() > margin / 3
     assert mixture.min() > floor - 0.01  # below by t nats per token: a chance of exp(-10,000 t)
-    [difference] = compare_pairs([(softmax, mixture)])
-    assert difference.verdict == "different"
-    assert difference.welch is not None
-    # Holm's correction for all frameworks asks this of the least certain of them at most.
-    assert difference.welch.p < SIGNIFICANCE / len(FRAMEWORKS)
+    test = t_test(softmax, mixture, margin)
+    assert test is not None
+    # Holm's correction for all frameworks demands at most this of the least certain of them.
+    assert test.p < SIGNIFICANCE / len(FRAMEWORKS)

@@ -10,7 +10,8 @@ from tests.support.fake_results import metrics, plan, score_of, write_cell
 
 from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows
 from ptbench.analysis.experiment import PublishedResult, analyse
-from ptbench.analysis.published import PublishedMetric, PublishedValue, read_published
+from ptbench.analysis.metrics import MetricName
+from ptbench.analysis.published import PublishedValue, read_published
 from ptbench.configuration.loading import load_experiments, load_study
 from ptbench.training.records import Seconds
 
@@ -116,7 +117,7 @@ def test_published_numbers_are_those_of_the_documents(
     locator: str,
     variant: str,
     devices: int,
-    metric: PublishedMetric,
+    metric: MetricName,
     value: float,
     std: float | None,
 ) -> None:

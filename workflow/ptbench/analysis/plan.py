@@ -1,49 +1,50 @@
-"""What an experiment asks for, as the analysis needs it: the planned cells and how to compare them.
+"""The plan of an experiment: its runs, and how their results are compared.
 
-The configuration makes it; the cells that exist are read by `collect.py`.
+The configuration makes it; `collect.py` reads the runs that exist.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field, model_validator
-
-from ptbench.analysis.statistics import DEFAULT_MARGIN
 from ptbench.configuration.specification import Cell
-from ptbench.model.recipe import Implementation, Model, Name
+from ptbench.model.recipe import Implementation
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
 
-Metric = Literal["valid_perplexity", "test_perplexity"]
+Compared = Literal["valid_perplexity", "test_perplexity"]  # what frameworks are compared by
 
 
-class ExperimentPlan(Model):
-    """One experiment: its words, its cells, and what its frameworks are compared by."""
+class PlannedVariant(NamedTuple):
+    """What the analysis must know about a variant."""
 
-    name: Name = Field(description="Name of the experiment.")
-    title: str = Field(min_length=1, description="Heading in the report.")
-    description: str = Field("", description="One paragraph on what is compared and why.")
-    corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
-    cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs.")
-    implementations: dict[str, Implementation] = Field(
-        {}, description="Of each variant whose implementation is not stock."
-    )
-    metric: Metric = Field("test_perplexity", description="What the frameworks are compared by.")
-    equivalence_margin: float = Field(
-        DEFAULT_MARGIN, gt=0, description="Largest difference that does not matter [nats/token]."
-    )
+    implementation: Implementation = "stock"
+    paired: bool = False  # whether its runs of one seed differ by framework alone: no dropout
 
-    @model_validator(mode="after")
-    def _cells_are_distinct(self) -> Self:
-        if len(set(self.cells)) != len(self.cells):
-            raise ValueError("a cell is planned twice")
-        return self
+
+@dataclass(frozen=True)
+class ExperimentPlan:
+    """One experiment: its words, its cells, and how its frameworks are compared."""
+
+    name: str
+    title: str
+    corpus_folder: str  # of results/corpora
+    cells: tuple[Cell, ...]  # each once
+    equivalence_margin: float  # largest difference that does not matter [nats per token]
+    description: str = ""
+    metric: Compared = "test_perplexity"
+    variants: Mapping[str, PlannedVariant] = field(default_factory=dict)
+
+    def variant(self, name: str) -> PlannedVariant:
+        """Return what is known about a variant."""
+        return self.variants.get(name, PlannedVariant())
 
 
 def plan_experiment(study: Study, name: str) -> ExperimentPlan:
-    """The plan of one of a study's experiments.
+    """Return the plan of one of a study's experiments.
 
     Raises:
         ConfigurationError: if the study has no experiment of this name.
@@ -55,11 +56,10 @@ def plan_experiment(study: Study, name: str) -> ExperimentPlan:
         description=planned.definition.description,
         corpus_folder=planned.specifications[0].recipe.corpus_folder,
         cells=planned.cells,
-        implementations={
-            specification.variant: specification.recipe.implementation
-            for specification in planned.specifications
-            if specification.recipe.implementation != "stock"
-        },
         metric=planned.definition.metric,
         equivalence_margin=study.config.equivalence_margin,
+        variants={
+            each.variant: PlannedVariant(each.recipe.implementation, paired=not each.recipe.drops)
+            for each in planned.specifications
+        },
     )

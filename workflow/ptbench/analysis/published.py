@@ -1,33 +1,17 @@
-"""Reading the published numbers, `workflow/published/*.csv`.
-
-Setting ours beside them lives in `experiment.py`.
-"""
+"""Read the published numbers. Setting ours beside them is in `experiment.py`."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from ptbench.analysis.collect import AnalysisError
+from ptbench.analysis.metrics import MetricName
 from ptbench.backends import Framework
 from ptbench.configuration.specification import VARIANT_PATTERN
 from ptbench.model.recipe import Model, Name
-
-PublishedMetric = Literal[
-    "train_perplexity",
-    "valid_perplexity",
-    "test_perplexity",
-    "tokens_per_second",
-    "seconds_per_epoch",
-    "training_seconds",
-    "total_seconds",
-    "epochs",
-    "parameters",
-    "peak_device_memory_bytes",
-]
 
 
 class PublishedValue(Model):
@@ -37,7 +21,7 @@ class PublishedValue(Model):
     variant: str = Field(pattern=f"^{VARIANT_PATTERN}$", description="Variant that answers it.")
     framework: Framework | None = Field(description="Only framework it is set beside; empty: any.")
     devices: int = Field(ge=1, description="Data-parallel replicas that it was measured with.")
-    metric: PublishedMetric = Field(description="What was measured, in our words and units.")
+    metric: MetricName = Field(description="What was measured, in our words and units.")
     value: float = Field(gt=0, allow_inf_nan=False, description="The number.")
     std: float | None = Field(ge=0, description="Its standard deviation, if printed.")
     source: str = Field(min_length=1, description="Short name of the document.")
@@ -51,23 +35,26 @@ class PublishedValue(Model):
 
 
 def read_published(folder: Path) -> list[PublishedValue]:
-    """All rows of all CSV files in the folder, by file name.
+    """Return all rows of the folder's CSV files and of each document's `published.csv`.
+
+    The source of a document's rows is the name of its folder.
 
     Raises:
         AnalysisError: naming file, line and column, if a row is malformed or there twice.
     """
     values: list[PublishedValue] = []
     seen: dict[tuple[object, ...], str] = {}
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted([*folder.glob("*.csv"), *folder.glob("*/published.csv")]):
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = list(PublishedValue.model_fields)
+            given = {"source": path.parent.name} if path.parent != folder else {}
+            columns = [name for name in PublishedValue.model_fields if name not in given]
             if reader.fieldnames != columns:
                 raise AnalysisError(f"{path}: the first line must be {','.join(columns)}")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 try:
-                    value = PublishedValue.model_validate(row)
+                    value = PublishedValue.model_validate({**row, **given})
                 except ValidationError as error:
                     first = error.errors()[0]
                     column = ".".join(map(str, first["loc"]))

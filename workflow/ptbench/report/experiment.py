@@ -1,4 +1,4 @@
-"""From the cells of one experiment to its folder of tables, figures and analysis.json."""
+"""Write the folder of one experiment: tables, figures and analysis.json, from its cells."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def analyse_experiment(
 ) -> Analysis:
     """Analyse the planned cells that exist and write everything the report needs of them.
 
-    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, figures/*.svg and *.png,
-    and last, as it tells that the others are there, analysis.json.
+    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, figures/*.svg and *.png.
+    Writes analysis.json last, because it tells that the others are there.
 
     Args:
         plan: the experiment.

@@ -31,6 +31,7 @@ from ptbench.analysis.experiment import (
     RowResult,
 )
 from ptbench.analysis.statistics import PerplexitySummary, Quartiles
+from ptbench.files import write_atomically
 from ptbench.model.recipe import Model
 from ptbench.report import formatting
 from ptbench.report.formatting import (
@@ -55,7 +56,6 @@ from ptbench.report.palette import (
     PAGE_VARIABLES,
 )
 from ptbench.report.tables import format_interval, invalid_mark
-from ptbench.training.records import write_atomically
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"

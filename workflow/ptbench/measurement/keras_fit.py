@@ -1,11 +1,13 @@
-"""Keras' own `fit` of the same model: the yardstick that a Keras user would start from.
+"""Keras' own `fit` of the same model: what a Keras user would write, to compare speeds with.
 
-Stateless windows, Keras' layers, losses, optimizer and training loop, and nothing of ours.
+Stateless windows, and Keras' layers, losses, optimizer and training loop.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,14 +15,22 @@ import tensorflow as tf
 
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Recipe
+from ptbench.training.provenance import peak_of
 
-STEPS = 8  # a call of `fit`, after which the clock is looked at
+STEPS = 8  # in each call of `fit`; the clock is read between calls
 
 
 class KerasFit:
     """A compiled Keras model and batches of words whose frequencies fall as 1 / rank."""
 
-    def __init__(self, recipe: Recipe, vocabulary_size: int, threads: int) -> None:
+    def __init__(self, task: dict[str, Any]) -> None:
+        """Compile the model that a task describes.
+
+        Raises:
+            PtbenchError: if Keras has no layers for the recipe's model.
+        """
+        recipe = Recipe.model_validate(task["recipe"])
+        vocabulary_size, threads = task["vocabulary_size"], task["threads"]
         if recipe.mixtures or recipe.rnn != "lstm":
             raise PtbenchError("Keras has no layer for a mixture of softmaxes: fit is for the LSTM")
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -45,7 +55,7 @@ class KerasFit:
         self.batch_size = recipe.batch_size
 
     def train(self, seconds: float) -> dict[str, float]:
-        """Calls of `fit` for at least that long."""
+        """Call `fit` for at least that long; return tokens, seconds, and nll per token."""
         tokens, start = 0, time.perf_counter()
         while True:
             history = self.model.fit(
@@ -55,3 +65,7 @@ class KerasFit:
             spent = time.perf_counter() - start
             if spent >= seconds:
                 return {"tokens": tokens, "seconds": spent, "nll": history.history["loss"][-1]}
+
+    def peak_memory(self) -> int:
+        """Return the largest memory of this process so far [bytes]."""
+        return peak_of(os.getpid())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
-from ptbench.backends.isolation import ignored_sentence, isolate
+from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
 from ptbench.files import write_atomically
 from ptbench.log import Log
@@ -221,9 +221,10 @@ MODEL_ARGUMENTS = (
     *MODEL_ARGUMENTS,
 )
 def evaluate(framework: str, split: Split, as_json: bool, **model: Any) -> None:
+    backend, text = open_model(framework, **model)
+
     from ptbench.training.inference import evaluate_split
 
-    backend, text = open_model(framework, **model)
     with contextlib.closing(backend):
         score = evaluate_split(backend, text, split)
     if as_json:
@@ -256,9 +257,10 @@ def predict(
     seed: int,
     **model: Any,
 ) -> None:
+    backend, text = open_model(framework, **model)
+
     from ptbench.training import inference
 
-    backend, text = open_model(framework, **model)
     with contextlib.closing(backend):
         stretch = inference.predict_next_words(backend, text, split, start, words)
         drawn = inference.sample(backend, text, sample, temperature, seed)
@@ -341,6 +343,8 @@ def enter_environment(framework: str, threads: int, folder: Path) -> None:
     argument("--output", type=Path, required=True, help="folder of tables and figures"),
 )
 def analyse(experiment: str, study: Path, results: Path, output: Path) -> None:
+    isolate(FIGURES, threads=1)
+
     from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.loading import WORKFLOW, read_study
     from ptbench.report.experiment import analyse_experiment
@@ -371,6 +375,8 @@ def report(experiments: list[Path], output: Path, log: Path | None) -> None:
     LOG,
 )
 def partial(study: Path, results: Path, output: Path, log: Path | None) -> None:
+    isolate(FIGURES, threads=1)
+
     from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.loading import WORKFLOW, read_study
     from ptbench.report.experiment import analyse_experiment

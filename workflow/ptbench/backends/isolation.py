@@ -1,9 +1,12 @@
 """What the user's shell and home folder would change in a result, and how it is kept out.
 
-`isolate` applies the table below to the environment variables of this process, before NumPy or a
-framework is imported. What is not in the table stays as it is. What was ignored is in the run's
-log and in its `provenance.json`. `figures.py` does the same for matplotlib, and the workflow's
-`common.smk` for the variables that Python reads before any of this runs.
+`isolate` applies the table below to the environment variables of this process, before NumPy,
+matplotlib or a framework is imported. What is not in the table stays as it is. What was ignored is
+in the run's log and in its `provenance.json`.
+
+Two things are not here. Python reads variables of its own before any of this runs: the workflow's
+`common.smk` overrides those. And Snakemake says which profile it uses (SNAKEMAKE_PROFILE); a
+profile can set the configuration and the number of threads, which every result records.
 """
 
 from __future__ import annotations
@@ -117,6 +120,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
 }
 
+FIGURES = "figures"
+RULES[FIGURES] = (
+    Rule("MPLBACKEND", "Agg", "which library draws"),
+    Rule("MATPLOTLIBRC", os.devnull, "fonts, TeX and colours of the user's matplotlibrc"),
+)
+
 _isolated = False
 _ignored: dict[str, str] = {}
 
@@ -128,7 +137,8 @@ def isolate(framework: str, threads: int, devices: int = 1) -> None:
     the first.
 
     Args:
-        framework: a key of `RULES`; for any other name, only the rules for all frameworks apply.
+        framework: or `FIGURES`, for a process that draws; for a name that is not in `RULES`,
+            only the rules for all frameworks apply.
         threads: CPU threads of all replicas together.
         devices: replicas. Each has a team of threads of its own.
     """

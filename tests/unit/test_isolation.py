@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ptbench.backends import FRAMEWORKS
-from ptbench.backends.isolation import LEAVE, RULES, THREADS
+from ptbench.backends.isolation import KERAS_DEFAULTS, LEAVE, RULES, THREADS
 from ptbench.cli import COMMANDS
 
 ISOLATE = """
@@ -121,13 +121,9 @@ def test_a_second_call_keeps_what_a_framework_set_for_itself(tmp_path: Path) -> 
 def test_a_keras_json_is_mentioned_if_it_differs_from_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / ".keras" / "keras.json"
     path.parent.mkdir()
-    defaults = {
-        "floatx": "float32", "epsilon": 1e-7, "backend": "tensorflow",
-        "image_data_format": "channels_last",
-    }  # fmt: skip
-    path.write_text(json.dumps(defaults))  # as Keras itself writes it
+    path.write_text(json.dumps(KERAS_DEFAULTS, indent=4))  # as Keras itself writes it
     assert isolated("keras", tmp_path)[1] == {}
-    for text in (json.dumps(defaults | {"floatx": "float16"}), "{"):
+    for text in (json.dumps(KERAS_DEFAULTS | {"floatx": "float16"}), "{"):
         path.write_text(text)
         assert isolated("tensorflow", tmp_path)[1] == {str(path): text}
         assert isolated("jax", tmp_path)[1] == {}

@@ -11,16 +11,22 @@ profile can set the configuration and the number of threads, which every result 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-KERAS_HOME = Path(__file__).parent / "keras_home"  # a keras.json with Keras' defaults, nothing else
-
+# What Keras itself writes into ~/.keras/keras.json.
+KERAS_DEFAULTS = {
+    "floatx": "float32",
+    "epsilon": 1e-07,
+    "backend": "tensorflow",
+    "image_data_format": "channels_last",
+}
 # Every library's number of threads. How sums are split, and so rounded, depends on it.
 THREADS = (
     "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "BLIS_NUM_THREADS",
@@ -83,13 +89,14 @@ _TENSORFLOW = (
     Rule("TF_*", REMOVE, "kernels, precision (TF_ENABLE_ONEDNN_OPTS), threads, tf.keras' version"),
     Rule("TF2_BEHAVIOR", REMOVE, "TensorFlow 1's behaviour"),
     Rule("XLA_*", REMOVE, "what the compiler may reorder or round"),
-    Rule("KERAS_HOME", str(KERAS_HOME), "float type and back-end of the user's keras.json"),
+    Rule("KERAS_HOME", os.devnull, "the user's keras.json; so none is read or written"),
     Rule("KERAS_BACKEND", "tensorflow", "the back-end that is compared"),
     Rule("KERAS_*", REMOVE, "limits of epochs and steps"),
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "pytorch": (
+        Rule("GLOO_SOCKET_IFNAME", "lo", "all replicas are on this machine"),
         Rule("TORCH_NCCL_*", LEAVE, "time limits and what is printed"),
         Rule("TORCH_LOGS*", LEAVE, "what is printed"),
         Rule("TORCH_SHOW_*", LEAVE, "what is printed"),
@@ -187,17 +194,13 @@ def _ignore_keras_json(framework: str) -> None:
     if framework not in ("tensorflow", "keras"):
         return
     path = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "keras.json"
-    if path.is_file() and (text := path.read_text(errors="replace")):
-        ours = (KERAS_HOME / "keras.json").read_text(encoding="utf-8")
-        if _parsed(text) != _parsed(ours):
-            _ignore(str(path), " ".join(text.split()))
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+    if not path.is_file():
+        return
+    text = path.read_text(errors="replace")
+    with contextlib.suppress(ValueError):
+        if json.loads(text) == KERAS_DEFAULTS:
+            return
+    _ignore(str(path), " ".join(text.split()))
 
 
 def _restore_warnings() -> None:

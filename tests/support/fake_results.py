@@ -17,6 +17,7 @@ import numpy as np
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.specification import Cell
+from ptbench.files import write_atomically
 from ptbench.training.records import (
     Epoch,
     Metrics,
@@ -24,7 +25,6 @@ from ptbench.training.records import (
     Seconds,
     history_csv,
     score,
-    write_atomically,
 )
 
 TOKENS = 10_000

@@ -110,7 +110,7 @@ def nlls_of_runs(
         name = Cell(variant=given.variant, framework=backend.name, devices=1, seed=seed)
         model = cell.create_backend(name, specified, opened.vocabulary_size, backend.setup.threads)
         with contextlib.closing(model):
-            run = train(model, recipe, splits, Clocks(model.synchronize), lambda _: None)
+            run = train(model, splits, Clocks(model.synchronize), lambda _: None)
         assert run.test is not None
         nlls.append(run.test.nll)
     return nlls
@@ -124,7 +124,7 @@ def run_on_corpus(backend: Backend, corpus: str) -> list[Any]:
         corpus: folder of the prepared corpus.
     """
     splits = cell.feed(open_corpus(Path(corpus)), backend.recipe, devices=1)
-    run = train(backend, backend.recipe, splits, Clocks(backend.synchronize), lambda _: None)
+    run = train(backend, splits, Clocks(backend.synchronize), lambda _: None)
     assert run.test is not None
     nlls = [nll for epoch in run.history for nll in (epoch.train_nll, epoch.valid_nll)]
     return [[*nlls, run.test.nll], backend.parameters()]

@@ -27,9 +27,13 @@ ACCELERATOR = study.config.accelerator
 USES_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 
 # Rules say `python`: the one that runs Snakemake, unless conda brings another. Training runs in its
-# framework's environment. Environments keep compiled bytecode, whatever the shell's own setting:
-# frameworks start in half the time.
-PYTHON_SETTINGS = "PYTHONPATH=workflow PYTHONDONTWRITEBYTECODE="
+# framework's environment. The user's own settings of Python are overridden: compiled bytecode is kept,
+# because frameworks then start in half the time; MXNet cannot be imported without docstrings (-OO);
+# warnings are no errors; and the packages in the user's home folder are nobody's lock.
+PYTHON_SETTINGS = (
+    "PYTHONPATH=workflow PYTHONDONTWRITEBYTECODE= PYTHONOPTIMIZE= PYTHONWARNINGS="
+    " PYTHONNOUSERSITE=1"
+)
 if USES_CONDA:
     FRAMEWORK_PYTHON = "python"
     shell.prefix(f"export {PYTHON_SETTINGS}; ")

@@ -30,9 +30,9 @@ from ptbench.corpus.definitions import (
     content_of,
 )
 from ptbench.errors import ConfigurationError
+from ptbench.files import write_atomically
 from ptbench.model import work
 from ptbench.model.recipe import NAME_PATTERN, Accelerator, Model, Name, Recipe
-from ptbench.training.records import write_atomically
 
 
 class YamlLoader(yaml.SafeLoader):

@@ -6,7 +6,6 @@ Only complete, verified files get their final names. `prepare.py` reads them.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import lzma
 import shutil
 import sys
@@ -36,6 +35,7 @@ from ptbench.corpus.definitions import (
     Split,
     SplitChecksums,
 )
+from ptbench.files import publish, sha256
 
 pooch.get_logger().setLevel("WARNING")  # the errors raised here already say it
 
@@ -91,7 +91,7 @@ def fetch(
                 _verify(staged, definition.files, mirror.url)
                 folder.mkdir(exist_ok=True)
                 for split, path in staged.items():
-                    path.replace(paths[split])
+                    publish(path, paths[split])
             return paths
         except MirrorError as error:
             reasons.append(str(error))
@@ -105,12 +105,6 @@ def fetch(
         "the network, or say where else the three files are: "
         f"--config 'mirrors={{{name}: \"file:/folder/with/the/three/files\"}}'"
     )
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find(name: str, definition: FolderCorpus) -> dict[Split, Path]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from ptbench.corpus.definitions import (
     MarkovCorpus,
     Split,
 )
-from ptbench.corpus.fetch import fetch, sha256
+from ptbench.corpus.fetch import fetch
 from ptbench.corpus.sources import index_text
 from ptbench.corpus.vocabulary import (
     ADVICE,
@@ -42,6 +41,7 @@ from ptbench.corpus.vocabulary import (
     build_vocabulary,
     tokenize,
 )
+from ptbench.files import publish, sha256
 
 # A text with fewer words a line is probably in a script that writes no spaces.
 WORDS_PER_LINE = 1.5
@@ -270,8 +270,6 @@ def _store(
         with (partial / "corpus.json").open("w", encoding="utf-8") as file:
             json.dump({**description, "sha256": sums}, file, indent=2, ensure_ascii=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
         (folder / "corpus.json").unlink(missing_ok=True)  # never beside files of another corpus
         for path in [*files, partial / "corpus.json"]:
-            path.replace(folder / path.name)
+            publish(path, folder / path.name)

@@ -9,9 +9,9 @@ from ptbench.analysis.collect import collect_rows, read_corpus_facts
 from ptbench.analysis.experiment import Analysis, analyse
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.analysis.published import read_published
+from ptbench.files import write_atomically
 from ptbench.report import tables
 from ptbench.report.figures import write_figures
-from ptbench.training.records import write_atomically
 
 
 def analyse_experiment(

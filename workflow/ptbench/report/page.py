@@ -32,12 +32,12 @@ from ptbench.analysis.experiment import (
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric
 from ptbench.analysis.statistics import SIGNIFICANCE
 from ptbench.backends import FRAMEWORKS
+from ptbench.files import write_atomically
 from ptbench.model.recipe import Model
 from ptbench.report import formatting
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
 from ptbench.report.palette import DARK_PAGE, LIGHT_PAGE, PAGE_VARIABLES
 from ptbench.report.tables import printed_metrics
-from ptbench.training.records import write_atomically
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from ptbench.backends.base import PARAMETER
@@ -18,9 +16,7 @@ from ptbench.backends.tensorflow.runtime import (
     Tensors,
     Variable,
 )
-from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Layout
-from ptbench.model.recipe import Recipe
 
 
 class KerasBackend(TensorFlowRuntimeBackend):
@@ -112,49 +108,3 @@ class KerasBackend(TensorFlowRuntimeBackend):
             optimizer.share.assign(numbers["share"])
         first = [self.local(gradient)[0] for gradient in gradients]
         optimizer.apply(first, list(self.variables(PARAMETER).values()))
-
-
-class KerasFit:
-    """Keras' own `fit` of the same model, the yardstick that a Keras user would start from.
-
-    It has stateless windows, Keras' layers, losses, optimizer and training loop, and nothing of
-    ours. Batches are of words whose frequencies fall as 1 / rank.
-    """
-
-    STEPS = 8  # in a call of `fit`, after which the clock is looked at
-
-    def __init__(self, recipe: Recipe, vocabulary_size: int, threads: int) -> None:
-        if recipe.mixtures or recipe.rnn != "lstm":
-            raise PtbenchError("Keras has no layer for a mixture of softmaxes: fit is for the LSTM")
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
-        layers = [keras.layers.Embedding(vocabulary_size, recipe.embedding_size)]
-        layers.append(keras.layers.Dropout(recipe.unit_dropout[0]))
-        for width, rate in zip(recipe.widths, recipe.unit_dropout[1:], strict=True):
-            layers.append(keras.layers.LSTM(width, return_sequences=True))
-            layers.append(keras.layers.Dropout(rate))
-        layers.append(keras.layers.Dense(vocabulary_size))
-        self.model = keras.Sequential(layers)
-        self.model.compile(
-            optimizer=keras.optimizers.SGD(0.1, global_clipnorm=recipe.clip_norm),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-        frequencies = 1 / np.arange(1, vocabulary_size + 1)
-        shape = (2, self.STEPS * recipe.batch_size, recipe.sequence_length)
-        words = np.random.default_rng(0).choice(
-            vocabulary_size, shape, p=frequencies / frequencies.sum()
-        )
-        self.inputs, self.targets = words.astype(np.int32)
-        self.batch_size = recipe.batch_size
-
-    def train(self, seconds: float) -> dict[str, float]:
-        """Call `fit` for at least that long: tokens, seconds, and the last nll per token."""
-        tokens, start = 0, time.perf_counter()
-        while True:
-            history = self.model.fit(
-                self.inputs, self.targets, batch_size=self.batch_size, shuffle=False, verbose=0
-            )
-            tokens += self.inputs.size
-            spent = time.perf_counter() - start
-            if spent >= seconds:
-                return {"tokens": tokens, "seconds": spent, "nll": history.history["loss"][-1]}

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ptbench.model.work import Product, measured_rate
-
 CHUNK = 2**23  # logits at a time: few enough for memory, enough for products at full speed
 
 
@@ -109,22 +107,3 @@ def onednn_products_are_float32() -> bool:
     exact = a.double() @ b.double().T
     error = ((a @ b.T).double() - exact).norm() / exact.norm()
     return bool(error < 1e-6)  # float32 rounds at 6e-8, bfloat16 at 4e-3
-
-
-class TorchProducts:
-    """Products of float32 matrices on the CPU, by the fastest way that keeps their precision.
-
-    For the ceiling that training speeds are compared with.
-    """
-
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("medium" if onednn_products_are_float32() else "highest")
-
-    def rate(self, product: Product, seconds: float) -> float:
-        """Return the speed of a product [FLOP/s]."""
-        generator = torch.Generator().manual_seed(0)
-        a = torch.rand(product.m, product.k, generator=generator)
-        b = torch.rand(product.k, product.n, generator=generator)
-        out = torch.empty(product.m, product.n)
-        return measured_rate(product, lambda: torch.mm(a, b, out=out), seconds)

@@ -101,19 +101,18 @@ class JAXBackend(Backend):
         claimed = claim_devices(setup)
         self._first = claimed[0]
         mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
-        everywhere = PartitionSpec()
-        of_batch = PartitionSpec(None, DATA)  # [time, batch]
-        of_state = PartitionSpec(DATA)  # [batch, width]
-        self._everywhere = NamedSharding(mesh, everywhere)
-        self._of_batch = NamedSharding(mesh, of_batch)
-        self._of_state = NamedSharding(mesh, of_state)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._of_batch = NamedSharding(mesh, PartitionSpec(None, DATA))  # [time, batch]
+        self._of_state = NamedSharding(mesh, PartitionSpec(DATA))  # [batch, width]
+        shardings = self._everywhere, self._of_batch, self._of_state
+        everywhere, of_batch, of_state = (sharding.spec for sharding in shardings)
 
         compile_ = partial(jax.jit, compiler_options=compiler_options(self.accelerator))
         self._gradients = compile_(
             jax.shard_map(
                 self._objective_gradients,
                 mesh=mesh,
-                in_specs=(everywhere, everywhere, of_batch, of_state, everywhere, everywhere),
+                in_specs=(everywhere, everywhere, of_batch, everywhere, of_state, everywhere),
                 out_specs=(everywhere, everywhere, of_state),
                 check_vma=False,
             )
@@ -124,13 +123,13 @@ class JAXBackend(Backend):
         self._evaluate = compile_(self._nll)
         self._predict = compile_(self._model.predict)
 
-        # Where the weights of packed matrices are, and what gradients of the others are masked by.
         places = {
-            name: np.argwhere(kept).astype(np.int32)
+            f"{name}.places": np.argwhere(kept).astype(np.int32)
             for name, kept in self.kept.items()
             if self.layouts[name].packed
         }
-        self._kept = jax.device_put((places, self.gradient_masks()), self._everywhere)
+        self._places = jax.device_put(places, self._everywhere)
+        self._masks = jax.device_put(self.gradient_masks(), self._everywhere)
         self._arrays: dict[str, Tree] = {}  # by kind
         zeros = {name: np.zeros(shape) for name, shape in self.shapes.items()}
         for kind in (PARAMETER, *self.slots):
@@ -139,14 +138,9 @@ class JAXBackend(Backend):
     # ---------------------------------------------------------------------------- what is compiled
 
     def _objective_gradients(
-        self,
-        parameters: Tree,
-        kept: tuple[Tree, Tree],
-        batch: Batch,
-        state: Tree,
-        divisor: Array,
+        self, parameters: Tree, kept: tuple[Tree, Tree], batch: Batch, divisor: Array, state: Tree,
         step: Array,
-    ) -> tuple[Tree, Array, Tree]:
+    ) -> tuple[Tree, Array, Tree]:  # fmt: skip
         """Return the global batch's gradient and summed nll, and the replica's own final state.
 
         It runs on every replica at once, each with its columns of the batch.
@@ -154,19 +148,19 @@ class JAXBackend(Backend):
         places, masks = kept
         key = jax.random.key(self.setup.seed, impl=self._generator)
         dropout = Dropout(self.recipe, jax.random.fold_in(key, step))
-        objective = jax.grad(self._model.objective, has_aux=True)
-        weights = batch.mask / divisor
-        gradients, (nll, final) = objective(parameters, places, batch, weights, state, dropout)
+        weighted = batch._replace(mask=batch.mask / divisor)
+
+        def objective(parameters: Tree) -> tuple[Array, tuple[Array, Tree]]:
+            return self._model.objective(parameters | places, weighted, state, dropout)
+
+        gradients, (nll, final) = jax.grad(objective, has_aux=True)(parameters)
         gradients |= {name: gradients[name] * mask for name, mask in masks.items()}
         gradients, nll = jax.lax.psum((gradients, nll), DATA)
         return gradients, nll * divisor, final
 
-    def _nll(self, parameters: Tree, places: Tree, batch: Batch, state: Tree) -> EvaluateStep:
+    def _nll(self, parameters: Tree, batch: Batch, state: Tree) -> EvaluateStep:
         """Return the summed nll without dropout, and the final state."""
-        nothing = Dropout(self.recipe)
-        _, (nll, final) = self._model.objective(
-            parameters, places, batch, batch.mask, state, nothing
-        )
+        _, (nll, final) = self._model.objective(parameters, batch, state, Dropout(self.recipe))
         return EvaluateStep(nll, final)
 
     # -------------------------------------------------------------------------------- the contract
@@ -185,11 +179,12 @@ class JAXBackend(Backend):
     def make_state(self, arrays: Parameters, training: bool) -> State:
         return jax.device_put(arrays, self._of_state if training else self._first)
 
-    def _step_arguments(self, batch: Batch, state: State) -> tuple[Any, ...]:
+    def _differentiate(self, batch: Batch, state: State) -> tuple[Tree, Array, Tree]:
         divisor = np.float32(self.objective_divisor(batch))
         batch = self._on_devices(batch, self._of_batch)
-        step = np.uint32(self.step)
-        return self._arrays[PARAMETER], self._kept, batch, state, divisor, step
+        kept = self._places, self._masks
+        parameters, step = self._arrays[PARAMETER], np.uint32(self.step)
+        return self._gradients(parameters, kept, batch, divisor, state, step)
 
     @staticmethod
     def _on_devices(batch: Batch, place: Any) -> Batch:
@@ -197,30 +192,29 @@ class JAXBackend(Backend):
         return jax.device_put(jax.tree.map(np.copy, batch), place)
 
     def read_gradients(self, batch: Batch, state: State) -> Arrays:
-        gradients, _, _ = self._gradients(*self._step_arguments(batch, state))
+        gradients, _, _ = self._differentiate(batch, state)
         return {name: np.asarray(array) for name, array in gradients.items()}
 
     def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
-        gradients, nll, final = self._gradients(*self._step_arguments(batch, state))
+        gradients, nll, final = self._differentiate(batch, state)
         rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
         numbers = np.array((*rates, self.averaged), np.float32)
         self._arrays, norm = self._update(self._arrays, gradients, *numbers)
         self.step += 1
         return TrainStep(nll, norm, final)
 
-    def _model_on_first_device(self) -> tuple[Tree, Tree]:
-        """Return the parameters, and the places of those that are packed."""
-        model_ = self._arrays[PARAMETER], self._kept[0]
-        return jax.tree.map(lambda array: array.addressable_data(0), model_)
+    def _parameters_on_first_device(self) -> Tree:
+        parameters = self._arrays[PARAMETER] | self._places
+        return {name: array.addressable_data(0) for name, array in parameters.items()}
 
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
         batch = self._on_devices(batch, self._first)
-        return self._evaluate(*self._model_on_first_device(), batch, state)
+        return self._evaluate(self._parameters_on_first_device(), batch, state)
 
     def next_token_log_probabilities(
         self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
-        log_p, final = self._predict(*self._model_on_first_device(), inputs.copy(), state)
+        log_p, final = self._predict(self._parameters_on_first_device(), inputs.copy(), state)
         return np.array(log_p), final
 
     def synchronize(self) -> None:
@@ -237,12 +231,13 @@ class JAXBackend(Backend):
 
     def settings(self) -> dict[str, str]:
         allocator = "glibc" if self.accelerator == "cpu" else "JAX's for CUDA"
+        if self._memory_is_kept:
+            allocator += ", memory kept between steps"
         return {
             "implementation": self.recipe.implementation,
             "threads": str(max(self.setup.threads, self.devices)),  # see `claim_devices`
             "matmul_precision": "highest (float32; no TF32)",
             "random_generator": self._generator,
-            "allocator": allocator
-            + (", memory kept between steps" if self._memory_is_kept else ""),
+            "allocator": allocator,
             **{name: str(value) for name, value in compiler_options(self.accelerator).items()},
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,6 @@ RANDOM_GENERATOR = "threefry2x32"  # JAX's default
 
 
 # -------------------------------------------------------------------------------------- dropout
-
 
 WEIGHTS_STREAM = 2  # jax.random.split of the same key gives streams 0 and 1
 
@@ -92,7 +92,6 @@ class Dropout:
 
 # ----------------------------------------------------------------------------- recurrent layers
 
-
 LayerState = tuple[Array, ...]  # (h, c) of an LSTM, (h,) of the others, each [batch, width]
 Rnn = Callable[..., LayerState]
 
@@ -135,6 +134,20 @@ class Weights(NamedTuple):
     recurrent_bias: Array  # [gates x width], or 0.0 where the recipe has none
 
 
+def layer_weights(
+    parameters: Tree, layer: int, inputs: int, width: int, dropout: Dropout
+) -> Weights:
+    """Return a layer's weights after weight dropout, those of a sparse kernel as `BCOO`."""
+    name = f"rnn.{layer}"
+    w, u, bias = (parameters[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
+    u = u * dropout.weights(layer, u)
+    if f"{name}.input.places" in parameters:
+        sparse = partial(BCOO, indices_sorted=True, unique_indices=True)
+        w = sparse((w, parameters[f"{name}.input.places"]), shape=(inputs, len(bias)))
+        u = sparse((u, parameters[f"{name}.recurrent.places"]), shape=(width, len(bias)))
+    return Weights(w, u, bias, parameters.get(f"{name}.recurrent_bias", 0.0))
+
+
 def stepwise_layer(
     rnn: Rnn, x: Array, weights: Weights, state: LayerState, mask: Array
 ) -> tuple[Array, LayerState]:
@@ -173,11 +186,6 @@ def fused_layer(
 
     final, outputs = jax.lax.scan(step, state, x @ weights.input + weights.bias)
     return outputs, final
-
-
-def sparse_matrix(values: Array, places: Array, shape: tuple[int, int]) -> BCOO:
-    """Return a matrix for `stepwise_layer` from its weights and their places [weights, 2]."""
-    return BCOO((values, places), shape=shape, indices_sorted=True, unique_indices=True)
 
 
 def recurrent_layer(
@@ -270,25 +278,21 @@ def penalty(recipe: Recipe, h: Array, v: Array, weights: Array) -> Array:
 class LanguageModel:
     """The model from words to losses. It has no parameters of its own: each method takes them.
 
-    Attributes:
-        recipe: what to compute.
-        recurrent_layer: the one above, or a faster one.
-        nll: the one above, or a faster one.
+    Of a sparse kernel's matrices, the parameters are the weights that exist. Beside them is where
+    they are in their matrix, such as `rnn.0.input.places` [weights, 2].
     """
 
     recipe: Recipe
-    recurrent_layer: Callable[..., tuple[Array, LayerState]] = recurrent_layer
-    nll: Callable[[Head, Array, Array], Array] = nll
+    recurrent_layer: Callable[..., tuple[Array, LayerState]]  # the one above, or a faster one
+    nll: Callable[[Head, Array, Array], Array]  # the one above, or a faster one
 
     def run(
-        self, parameters: Tree, places: Tree, inputs: Array, state: Tree, dropout: Dropout
+        self, parameters: Tree, inputs: Array, state: Tree, dropout: Dropout
     ) -> tuple[Array, Array, Tree]:
         """Run the embedding and the recurrent layers.
 
         Args:
-            parameters: of a sparse kernel's matrices, the weights that exist.
-            places: where these weights are in their matrices, [weights, 2]; empty for other
-                kernels.
+            parameters: by canonical name.
             inputs: [time, batch].
             state: before the first step, named as in `state_widths`.
             dropout: what is dropped.
@@ -301,57 +305,35 @@ class LanguageModel:
         x = (embedding * dropout.words(len(embedding)))[inputs]
         x = x * dropout.units(0, x)
         final: Tree = {}
-        for layer in range(self.recipe.layers):
+        for layer, width in enumerate(self.recipe.widths):
             prefix = f"state.{layer}."
             names = [name for name in state_widths(self.recipe) if name.startswith(prefix)]
             before = tuple(state[name] for name in names)
-            weights = self.weights(parameters, places, layer, x.shape[-1], dropout)
+            weights = layer_weights(parameters, layer, x.shape[-1], width, dropout)
             mask = dropout.recurrent(layer, before[0])
             h, after = self.recurrent_layer(self.recipe, x, weights, before, mask)
             final |= dict(zip(names, after, strict=True))
             x = h * dropout.units(layer + 1, h)
         return h, x, final
 
-    def weights(
-        self, parameters: Tree, places: Tree, layer: int, inputs: int, dropout: Dropout
-    ) -> Weights:
-        """Return a layer's weights after weight dropout."""
-        name = f"rnn.{layer}"
-        w, u, bias = (parameters[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
-        u = u * dropout.weights(layer, u)
-        if places:
-            w = sparse_matrix(w, places[f"{name}.input"], (inputs, len(bias)))
-            width = self.recipe.widths[layer]
-            u = sparse_matrix(u, places[f"{name}.recurrent"], (width, len(bias)))
-        return Weights(w, u, bias, parameters.get(f"{name}.recurrent_bias", 0.0))
-
     def objective(
-        self,
-        parameters: Tree,
-        places: Tree,
-        batch: Batch,
-        weights: Array,
-        state: Tree,
-        dropout: Dropout,
+        self, parameters: Tree, batch: Batch, state: Tree, dropout: Dropout
     ) -> tuple[Array, tuple[Array, Tree]]:
-        """Return what is differentiated, and beside it the weighted nll and the final state.
+        """Return what is differentiated, and beside it the nll alone and the final state.
 
-        Args:
-            weights: of each token, [time, batch].
+        Each token's loss is multiplied by its entry of the batch's mask.
         """
-        h, v, final = self.run(parameters, places, batch.inputs, state, dropout)
+        h, v, final = self.run(parameters, batch.inputs, state, dropout)
         head = Head.on_top(self.recipe, parameters, v, dropout)
-        loss = self.nll(head, batch.targets.ravel(), weights.ravel())
+        loss = self.nll(head, batch.targets.ravel(), batch.mask.ravel())
         if not self.recipe.penalizes:
             return loss, (loss, final)
-        return loss + penalty(self.recipe, h, v, weights), (loss, final)
+        return loss + penalty(self.recipe, h, v, batch.mask), (loss, final)
 
-    def predict(
-        self, parameters: Tree, places: Tree, inputs: Array, state: Tree
-    ) -> tuple[Array, Tree]:
+    def predict(self, parameters: Tree, inputs: Array, state: Tree) -> tuple[Array, Tree]:
         """Return log-probabilities [time, batch, vocabulary] without dropout, and the state."""
         nothing = Dropout(self.recipe)
-        _, v, final = self.run(parameters, places, inputs, state, nothing)
+        _, v, final = self.run(parameters, inputs, state, nothing)
         log_p = log_probabilities(Head.on_top(self.recipe, parameters, v, nothing))
         return log_p.reshape(*inputs.shape, -1), final
 

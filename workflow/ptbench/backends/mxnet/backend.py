@@ -44,7 +44,6 @@ from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
-from ptbench.model.recipe import Accelerator
 
 SHARED_MASKS_STREAM = 3  # separates masks that all replicas share from their own
 
@@ -68,8 +67,13 @@ class MXNetBackend(Backend):
         super().__init__(setup)
         recipe = self.recipe
         self.tuned = recipe.implementation == "tuned"
-        self.memory_is_kept = self.tuned and setup.accelerator == "cpu" and keep_memory(arenas=1)
-        self.contexts = choose_contexts(setup.accelerator, self.devices)
+        on_gpu = setup.accelerator == "cuda"
+        # first of all, so that it holds for the threads of MXNet's engine
+        self.memory_is_kept = self.tuned and not on_gpu and keep_memory(arenas=1)
+        if on_gpu and (found := mx.context.num_gpus()) < self.devices:
+            raise PtbenchError(f"MXNet sees {found} GPUs, but devices={self.devices} needs as many")
+        # those of the CPU are queues of one processor
+        self.contexts = [mx.gpu(r) if on_gpu else mx.cpu(r) for r in range(self.devices)]
         self.model = LanguageModel(recipe, self.shapes, self.kept)
         self.output = output_layer(recipe, self.shapes, self.model.embedding)
         self.penalty = Penalty(recipe)
@@ -84,6 +88,7 @@ class MXNetBackend(Backend):
         rows = recipe.global_batch_size(self.devices) // self.devices * recipe.sequence_length
         rows *= max(recipe.mixtures, 1)
         self.in_chunks = self.tuned and rows > tuned.CHUNK_ROWS
+        self.nll = tuned.nll if self.in_chunks else nll
         if self.in_chunks:  # each adds to these gradients
             self.output.collect_params().setattr("grad_req", "add")
 
@@ -106,7 +111,7 @@ class MXNetBackend(Backend):
         self.trainer = gluon.Trainer(
             list(self.trained.values()),
             self.optimizer,
-            kvstore="device" if setup.accelerator == "cuda" else "local",
+            kvstore="device" if on_gpu else "local",
             update_on_kvstore=False,  # the summed gradient is clipped before the update
         )
 
@@ -173,7 +178,7 @@ class MXNetBackend(Backend):
 
     # -------------------------------------------------------------------------------- training
 
-    def _dropped_words(self, training: bool, context: mx.Context) -> list[mx.nd.NDArray]:
+    def dropped_words(self, training: bool, context: mx.Context) -> list[mx.nd.NDArray]:
         """Return what the embedding's rows are multiplied by [vocabulary, 1], if any are dropped.
 
         It is the same on all replicas.
@@ -186,7 +191,7 @@ class MXNetBackend(Backend):
             return [self.drop_words(ones)]
 
     @contextlib.contextmanager
-    def _dropped_weights(self) -> Iterator[None]:
+    def dropped_weights(self) -> Iterator[None]:
         """Drop recurrent weights in place, so that any layer takes what is left, fused or not.
 
         They are the next step's, the same on all replicas. At the end the weights are whole again,
@@ -230,11 +235,11 @@ class MXNetBackend(Backend):
             gluon.utils.split_and_load(to_device(a, self.contexts[0]), self.contexts, batch_axis=1)
             for a in batch
         ]
-        words = [self._dropped_words(True, context) for context in self.contexts]
+        words = [self.dropped_words(True, context) for context in self.contexts]
         if self.in_chunks:
             self.output.collect_params().zero_grad()
         nlls, states, heads, head_gradients = [], [], [], []
-        with self._dropped_weights():
+        with self.dropped_weights():
             for replica, context in enumerate(self.contexts):
                 if self.recipe.drops:
                     self._seed(context, replica)
@@ -242,14 +247,7 @@ class MXNetBackend(Backend):
                 y, real = y.reshape(-1), mask.reshape(-1)
                 with autograd.record():
                     outputs, final, penalized = self.model(x, state[replica], *words[replica])
-                if self.in_chunks:
-                    ends = outputs
-                    summed, gradients = tuned.nll(self.output, y, real, *outputs, divisor=divisor)
-                else:
-                    features, *prior = outputs
-                    with autograd.record():
-                        ends = [self.output(features), *prior]
-                    summed, gradients = nll(ends[0], y, real, *prior, divisor=divisor)
+                summed, ends, gradients = self.nll(self.output, y, real, divisor, *outputs)
                 heads += ends
                 head_gradients += gradients
                 if penalized:
@@ -293,18 +291,13 @@ class MXNetBackend(Backend):
     ) -> tuple[list[mx.nd.NDArray], State]:
         """Return what the head gives without dropout, and the final state."""
         context = self.contexts[0]
-        words = self._dropped_words(False, context)
-        outputs, final, _ = self.model(to_device(inputs, context), state, *words)
-        return outputs, final
+        words = self.dropped_words(False, context)
+        return self.model(to_device(inputs, context), state, *words)[:2]
 
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
         outputs, final = self._evaluate(batch.inputs, state)
         y, mask = (to_device(a.reshape(-1), self.contexts[0]) for a in batch[1:])
-        if self.in_chunks:
-            summed, _ = tuned.nll(self.output, y, mask, *outputs)
-        else:
-            features, *prior = outputs
-            summed, _ = nll(self.output(features), y, mask, *prior)
+        summed, *_ = self.nll(self.output, y, mask, None, *outputs)
         return EvaluateStep(as_scalar(summed), final)
 
     def next_token_log_probabilities(
@@ -338,6 +331,7 @@ class MXNetBackend(Backend):
                 str(tuned.AGGREGATED_PARAMETERS) if self.tuned else aggregation
             ),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
+            "memory": "kept" if self.memory_is_kept else "returned to the system",
             "hybridize": ", ".join(tuned.GRAPH) if self.tuned else "no flags",
             "NVIDIA_TF32_OVERRIDE": os.environ["NVIDIA_TF32_OVERRIDE"],
             "MXNET_ENFORCE_DETERMINISM": os.environ["MXNET_ENFORCE_DETERMINISM"],
@@ -345,19 +339,6 @@ class MXNetBackend(Backend):
 
     def close(self) -> None:
         mx.nd.waitall()
-
-
-def choose_contexts(accelerator: Accelerator, devices: int) -> list[mx.Context]:
-    """Return the contexts of all replicas; those of the CPU are queues of one processor.
-
-    Raises:
-        PtbenchError: if MXNet sees fewer GPUs than `devices`.
-    """
-    if accelerator == "cpu":
-        return [mx.cpu(r) for r in range(devices)]
-    if (found := mx.context.num_gpus()) < devices:
-        raise PtbenchError(f"MXNet sees {found} GPUs, but devices={devices} needs as many")
-    return [mx.gpu(r) for r in range(devices)]
 
 
 def to_device(array: npt.NDArray[Any], context: mx.Context) -> mx.nd.NDArray:

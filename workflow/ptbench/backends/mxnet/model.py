@@ -16,7 +16,7 @@ from mxnet.gluon import nn, rnn
 
 from ptbench.model.recipe import Recipe
 
-Array = Any  # NDArray, or Symbol while a graph is made
+Array = Any  # NDArray; in blocks also Symbol, while a graph is made
 Kept = npt.NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -104,8 +104,7 @@ class StepwiseLayer(gluon.HybridBlock):
 class SparseLayer(gluon.HybridBlock):
     """An LSTM whose weight matrices are vectors of the kept weights, in the order of a CSR matrix.
 
-    Not for a graph: MXNet's sparse products have no gradient for a sparse operand, and
-    `autograd.Function`, which gives it, runs as it is called.
+    Not for a graph, as `SparseProduct` is in it.
     """
 
     def __init__(self, kept_input: Kept, kept_recurrent: Kept, rate: float) -> None:
@@ -123,29 +122,31 @@ class SparseLayer(gluon.HybridBlock):
     def state_info(self, batch_size: int) -> list[dict[str, Any]]:
         return [{"shape": (batch_size, self.width)}] * 2
 
-    def hybrid_forward(
-        self,
-        F: Any,  # noqa: N803
-        x: Array,
-        states: list[Array],
-        i2h_weight: Array,
-        h2h_weight: Array,
-        i2h_bias: Array,
-        h2h_bias: Array,
-    ) -> tuple[Array, list[Array]]:
-        if x.context not in self.positions:
-            self.positions[x.context] = [CsrPositions(kept, x.context) for kept in self.kept]
-        h, c = states
-        steps = SparseSteps(*self.positions[x.context], h, c, self.mask(F.ones_like(h)))
-        out, h, c = steps(x, i2h_weight, h2h_weight, i2h_bias + h2h_bias)
-        return out, [h, c]
+    def forward(self, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
+        context = x.context
+        if context not in self.positions:
+            self.positions[context] = [CsrPositions(kept, context) for kept in self.kept]
+        of_input, of_recurrent = self.positions[context]
+        w, u = self.i2h_weight.data(context), self.h2h_weight.data(context)
+        w_matrix, u_matrix = of_input.matrix(w), of_recurrent.matrix(u)
+        bias = (self.i2h_bias.data(context) + self.h2h_bias.data(context)).expand_dims(1)
+        h, c = (state.T for state in states)  # [width, batch]
+        mask, outputs = self.mask(mx.nd.ones_like(h)), []
+        for step in x:
+            z_input = SparseProduct(w_matrix, of_input)(w, step.T)
+            z = z_input + SparseProduct(u_matrix, of_recurrent)(u, h * mask) + bias
+            i, f, g, o = mx.nd.split(z, 4, axis=0)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outputs.append(h.T)
+        return mx.nd.stack(*outputs), [h.T, c.T]
 
 
 class CsrPositions:
     """Where the values of a sparse matrix [gates x width, inputs] are, row after row."""
 
     def __init__(self, kept: Kept, context: mx.Context) -> None:
-        def index(array: npt.NDArray[Any]) -> mx.nd.NDArray:
+        def index(array: npt.NDArray[Any]) -> Array:
             return mx.nd.array(array, ctx=context, dtype="int64")
 
         rows, columns = np.nonzero(kept.T)
@@ -153,99 +154,29 @@ class CsrPositions:
         self.rows, self.columns = index(rows), index(columns)
         self.starts = index(np.concatenate([[0], np.cumsum(kept.sum(axis=0))]))
 
-    def matrix(self, values: mx.nd.NDArray) -> mx.nd.sparse.CSRNDArray:
-        definition = (values, self.columns, self.starts)
+    def matrix(self, values: Array) -> Array:
+        definition = (values.detach(), self.columns, self.starts)
         return mx.nd.sparse.csr_matrix(definition, shape=self.shape, ctx=values.context)
 
-    def gradient(self, d_out: list[mx.nd.NDArray], x: list[mx.nd.NDArray]) -> mx.nd.NDArray:
-        """Return the gradient of the values, where out is the matrix times x at each time step.
 
-        Args:
-            d_out: [rows, batch] of each step.
-            x: [columns, batch] of each step.
-        """
-        products = mx.nd.zeros((len(self.rows), x[0].shape[1]), ctx=self.rows.context)
-        for d, each in zip(d_out, x, strict=True):
-            products += mx.nd.take(d, self.rows) * mx.nd.take(each, self.columns)
-        return products.sum(axis=1)
+class SparseProduct(autograd.Function):
+    """A sparse matrix times x [columns, batch]; nd.sparse.dot has no gradient for such a matrix."""
 
-
-class SparseSteps(autograd.Function):
-    """All time steps of a sparse LSTM with their gradient; arrays inside are [units, batch].
-
-    There is no gradient for what it is constructed with: the window's initial state and mask.
-    """
-
-    def __init__(
-        self,
-        input_positions: CsrPositions,
-        recurrent_positions: CsrPositions,
-        h: mx.nd.NDArray,
-        c: mx.nd.NDArray,
-        mask: mx.nd.NDArray,
-    ) -> None:
+    def __init__(self, matrix: Array, positions: CsrPositions) -> None:
         super().__init__()
-        self.input_positions, self.recurrent_positions = input_positions, recurrent_positions
-        self.h0, self.c0, self.mask = h.T, c.T, mask.T
+        self.matrix, self.positions = matrix, positions
 
-    def forward(
-        self,
-        x: mx.nd.NDArray,
-        input_values: mx.nd.NDArray,
-        recurrent_values: mx.nd.NDArray,
-        bias: mx.nd.NDArray,
-    ) -> tuple[mx.nd.NDArray, mx.nd.NDArray, mx.nd.NDArray]:
-        """Return outputs [time, batch, width], and the last h and c [batch, width]."""
-        self.w = self.input_positions.matrix(input_values)
-        self.u = self.recurrent_positions.matrix(recurrent_values)
-        self.x = [step.T for step in x]
-        bias = bias.expand_dims(1)
-        h, c = self.h0, self.c0
-        self.masked, self.gates, self.c, outputs = [], [], [c], []
-        for step in self.x:
-            masked = h * self.mask
-            z = mx.nd.sparse.dot(self.w, step) + mx.nd.sparse.dot(self.u, masked) + bias
-            i, f, g, o = mx.nd.split(z, 4, axis=0)
-            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-            c = f * c + i * g
-            h = o * c.tanh()
-            self.masked.append(masked)
-            self.gates.append((i, f, g, o))
-            self.c.append(c)
-            outputs.append(h.T)
-        return mx.nd.stack(*outputs), h.T, c.T
+    def forward(self, values: Array, x: Array) -> Array:  # noqa: ARG002 - those of the matrix
+        self.x = x
+        return mx.nd.sparse.dot(self.matrix, x)
 
-    def backward(
-        self, d_out: mx.nd.NDArray, d_h: mx.nd.NDArray, d_c: mx.nd.NDArray
-    ) -> tuple[mx.nd.NDArray, ...]:
-        d_h, d_c, d_z = d_h.T, d_c.T, []
-        for t in reversed(range(len(self.x))):
-            i, f, g, o = self.gates[t]
-            d_h = d_h + d_out[t].T
-            tanh_c = self.c[t + 1].tanh()
-            d_c = d_c + d_h * o * (1 - tanh_c**2)
-            d_gates = mx.nd.concat(
-                d_c * g * i * (1 - i),
-                d_c * self.c[t] * f * (1 - f),
-                d_c * i * (1 - g**2),
-                d_h * tanh_c * o * (1 - o),
-                dim=0,
-            )
-            d_c = d_c * f
-            d_h = transposed_dot(self.u, d_gates) * self.mask
-            d_z.append(d_gates)
-        d_z.reverse()
-        return (
-            mx.nd.stack(*[transposed_dot(self.w, d).T for d in d_z]),
-            self.input_positions.gradient(d_z, self.x),
-            self.recurrent_positions.gradient(d_z, self.masked),
-            mx.nd.add_n(*d_z).sum(axis=1),
-        )
-
-
-def transposed_dot(matrix: mx.nd.sparse.CSRNDArray, x: mx.nd.NDArray) -> mx.nd.NDArray:
-    """Return the matrix' transpose times x."""
-    return mx.nd.sparse.dot(matrix, x, transpose_a=True, forward_stype="default")
+    def backward(self, d_out: Array) -> tuple[Array, Array]:
+        """Return the gradients of the matrix' values and of x."""
+        rows, columns = self.positions.rows, self.positions.columns
+        products = mx.nd.take(d_out, rows) * mx.nd.take(self.x, columns)
+        d_values = mx.nd.dot(products, mx.nd.ones((d_out.shape[1],), ctx=d_out.context))
+        d_x = mx.nd.sparse.dot(self.matrix, d_out, transpose_a=True, forward_stype="default")
+        return d_values, d_x
 
 
 def recurrent_layer(
@@ -284,7 +215,9 @@ class Head(gluon.HybridBlock):
     def __init__(self, recipe: Recipe, shapes: Shapes) -> None:
         super().__init__()
         self.drop_latents = Dropout(recipe.latent_dropout, recipe.dropout_kind == "locked")
-        self.latent = self.prior = self.projection = None
+        self.latent: Any = None
+        self.prior: Any = None
+        self.projection: Any = None
         with self.name_scope():
             if recipe.mixtures:
                 width, latents = shapes["latent.weight"]
@@ -320,32 +253,36 @@ def output_layer(recipe: Recipe, shapes: Shapes, embedding: nn.Embedding) -> nn.
 
 
 def nll(
-    logits: mx.nd.NDArray,
-    targets: mx.nd.NDArray,
-    mask: mx.nd.NDArray,
-    log_prior: mx.nd.NDArray | None = None,
-    divisor: float | None = None,
-) -> tuple[mx.nd.NDArray, list[mx.nd.NDArray]]:
-    """Return the summed negative log-likelihood [1] of the real tokens [nats], and its gradients.
+    output: nn.Dense,
+    targets: Array,
+    mask: Array,
+    divisor: float | None,
+    features: Array,
+    log_prior: Array = None,
+) -> tuple[Array, list[Array], list[Array]]:
+    """Return the summed negative log-likelihood of the real tokens, and where its gradient starts.
 
     Gluon's SoftmaxCrossEntropyLoss is made of nd.log_softmax, whose errors (see `accurate_log`) it
     has in its gradient too. So the gradient is written out: that of a row's logits is its share in
     the token's probability times softmax - one_hot(target).
 
     Args:
-        logits: [T or T x mixtures, vocabulary]; they are overwritten.
+        output: the output layer.
         targets: [T].
         mask: [T].
-        log_prior: [T, mixtures].
         divisor: what the nll is divided by to give the objective; None: no gradient is wanted.
+        features: as `Head` returns them, like log_prior.
 
     Returns:
-        The nll, and the objective's gradient for logits and log_prior.
+        The nll [1] in nats; logits and log_prior; the gradient of the objective for each of them.
     """
-    logits, mixtures = logits.detach(), 1 if log_prior is None else log_prior.shape[1]
+    with autograd.record():
+        logits = output(features)
+    mixtures = 1 if log_prior is None else log_prior.shape[1]
     targets = targets.repeat(mixtures)
-    far = mx.nd.pick(mx.nd.log_softmax(logits), targets)
-    p = mx.nd.softmax(logits, out=logits)
+    p = logits.detach()
+    far = mx.nd.pick(mx.nd.log_softmax(p), targets)
+    mx.nd.softmax(p, out=p)  # in the memory of the logits, as is their gradient below
     p_target = mx.nd.pick(p, targets)
     log_p = accurate_log(p_target, far)
     if log_prior is not None:
@@ -353,17 +290,19 @@ def nll(
         log_p = log_sum_exp(mx.nd, log_joint)
     summed = -(log_p * mask).sum()
     if divisor is None:
-        return summed, []
+        return summed, [], []
     share = mask / divisor
     if log_prior is not None:
         share = share.expand_dims(1) * mx.nd.exp(log_joint - log_p.expand_dims(1))
     d_logits = mx.nd.broadcast_mul(p, share.reshape((-1, 1)), out=p)
     rows = mx.nd.arange(len(targets), dtype="int32", ctx=targets.context)
     d_logits[rows, targets] = (p_target - 1) * share.reshape(-1)
-    return summed, [d_logits] if log_prior is None else [d_logits, -share]
+    if log_prior is None:
+        return summed, [logits], [d_logits]
+    return summed, [logits, log_prior], [d_logits, -share]
 
 
-def accurate_log(p: mx.nd.NDArray, log_p: mx.nd.NDArray) -> mx.nd.NDArray:
+def accurate_log(p: Array, log_p: Array) -> Array:
     """Return the logarithm of what nd.softmax gives; `log_p` is what nd.log_softmax gives.
 
     oneDNN 2.4's log_softmax is wrong by up to 4.5e-6, the same for all words of a row. Its softmax
@@ -374,10 +313,8 @@ def accurate_log(p: mx.nd.NDArray, log_p: mx.nd.NDArray) -> mx.nd.NDArray:
     return mx.nd.where(p > smallest, mx.nd.log(mx.nd.maximum(p, smallest)), log_p)
 
 
-def log_probabilities(
-    logits: mx.nd.NDArray, log_prior: mx.nd.NDArray | None = None
-) -> mx.nd.NDArray:
-    """Return log-probabilities of every word [T, vocabulary]; arguments are those of `nll`."""
+def log_probabilities(logits: Array, log_prior: Array = None) -> Array:
+    """Return log-probabilities of every word [T, vocabulary]."""
     log_p = accurate_log(mx.nd.softmax(logits), mx.nd.log_softmax(logits))
     if log_prior is None:
         return log_p
@@ -484,10 +421,10 @@ class SlotOptimizer(mx.optimizer.Optimizer):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(wd=recipe.weight_decay)
         self.recipe = recipe
-        self.slots: dict[tuple[int, mx.Context], list[mx.nd.NDArray]] = {}
+        self.slots: dict[tuple[int, mx.Context], list[Array]] = {}
         self.epsilon = recipe.optimizer_epsilon
 
-    def create_state(self, index: int, weight: mx.nd.NDArray) -> list[mx.nd.NDArray]:
+    def create_state(self, index: int, weight: Array) -> list[Array]:
         return self.slots[index, weight.context]
 
 

@@ -10,8 +10,7 @@ from mxnet import autograd
 from mxnet.gluon import nn
 
 from ptbench.backends.mxnet import model
-
-Array = mx.nd.NDArray
+from ptbench.backends.mxnet.model import Array
 
 CHUNK_ROWS = 1024  # rows of logits that exist at a time
 # Parameters that one kernel of SGD updates. MXNet's kernel for several, which it uses by default,
@@ -25,29 +24,28 @@ def nll(
     output: nn.Dense,
     targets: Array,
     mask: Array,
+    divisor: float | None,
     features: Array,
-    log_prior: Array | None = None,
-    divisor: float | None = None,
-) -> tuple[Array, list[Array]]:
+    log_prior: Array = None,
+) -> tuple[Array, list[Array], list[Array]]:
     """Return what `model.nll` does, with no more than `CHUNK_ROWS` rows of logits at once.
 
-    The gradients are those for features and log_prior. That of the output layer is added to its
-    `grad`. A chunk's gradients are formed before the next one's logits.
+    A chunk's gradients are formed before the next one's logits: those of the output layer are added
+    to its `grad`, and those returned are for features and log_prior.
     """
     d_features = mx.nd.empty(features.shape, ctx=features.context)
     prior = [] if log_prior is None else [log_prior]
-    parts, d_prior = [], []
-    for y, real, x, d_x, *own_prior in chunks([targets, mask, features, d_features, *prior]):
+    summed, d_prior = [], []
+    for y, real, x, d_x, *own in chunks([targets, mask, features, d_features, *prior]):
         leaf = x.detach()
         autograd.mark_variables([leaf], [d_x])
-        with autograd.record():
-            logits = output(leaf)
-        part, gradients = model.nll(logits, y, real, *own_prior, divisor=divisor)
-        if gradients:
-            logits.backward(gradients[0])
+        part, ends, gradients = model.nll(output, y, real, divisor, leaf, *own)
+        if divisor is not None:
+            ends[0].backward(gradients[0])
             d_prior += gradients[1:]
-        parts.append(part)
-    return mx.nd.add_n(*parts), [d_features, *([mx.nd.concat(*d_prior, dim=0)] if d_prior else [])]
+        summed.append(part)
+    gradients = [d_features, *([mx.nd.concat(*d_prior, dim=0)] if d_prior else [])]
+    return mx.nd.add_n(*summed), [features, *prior], gradients
 
 
 def chunks(arrays: list[Array]) -> list[list[Array]]:

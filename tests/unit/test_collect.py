@@ -26,7 +26,7 @@ from ptbench.analysis.collect import (
 )
 from ptbench.analysis.experiment import analyse
 from ptbench.analysis.metrics import METRICS
-from ptbench.analysis.plan import PlannedVariant, plan_experiment
+from ptbench.analysis.plan import PlannedVariant, plan_experiment, read_plan
 from ptbench.configuration.loading import load_study
 from ptbench.training.records import Metrics, Seconds
 
@@ -34,9 +34,23 @@ from ptbench.training.records import Metrics, Seconds
 def test_runs_of_a_variant_are_pairs_exactly_if_it_has_no_dropout() -> None:
     study = load_study({"experiments": ["zaremba-small", "zaremba-medium"]})
     small, medium = (plan_experiment(study, name) for name in ("zaremba-small", "zaremba-medium"))
-    assert small.variants["zaremba-small"] == PlannedVariant("stock", paired=True)
-    assert medium.variants["zaremba-medium"] == PlannedVariant("stock", paired=False)
+    assert small.variants["zaremba-small"] == PlannedVariant(paired=True)
+    assert medium.variants["zaremba-medium"] == PlannedVariant(paired=False)
     assert small.equivalence_margin == study.config.equivalence_margin
+
+
+def test_a_plan_read_from_its_axes_has_every_combination() -> None:
+    made = plan(variants=("a", "b"), frameworks=("jax", "pytorch"), devices=(1, 2), seeds=(1, 2))
+    content = made.model_dump(exclude={"cells", "variants"}) | {
+        "variants": {"a": {"paired": True}, "b": {}},
+        "frameworks": ["jax", "pytorch"],
+        "devices": [1, 2],
+        "seeds": [1, 2],
+    }
+    found = read_plan(content)
+    assert set(found.cells) == set(made.cells)
+    assert len(found.cells) == 16
+    assert (found.variant("a").paired, found.variant("b").paired) == (True, False)
 
 
 def test_every_number_that_a_run_records_is_a_metric() -> None:

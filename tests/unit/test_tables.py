@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,7 +176,8 @@ def test_numbers_are_written_as_people_read_them(written: str, expected: str) ->
 
 def test_every_table_says_which_implementation_it_shows(tmp_path: Path) -> None:
     variants = ("tiny", "tiny+implementation=tuned")
-    experiment = replace(plan(variants=variants), variants={variants[1]: PlannedVariant("tuned")})
+    tuned = {variants[1]: PlannedVariant(implementation="tuned")}
+    experiment = plan(variants=variants).model_copy(update={"variants": tuned})
     write_results(tmp_path, experiment)
     analysis = analysis_of(experiment, tmp_path)
     for record in records(tables.results_csv(analysis)):

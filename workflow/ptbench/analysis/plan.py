@@ -5,42 +5,65 @@ The configuration makes it; `collect.py` reads the runs that exist.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from ptbench.configuration.specification import Cell
-from ptbench.model.recipe import Implementation
+from ptbench.model.recipe import Implementation, Model, Name
 
 if TYPE_CHECKING:
     from ptbench.configuration.loading import Study
 
-Compared = Literal["valid_perplexity", "test_perplexity"]  # what frameworks are compared by
+Compared = Literal["valid_perplexity", "test_perplexity"]
 
 
-class PlannedVariant(NamedTuple):
+class PlannedVariant(Model):
     """What the analysis must know about a variant."""
 
-    implementation: Implementation = "stock"
-    paired: bool = False  # whether its runs of one seed differ by framework alone: no dropout
+    implementation: Implementation = Field("stock", description="As the recipe says.")
+    paired: bool = Field(
+        False, description="Whether runs of one seed differ by framework alone: no dropout."
+    )
 
 
-@dataclass(frozen=True)
-class ExperimentPlan:
+class ExperimentPlan(Model):
     """One experiment: its words, its cells, and how its frameworks are compared."""
 
-    name: str
-    title: str
-    corpus_folder: str  # of results/corpora
-    cells: tuple[Cell, ...]  # each once
-    equivalence_margin: float  # largest difference that does not matter [nats per token]
-    description: str = ""
-    metric: Compared = "test_perplexity"
-    variants: Mapping[str, PlannedVariant] = field(default_factory=dict)
+    name: Name = Field(description="Name of the experiment.")
+    title: str = Field(min_length=1, description="Heading in the report.")
+    description: str = Field("", description="One paragraph on what is compared and why.")
+    corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
+    cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs, each once.")
+    variants: dict[str, PlannedVariant] = Field({}, description="What is known of variants.")
+    metric: Compared = Field("test_perplexity", description="What frameworks are compared by.")
+    equivalence_margin: float = Field(
+        gt=0, description="Largest difference that does not matter [nats/token]."
+    )
 
     def variant(self, name: str) -> PlannedVariant:
         """Return what is known about a variant."""
         return self.variants.get(name, PlannedVariant())
+
+
+def read_plan(content: Mapping[str, Any]) -> ExperimentPlan:
+    """Return a plan from plain values: its own fields, with the cells' axes in place of cells.
+
+    Args:
+        content: has `variants`, `frameworks`, `devices` and `seeds`, whose product are the cells.
+
+    Raises:
+        KeyError, ValueError: if it is not such a plan.
+    """
+    axes = {name: content[name] for name in ("variants", "frameworks", "devices", "seeds")}
+    cells = tuple(
+        Cell(variant=variant, framework=framework, devices=devices, seed=seed)
+        for variant, framework, devices, seed in itertools.product(*axes.values())
+    )
+    given = {name: value for name, value in content.items() if name not in axes}
+    return ExperimentPlan(cells=cells, variants=axes["variants"], **given)
 
 
 def plan_experiment(study: Study, name: str) -> ExperimentPlan:
@@ -59,7 +82,9 @@ def plan_experiment(study: Study, name: str) -> ExperimentPlan:
         metric=planned.definition.metric,
         equivalence_margin=study.config.equivalence_margin,
         variants={
-            each.variant: PlannedVariant(each.recipe.implementation, paired=not each.recipe.drops)
+            each.variant: PlannedVariant(
+                implementation=each.recipe.implementation, paired=not each.recipe.drops
+            )
             for each in planned.specifications
         },
     )

@@ -11,15 +11,9 @@ from typing import Any
 
 import pytest
 from tests.support import probes
+from tests.support.cases import MODELS
 from tests.support.checkpoints import save_model, small_corpus
-from tests.support.problems import (
-    MODELS,
-    new_oracle,
-    random_batch,
-    random_parameters,
-    recipe,
-    train,
-)
+from tests.support.problems import new_oracle, random_batch, random_parameters, recipe, train
 from tests.support.remote import ROOT, Backends, probe
 
 from ptbench.corpus.store import open_corpus
@@ -75,7 +69,7 @@ def test_a_model_trained_with_a_kernel_that_others_lack_is_read_by_all(
         assert score["perplexity"] == pytest.approx(expected, rel=HALF)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "mixture, tied behind a projection"])
+@pytest.mark.parametrize("kind", ["lstm", "mixture, tied, projected"])
 def test_a_model_trained_in_a_framework_is_the_same_in_the_oracle(
     backends: Backends, framework: str, folder: Path, kind: str
 ) -> None:

@@ -22,6 +22,7 @@ from tests.support.problems import VOCABULARY, new_oracle
 from ptbench import environments
 from ptbench import errors as ptbench_errors
 from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.oracle import Masks
 from ptbench.corpus.batching import Batch
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Accelerator, Recipe
@@ -186,6 +187,7 @@ class Backends:
         self.logs = logs
         self.workers: dict[tuple[str, int], Worker] = {}
         self.made: dict[tuple[Any, ...], tuple[Backend, dict[str, Any]]] = {}
+        self.masks: dict[Any, list[Masks]] = {}  # see `masks.observed_masks`
         self.number = itertools.count()
 
     def start(self, framework: str, accelerator: Accelerator = "cpu") -> Worker:

@@ -15,7 +15,7 @@ from typing import Any
 Case = dict[str, Any]  # factor: level
 Pair = frozenset[tuple[str, Any]]
 
-CANDIDATES = 5  # from which each case is chosen; more hardly make the design smaller
+CANDIDATES = 3  # from which each case is chosen; more hardly make the design smaller
 
 
 def pairs(case: Mapping[str, Any]) -> set[Pair]:

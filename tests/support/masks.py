@@ -120,7 +120,7 @@ def masks_of(backend: Backend, recipe: Recipe, time: int) -> Masks:
 
 
 def _parameters_for_weights(parameters: Parameters, recipe: Recipe) -> Parameters:
-    """Return parameters with which no unit is at rest or saturated: small weights, and biases of 1."""
+    """Return small weights and biases of 1, with which no unit is at rest or saturated."""
     changed = {name: array.copy() for name, array in parameters.items()}
     for layer in range(recipe.layers):
         changed[f"rnn.{layer}.input"] *= 0.2

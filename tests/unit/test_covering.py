@@ -44,7 +44,7 @@ def test_any_two_levels_meet_in_a_case_or_cannot_meet_at_all(framework: str) -> 
 def test_a_design_is_small_and_always_the_same_and_has_no_case_twice(framework: str) -> None:
     factors = levels_of(framework)
     design = covering_design(factors, allowed)
-    assert len(design) <= 30  # at least 20, as there are five kinds of dropout and four optimizers
+    assert len(design) <= 32  # at least 20: five kinds of dropout times four optimizers
     assert design == covering_design(factors, allowed)
     names = [case.name for case in covering_cases(framework)]
     assert len(set(names)) == len(names)

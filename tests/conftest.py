@@ -44,8 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test with an argument `framework` once for each, and one with `case` for each case.
 
-    The oracle must keep the contract too. Tests marked `no_oracle` leave it out, and those marked
-    `cases` leave out cases whose recipe is of no use to them.
+    The oracle must keep the contract too. pyproject.toml says what the markers mean.
     """
     suite, config = metafunc.definition.path.parent.name, metafunc.config
     if "framework" not in metafunc.fixturenames or suite not in ("contract", "parity", "faults"):
@@ -55,6 +54,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         frameworks = list(dict.fromkeys([ORACLE, *frameworks]))
     if metafunc.definition.get_closest_marker("no_oracle"):
         frameworks = [framework for framework in frameworks if framework != ORACLE]
+    exhaustive = config.getoption("exhaustive")
+    if metafunc.definition.get_closest_marker("one_framework") and not exhaustive:
+        frameworks = frameworks[:1]
     # Scope `session` brings together the tests of a framework, and those of a case.
     if "case" not in metafunc.fixturenames:
         metafunc.parametrize("framework", frameworks, scope="session")
@@ -63,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = []
     for framework in frameworks:
         cases = covering_cases(framework)
-        if config.getoption("exhaustive"):
+        if exhaustive:
             cases = [*cases, *named_cases(framework)]
         if marker:
             cases = [case for case in cases if marker.kwargs["where"](case.recipe)]
@@ -98,8 +100,13 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no type
         return scope_of(nodeid)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest scopes first: short ones then fill what is left of the time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is exhaustive, and put the longest scopes first.
+
+    Short ones then fill what is left of the time.
+    """
+    if not config.getoption("exhaustive"):
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     order = {scope: number for number, scope in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(scope_of(item.nodeid), len(order)))
 

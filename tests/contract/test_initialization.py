@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.support import probes
 from tests.support.problems import SUM, VOCABULARY, new_oracle, random_batch, recipe, same, train
-from tests.support.remote import Backends
+from tests.support.remote import Backends, probe
 
 from ptbench.model.initialization import initial_parameters
 from ptbench.model.recipe import Recipe
@@ -29,6 +30,14 @@ def test_a_new_backend_has_the_drawn_parameters(
             assert parameters[name] == pytest.approx(array, abs=1e-6), name
     else:
         assert same(parameters, expected)
+
+
+def test_the_shared_draw_is_the_same_in_every_environment(
+    backends: Backends, framework: str
+) -> None:
+    backend = backends.get(framework, SUM)
+    expected = initial_parameters(SUM, VOCABULARY, seed=7)
+    assert same(probe(probes.shared_parameters, backend, 7), expected)
 
 
 def test_every_replica_starts_from_the_parameters_that_are_reported(

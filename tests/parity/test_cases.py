@@ -31,6 +31,7 @@ from tests.support.remote import Backends
 from ptbench.backends.base import Backend
 from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import Batch
+from ptbench.model.optimizers import OPTIMIZER_SLOTS
 from ptbench.model.parameters import kept_weights, parameter_shapes, state_widths
 
 
@@ -159,12 +160,20 @@ def test_weights_that_are_left_out_stay_zero(
         assert (trained[name][mask] != 0).mean() > 0.99, name
 
 
-def test_parameters_and_state_have_their_canonical_names_and_shapes(
+def test_parameters_slots_and_state_have_their_canonical_names_and_shapes(
     backends: Backends, framework: str, case: Case
 ) -> None:
     backend = backends.get(framework, case.recipe, case.devices)
     shapes = {name: array.shape for name, array in backend.parameters().items()}
     assert shapes == parameter_shapes(case.recipe, VOCABULARY)
     snapshot = backend.snapshot(backend.initial_state(BATCH, training=True))
-    for name, width in state_widths(case.recipe).items():
-        assert snapshot[name].shape == (BATCH, width)
+    states = {name: (BATCH, width) for name, width in state_widths(case.recipe).items()}
+    slots = {
+        f"optimizer.{slot}.{name}": shape
+        for slot in OPTIMIZER_SLOTS[case.recipe.optimizer]
+        for name, shape in shapes.items()
+    }
+    values = {f"parameter.{name}": shape for name, shape in shapes.items()}
+    saved = {name: array.shape for name, array in snapshot.items()}
+    assert saved == {**values, **slots, **states, "step": ()}
+    assert not any(snapshot[name].any() for name in [*slots, *states])

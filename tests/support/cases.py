@@ -226,11 +226,14 @@ def case_of(levels: Mapping[str, str]) -> Case:
         changes |= FACTORS[factor][level]
     summed, clipped = levels["objective"] == "sum", levels["clipping"] == "clipped"
     if clipped:
-        changes["clip_norm"] = 0.3 if summed else 0.1
+        changes["clip_norm"] = 0.2 if summed else 0.1
     if levels["optimizer"] in ("adam", "rmsprop"):
-        changes["learning_rate"] = 0.05
-    else:  # a clipped step moves the parameters by 0.5; others have norms of 5 or so
-        changes["learning_rate"] = 0.5 / changes["clip_norm"] if clipped else 0.05
+        rate = 0.05
+    elif clipped:
+        rate = 1 / changes["clip_norm"]
+    else:  # norms are about 1 and 5; a step then moves parameters far more than float32 rounds them
+        rate = 0.2 if summed else 1.0
+    changes["learning_rate"] = rate
     if levels["output"] == "tied":
         made = recipe(**changes)
         changes["embedding_size"] = made.latent_size if made.mixtures else made.widths[-1]

@@ -40,11 +40,6 @@ def recipe(**changes: Any) -> Recipe:
 
 SUM = recipe(objective="sum_over_time")
 MEAN = recipe(objective="mean_per_token", clip_norm=0.1)
-MEAN_ONE_LAYER = recipe(objective="mean_per_token", layers=1, clip_norm=0.1)
-# No clipping, where gradients are so large that the default would clip.
-SUM_ONE_LAYER = recipe(
-    objective="sum_over_time", layers=1, clip_norm=None, initialization_scale=2.0
-)
 # Not one half, to tell what is kept from what is dropped; a clip norm that is never reached.
 DROPOUT = recipe(dropout=0.35, clip_norm=1000.0)
 ADAM_DROPOUT = recipe(
@@ -58,7 +53,6 @@ AWD: dict[str, Any] = {
     "optimizer": "asgd",
 }
 ASGD_DROPOUT = recipe(**AWD, learning_rate=0.5, dropout=0.35, clip_norm=0.5)
-RMSPROP_DROPOUT = recipe(optimizer="rmsprop", learning_rate=0.01, dropout=0.35, clip_norm=None)
 
 IMPLEMENTATIONS = ("stock", "tuned")
 

@@ -1,7 +1,7 @@
 """The small models and batches that the suites test with.
 
-There are few, and all batches for training have one shape, because some frameworks compile anew
-for each recipe and shape.
+There are few of them, and most batches have one shape, because some frameworks compile for each
+recipe and each shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ TIME, BATCH = 5, 4
 
 
 def recipe(**changes: Any) -> Recipe:
-    """A two-layer model, embedding and layers of different width, away from linearity."""
+    """Return a recipe of two layers, with changes.
+
+    Embedding and layers have different widths, and weights are large enough for the model not to
+    be nearly linear.
+    """
     small = {
         "batch_size": BATCH,
         "sequence_length": TIME,
@@ -40,7 +44,7 @@ def recipe(**changes: Any) -> Recipe:
 
 SUM = recipe(objective="sum_over_time")
 MEAN = recipe(objective="mean_per_token", clip_norm=0.1)
-# Not one half, to tell what is kept from what is dropped; a clip norm that is never reached.
+# A rate other than one half, to tell what is kept from what is dropped. Nothing is clipped.
 DROPOUT = recipe(dropout=0.35, clip_norm=1000.0)
 ADAM_DROPOUT = recipe(
     optimizer="adam", learning_rate=0.01, weight_decay=0.01, dropout=0.35, clip_norm=0.5
@@ -67,14 +71,14 @@ def new_oracle(
     vocabulary_size: int = VOCABULARY,
     kind: type[AnOracle] = Oracle,  # type: ignore[assignment]
 ) -> AnOracle:
-    """Return the oracle, or one of a kind of its own, with the usual initial parameters."""
+    """Return an oracle, or a subclass of it, with the recipe's initial parameters."""
     made = kind(Setup(recipe, vocabulary_size, devices, seed))
     made.load_parameters(initial_parameters(recipe, vocabulary_size, seed))
     return made
 
 
 def random_batch(seed: int, padding: float = 0.3) -> Batch:
-    """Random words, some of them more than once, a share of them masked."""
+    """Return random words, some of them more than once, a share of them masked."""
     rng = np.random.default_rng(seed)
     inputs, targets = rng.integers(0, VOCABULARY, (2, TIME, BATCH), np.int32)
     mask = (rng.random((TIME, BATCH)) >= padding).astype(np.float32)
@@ -102,19 +106,19 @@ def uneven_batches(count: int, times: Sequence[int] = (TIME,)) -> list[Batch]:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """|actual - expected| / |expected|, by the Euclidean norm over all elements."""
+    """Return |actual - expected| / |expected|, by the Euclidean norm over all elements."""
     expected = np.asarray(expected, np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def largest_error(actual: Parameters, expected: Parameters) -> tuple[float, str]:
-    """The relative error of the parameter that has the largest, and that parameter's name."""
+    """Return the largest relative error of any parameter, and that parameter's name."""
     assert actual.keys() == expected.keys()
     return max((relative_error(actual[name], expected[name]), name) for name in expected)
 
 
 def moved(parameters: Parameters, initial: Parameters) -> Parameters:
-    """How far training has taken the parameters."""
+    """Return how far training has moved each parameter."""
     return {name: parameters[name] - initial[name] for name in initial}
 
 
@@ -152,7 +156,7 @@ def train(
 
 
 def random_parameters(recipe: Recipe, seed: int) -> Parameters:
-    """Every parameter uniform in ±0.5, biases too, so that none can be mistaken for another."""
+    """Draw all parameters, biases too, from ±0.5, so that no two are alike."""
     rng = np.random.default_rng(seed)
     return {
         name: rng.uniform(-0.5, 0.5, shape).astype(np.float32)
@@ -161,7 +165,7 @@ def random_parameters(recipe: Recipe, seed: int) -> Parameters:
 
 
 def same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether two sets of arrays are equal, bit for bit."""
+    """Return whether two sets of arrays are equal bit for bit."""
     return actual.keys() == expected.keys() and all(
         np.array_equal(actual[name], expected[name]) for name in expected
     )

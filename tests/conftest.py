@@ -52,8 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     frameworks = config.getoption("framework") or list(FRAMEWORKS)
     if suite == "contract":
         frameworks = list(dict.fromkeys([ORACLE, *frameworks]))
-    if metafunc.definition.get_closest_marker("no_oracle"):
-        frameworks = [framework for framework in frameworks if framework != ORACLE]
+    if only := metafunc.definition.get_closest_marker("frameworks"):
+        frameworks = [framework for framework in frameworks if framework in only.args]
     exhaustive = config.getoption("exhaustive")
     if metafunc.definition.get_closest_marker("one_framework") and not exhaustive:
         frameworks = frameworks[:1]
@@ -101,10 +101,12 @@ class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no type
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is exhaustive, and put the longest scopes first.
+    """Leave out what is not asked for, and put the longest scopes first.
 
     Short ones then fill what is left of the time.
     """
+    # pytest would report a test that is for none of the chosen frameworks as skipped.
+    items[:] = [item for item in items if "NOTSET" not in item.nodeid]
     if not config.getoption("exhaustive"):
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     order = {scope: number for number, scope in enumerate(LONGEST)}

@@ -8,6 +8,7 @@ import pytest
 from tests.support.problems import BATCH, SUM, random_batch
 from tests.support.remote import Backends, RemoteBackend
 
+from ptbench.backends import FRAMEWORKS
 from ptbench.errors import PtbenchError
 
 GPU = Path("/dev/nvidiactl").exists()
@@ -27,7 +28,7 @@ def test_a_cpu_has_no_device_memory(backends: Backends, framework: str) -> None:
 
 
 @with_gpu
-@pytest.mark.no_oracle
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_peak_memory_of_a_gpu_is_at_least_that_of_the_parameters(
     backends: Backends, framework: str
 ) -> None:
@@ -44,7 +45,7 @@ def test_peak_memory_of_a_gpu_is_at_least_that_of_the_parameters(
 
 
 @without_gpu
-@pytest.mark.no_oracle
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_asking_for_gpus_where_there_are_none_is_an_error_of_one_sentence(
     backends: Backends, framework: str
 ) -> None:

@@ -9,13 +9,14 @@ from tests.support import probes
 from tests.support.problems import SUM
 from tests.support.remote import Backends, probe
 
+from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
 from ptbench.report.features import features_markdown
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "features.md"
 
 
-@pytest.mark.no_oracle
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_every_name_in_the_features_exists(backends: Backends, framework: str) -> None:
     features = read_features()[framework]
     symbols = [name for feature in features.values() for name in feature.symbols]
@@ -26,7 +27,7 @@ def test_every_name_in_the_features_exists(backends: Backends, framework: str) -
     assert probe(probes.missing_names, backend, code, package) == []
 
 
-@pytest.mark.no_oracle
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_every_feature_says_where_it_is(framework: str) -> None:
     for name, feature in read_features()[framework].items():
         assert feature.symbols if feature.built_in else feature.code, name

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ptbench.corpus.batching import Batch
+
 
 @dataclass(frozen=True)
 class Handle:
@@ -22,7 +24,7 @@ class Handle:
 
 
 def send(stream: IO[bytes], message: Any) -> None:
-    """Write a message: None, numbers, text, arrays, handles, and lists and mappings of them."""
+    """Write a message: None, numbers, text, arrays, batches, handles, lists and mappings."""
     arrays: list[np.ndarray[Any, Any]] = []
 
     def encoded(value: Any) -> Any:
@@ -37,6 +39,8 @@ def send(stream: IO[bytes], message: Any) -> None:
                 return {"array": [len(arrays) - 1, value.dtype.str, list(value.shape)]}
             case Handle():
                 return {"handle": value.number}
+            case Batch():
+                return {"batch": [encoded(array) for array in value]}
             case list() | tuple():
                 return {"list": [encoded(item) for item in value]}
             case Mapping():
@@ -51,7 +55,7 @@ def send(stream: IO[bytes], message: Any) -> None:
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """Return the next message; arrays are new and writable, and tuples come as lists.
+    """Return the next message; arrays are new and writable, tuples become lists.
 
     Raises:
         EOFError: the other side has closed the stream.
@@ -72,6 +76,8 @@ def receive(stream: IO[bytes]) -> Any:
                 return np.frombuffer(arrays[index], dtype).reshape(shape)
             case {"handle": number}:
                 return Handle(number)
+            case {"batch": arrays_of_batch}:
+                return Batch(*map(decoded, arrays_of_batch))
             case {"list": items}:
                 return [decoded(item) for item in items]
             case {"mapping": items}:

@@ -16,7 +16,6 @@ from tests.support import probes, wire
 
 from ptbench import backends
 from ptbench.backends.base import Backend, Setup
-from ptbench.corpus.batching import Batch
 from ptbench.model.recipe import Recipe
 
 
@@ -52,9 +51,6 @@ class Objects:
 
     def call(self, method: str, backend: Backend, *arguments: Any) -> Any:
         """Call a method of `Backend`; states stay here, and scalars are finished numbers."""
-        if method in ("gradients", "train_step", "evaluate_step"):
-            batch, *rest = arguments
-            arguments = Batch(*batch), *rest
         result = getattr(backend, method)(*arguments)
         if method in ("initial_state", "restore"):
             return self.keep(result)

@@ -1,4 +1,4 @@
-"""The suites' own machinery: a backend in another process is as the backend in this one."""
+"""A backend in another process, as the tests use it, is like a backend in this one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from tests.support import probes, wire
 from tests.support.problems import BATCH, DROPOUT, new_oracle, random_batch, same, train
 from tests.support.remote import RemoteBackend, Worker, WorkerError, probe
 
+from ptbench.corpus.batching import Batch
+
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
@@ -26,6 +28,18 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 @pytest.fixture
 def remote(worker: Worker) -> RemoteBackend:
     return RemoteBackend(worker, "numpy", DROPOUT, seed=3)
+
+
+def test_a_batch_arrives_as_a_batch() -> None:
+    stream = io.BytesIO()
+    batch = random_batch(0)
+    wire.send(stream, [batch, 1])
+    stream.seek(0)
+    arrived, one = wire.receive(stream)
+    assert isinstance(arrived, Batch)
+    assert one == 1
+    for array, expected in zip(arrived, batch, strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.parametrize(

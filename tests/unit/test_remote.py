@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from tests.support import probes, wire
 from tests.support.problems import BATCH, DROPOUT, new_oracle, random_batch, same, train
-from tests.support.remote import RemoteBackend, Worker, WorkerError, probe
+from tests.support.remote import ROOT, RemoteBackend, Worker, WorkerError, probe
 
 from ptbench.corpus.batching import Batch
 
@@ -126,6 +128,19 @@ def test_the_death_of_a_worker_is_reported_with_what_it_said_last(tmp_path: Path
     with pytest.raises(WorkerError, match=r"status 3:\nlast words"):
         worker.ask("create")
     worker.close()
+
+
+def test_children_of_a_test_run_that_ignores_ctrl_c_do_not_ignore_it() -> None:
+    child = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    run = (
+        "import subprocess, sys\n"
+        "from tests.support.interrupts import let_interrupts_through\n"
+        "let_interrupts_through()\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}])\n"
+    )
+    in_background = f'trap "" INT; exec {shlex.join([sys.executable, "-c", run])}'
+    said = subprocess.run(["sh", "-c", in_background], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout == "True\n", said.stderr
 
 
 def test_what_a_framework_prints_does_not_get_between_the_messages(tmp_path: Path) -> None:

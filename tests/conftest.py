@@ -73,8 +73,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("framework", "case"), found, scope="session")
 
 
-# Scopes of `Scheduling` that take longest, in the order of their time on two cores.
-LONGEST: tuple[str, ...] = ()
+# The scopes of `Scheduling` that take longest, in the order of their time on two cores. The first
+# mostly waits for Slurm, and leaves the cores to others.
+LONGEST = (
+    "slurm", "tests/workflow/test_demo.py", "jax", "keras", "tensorflow",
+    "tests/faults/test_frameworks.py", "tests/workflow/test_planning.py", "mxnet", "pytorch",
+    "tests/workflow/test_failures.py", "tests/workflow/test_interruption.py",
+    "tests/workflow/test_hostile.py", "tests/faults/test_trainer.py", "numpy",
+    "tests/unit/test_quality.py", "tests/unit/test_report.py", "tests/unit/test_oracle.py",
+)  # fmt: skip
 
 
 def scope_of(nodeid: str) -> str:

@@ -18,6 +18,9 @@ from ptbench.model.parameters import GATES, Parameters
 from ptbench.model.recipe import Recipe
 
 STEPS = 4  # of which masks are observed
+# Relative size of a gradient that is zero. In float64 gates that are shut let 1e-87 through; the
+# gradients of units that are kept can be as small as 1e-8.
+UNDERFLOW = 1e-20
 
 
 class OracleWithMasks(Oracle):
@@ -82,8 +85,12 @@ def masks_of(backend: Backend, recipe: Recipe, time: int) -> Masks:
         mask[position] = 1
         gradient = backend.gradients(Batch(inputs, targets, mask), state)
         for place, row in _rows(gradient, recipe, inputs[position]).items():
-            rows.setdefault(place, []).append(row > 1e-6 * row.max())
-    kept = {place: np.array(each).reshape(time, BATCH, -1) for place, each in rows.items()}
+            rows.setdefault(place, []).append(row > UNDERFLOW * row.max())
+
+    def scaled(place: str, rate: float) -> Any:
+        """Return what a place's units are multiplied by, 1 where none are dropped."""
+        kept = np.array(rows[place]).reshape(time, BATCH, -1)
+        return kept / (1 - rate) if rate else np.ones(kept.shape)
 
     words = np.ones((VOCABULARY, 1), bool)
     if recipe.word_dropout:
@@ -96,26 +103,23 @@ def masks_of(backend: Backend, recipe: Recipe, time: int) -> Masks:
             asked = batch.inputs.ravel()
             words[asked] = gradient["embedding"][asked].any(axis=1, keepdims=True)
     backend.load_parameters(parameters)
-    one = np.ones((time, BATCH, 1), bool)
-    latents = kept.get("latents", one).reshape(time, BATCH, recipe.mixtures or 1, -1)
+    latents = np.ones((time, BATCH, 1))
+    if recipe.mixtures:
+        latents = scaled("latents", recipe.latent_dropout)
     return Masks(
         words=words / (1 - recipe.word_dropout),
-        units=[
-            kept[f"units {place}"] / (1 - rate) for place, rate in enumerate(recipe.unit_dropout)
-        ],
+        units=[scaled(f"units {place}", rate) for place, rate in enumerate(recipe.unit_dropout)],
         # One mask for all time steps, which `test_dropout` checks. The previous output at the first
         # one is the zero state, whose mask cannot be seen.
         recurrent=[
-            kept[f"recurrent {layer}"][1:] / (1 - recipe.recurrent_dropout)
-            if recipe.recurrent_dropout
-            else one[1:]
+            scaled(f"recurrent {layer}", recipe.recurrent_dropout)[1:]
             for layer in range(recipe.layers)
         ],
         weights=[
             mask / (1 - recipe.weight_dropout) if recipe.weight_dropout else np.ones(1)
             for mask in weights
         ],
-        latents=latents / (1 - (recipe.latent_dropout if recipe.mixtures else 0)),
+        latents=latents.reshape(time, BATCH, recipe.mixtures or 1, -1),
     )
 
 

@@ -33,6 +33,14 @@ def test_a_new_backend_has_the_drawn_parameters(
         assert same(parameters, expected)
 
 
+def test_the_shared_draw_is_the_same_in_every_environment(
+    backends: Backends, framework: str
+) -> None:
+    backend = backends.get(framework, SUM)
+    expected = initial_parameters(SUM, VOCABULARY, seed=7)
+    assert same(probe(probes.shared_parameters, backend, 7), expected)
+
+
 def test_every_replica_starts_from_the_parameters_that_are_reported(
     backends: Backends, framework: str
 ) -> None:

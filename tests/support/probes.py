@@ -1,7 +1,7 @@
-"""What must be tried in the process where a backend lives: aliasing of memory, and files.
+"""Checks that run in the process of a backend, such as those of shared memory and of files.
 
-Run by `remote.probe`. Imports what every framework's environment has, and no more. Arguments and
-results are numbers, arrays, lists and mappings of them.
+`remote.probe` runs them. This module imports only what every framework's environment has. Arguments
+and results are numbers, arrays, lists and mappings of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ptbench.training.loop import evaluate, train
 
 
 def shared_parameters(backend: Backend, seed: int) -> Parameters:
-    """The shared initial draw as this environment's NumPy makes it."""
+    """Return the initial parameters as this environment's NumPy draws them."""
     return initial_parameters(backend.recipe, backend.setup.vocabulary_size, seed)
 
 
@@ -67,21 +67,23 @@ def exists(name: str) -> bool:
 def evaluate_split(
     backend: Backend, tokens: Any, batch_size: int, sequence_length: int
 ) -> dict[str, float]:
-    """Mean nll [nats/token], perplexity and number of tokens of a split, by the training loop."""
+    """Return mean nll [nats/token], perplexity and number of tokens, by the training loop."""
     streams = ParallelStreams(tokens, batch_size, sequence_length)
     return evaluate(backend, streams, Clocks(backend.synchronize))[0].model_dump()
 
 
 def save_parameters(backend: Backend, path: str) -> None:
+    """Write the parameters to a file of safetensors."""
     save_file(backend.parameters(), path)
 
 
 def load_saved_parameters(backend: Backend, path: str) -> None:
+    """Load parameters from a file of safetensors."""
     backend.load_parameters(load_file(path))
 
 
 def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, float]:
-    """The score of a trained model on disk, built anew in the backend's framework."""
+    """Return the score of a trained model on disk, in the backend's framework."""
     checkpoint = inference.read_checkpoint(Path(path))
     corpus = inference.open_corpus_of(checkpoint)
     with contextlib.closing(
@@ -93,10 +95,10 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
 def nlls_of_runs(
     backend: Backend, specification: str, corpus: str, seeds: list[int], changes: dict[str, Any]
 ) -> list[float]:
-    """Test nll [nats/token] of whole runs in the backend's framework, one for each seed.
+    """Return test nll [nats/token] of whole runs in the backend's framework, one for each seed.
 
     Args:
-        specification: as a cell is given it.
+        specification: of the cell, as JSON.
         corpus: folder of the prepared corpus.
         changes: of the recipe.
     """
@@ -117,8 +119,9 @@ def nlls_of_runs(
 
 
 def run_on_corpus(backend: Backend, corpus: str) -> list[Any]:
-    """Train and validation nll [nats/token] of each epoch of the backend's recipe, test nll, and
-    the parameters in the end.
+    """Train by the backend's recipe, and return its losses and its parameters in the end.
+
+    Losses are the training and validation nll of each epoch and the test nll [nats/token].
 
     Args:
         corpus: folder of the prepared corpus.
@@ -131,14 +134,14 @@ def run_on_corpus(backend: Backend, corpus: str) -> list[Any]:
 
 
 def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
-    """The parameters, once the arrays of a former `parameters()` have been written to."""
+    """Return the parameters after writing to the arrays that `parameters()` returned before."""
     for array in backend.parameters().values():
         array += 1
     return backend.parameters()
 
 
 def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: float) -> Parameters:
-    """A copy of the parameters, read again once a step has changed the parameters."""
+    """Return what `parameters()` returned before a step, as it is after the step."""
     copy = backend.parameters()
     backend.train_step(Batch(*batch), backend.initial_state(batch[0].shape[1], True), learning_rate)
     backend.synchronize()
@@ -148,7 +151,7 @@ def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: f
 def parameters_after_overwriting_what_was_loaded(
     backend: Backend, parameters: Parameters
 ) -> Parameters:
-    """The parameters, once the arrays given to `load_parameters` have been written to."""
+    """Return the parameters after writing to the arrays that they were loaded from."""
     loaded = {name: aligned(array) for name, array in parameters.items()}
     backend.load_parameters(loaded)
     for array in loaded.values():
@@ -157,8 +160,7 @@ def parameters_after_overwriting_what_was_loaded(
 
 
 def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> list[Any]:
-    """A snapshot when it was taken, and again after training from it, twice, with each nll."""
-    batches = [Batch(*batch) for batch in batches]  # they come as lists
+    """Return a snapshot as it was taken and after two trainings from it, and the nll of both."""
     state = backend.initial_state(batches[0][0].shape[1], training=True)
     for batch in batches:
         state = backend.train_step(Batch(*batch), state, learning_rate).state
@@ -175,7 +177,7 @@ def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> 
 
 
 def train_from_one_buffer(backend: Backend, batches: Any, learning_rate: float) -> list[float]:
-    """Each step's nll, when all batches come in the same memory, wiped after each step."""
+    """Return each step's nll when all batches use the same memory, which is wiped after a step."""
     buffer = [aligned(array) for array in batches[0]]
     state, nll = backend.initial_state(buffer[0].shape[1], training=True), []
     for batch in batches:
@@ -190,7 +192,7 @@ def train_from_one_buffer(backend: Backend, batches: Any, learning_rate: float) 
 
 
 def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
-    """The same for evaluation."""
+    """Return the same as `train_from_one_buffer` for evaluation steps."""
     buffer = [aligned(array) for array in batches[0]]
     state, nll = backend.initial_state(buffer[0].shape[1], training=False), []
     for batch in batches:
@@ -205,7 +207,7 @@ def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
 
 
 def aligned(array: Any) -> Any:
-    """A copy that begins at a multiple of 64 bytes: such memory JAX may use without copying."""
+    """Return a copy at a multiple of 64 bytes, which JAX may use without copying it."""
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

@@ -124,7 +124,7 @@ def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
 def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: float) -> Parameters:
     """A copy of the parameters, read again once a step has changed the parameters."""
     copy = backend.parameters()
-    backend.train_step(batch, backend.initial_state(batch[0].shape[1], True), learning_rate)
+    backend.train_step(Batch(*batch), backend.initial_state(batch[0].shape[1], True), learning_rate)
     backend.synchronize()
     return copy
 
@@ -142,6 +142,7 @@ def parameters_after_overwriting_what_was_loaded(
 
 def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> list[Any]:
     """A snapshot when it was taken, and again after training from it, twice, with each nll."""
+    batches = [Batch(*batch) for batch in batches]  # they come as lists
     state = backend.initial_state(batches[0][0].shape[1], training=True)
     for batch in batches:
         state = backend.train_step(batch, state, learning_rate).state

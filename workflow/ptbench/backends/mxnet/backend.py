@@ -79,7 +79,7 @@ class MXNetBackend(Backend):
         self.penalty = Penalty(recipe)
         self.trained = self._trained_parameters()
         flags = tuned.GRAPH if self.tuned else {}
-        if recipe.kernel != "sparse":  # whose autograd.Function can be in no graph
+        if recipe.kernel != "sparse":  # its autograd.Function cannot be in a graph
             self.model.hybridize(**flags)
         self.output.hybridize(**flags)
         self.penalty.hybridize(**flags)
@@ -89,7 +89,7 @@ class MXNetBackend(Backend):
         rows *= max(recipe.mixtures, 1)
         self.in_chunks = self.tuned and rows > tuned.CHUNK_ROWS
         self.nll = tuned.nll if self.in_chunks else nll
-        if self.in_chunks:  # each adds to these gradients
+        if self.in_chunks:  # each chunk adds to these gradients
             self.output.collect_params().setattr("grad_req", "add")
 
         self.drop_words = Dropout(recipe.word_dropout)
@@ -116,7 +116,7 @@ class MXNetBackend(Backend):
         )
 
     def _trained_parameters(self) -> dict[str, gluon.Parameter]:
-        """Return Gluon's parameters by canonical name; a bias that is not wanted stays zero."""
+        """Return Gluon's parameters by canonical name; a bias the recipe does not have stays 0."""
         head, output = self.model.head, self.output
         found = {"embedding": self.model.embedding.weight}
         for index, layer in enumerate(self.model.layers):
@@ -136,7 +136,7 @@ class MXNetBackend(Backend):
     # ---------------------------------------------------------------------- arrays of the model
 
     def _arrays(self, kind: str) -> dict[str, list[mx.nd.NDArray]]:
-        """Return what `read` and `write` are about, one array for each context."""
+        """Return the arrays that `read` and `write` copy, one for each context."""
         if kind == PARAMETER:
             return {name: parameter.list_data() for name, parameter in self.trained.items()}
         slot, slots = self.slots.index(kind), self.optimizer.slots
@@ -192,10 +192,10 @@ class MXNetBackend(Backend):
 
     @contextlib.contextmanager
     def dropped_weights(self) -> Iterator[None]:
-        """Drop recurrent weights in place, so that any layer takes what is left, fused or not.
+        """Drop recurrent weights in place, which works for every layer, fused ones included.
 
-        They are the next step's, the same on all replicas. At the end the weights are whole again,
-        and the gradients formed meanwhile are with respect to them.
+        The same weights are dropped on all replicas. At the end all weights are back, and gradients
+        that were computed meanwhile are with respect to them.
         """
         dropped = []
         recurrent = [p for name, p in self.trained.items() if name.endswith(".recurrent")]

@@ -102,9 +102,9 @@ class StepwiseLayer(gluon.HybridBlock):
 
 
 class SparseLayer(gluon.HybridBlock):
-    """An LSTM whose weight matrices are vectors of the kept weights, in the order of a CSR matrix.
+    """An LSTM that stores the kept weights of a matrix alone, as the vector of a CSR matrix.
 
-    Not for a graph, as `SparseProduct` is in it.
+    It cannot be hybridized: an `autograd.Function` runs as it is called, outside any graph.
     """
 
     def __init__(self, kept_input: Kept, kept_recurrent: Kept, rate: float) -> None:
@@ -160,7 +160,7 @@ class CsrPositions:
 
 
 class SparseProduct(autograd.Function):
-    """A sparse matrix times x [columns, batch]; nd.sparse.dot has no gradient for such a matrix."""
+    """A sparse matrix times x [columns, batch]; nd.sparse.dot has no gradient for the matrix."""
 
     def __init__(self, matrix: Array, positions: CsrPositions) -> None:
         super().__init__()
@@ -185,8 +185,8 @@ def recurrent_layer(
     """Return the layer that the recipe asks for, with Gluon's names of parameters.
 
     It takes x [time, batch, inputs] and its states, and returns its output and its new states.
-    Gluon's fused layers drop nothing that recurs, so explicit time steps take their place. Each is
-    a single one: a stack's own dropout leaves out its last layer's output.
+    Gluon's fused layers have no recurrent dropout, so explicit time steps take their place. Each
+    has one layer: the dropout of a stack leaves out its last layer's output.
 
     Args:
         kept: which weights a sparse layer has, of `input` and `recurrent`.
@@ -206,10 +206,10 @@ def recurrent_layer(
 
 
 class Head(gluon.HybridBlock):
-    """What the output layer multiplies, made of the last layer's output v [time, batch, width].
+    """From the last layer's output v [time, batch, width] to what the output layer takes.
 
-    That is v itself, or with mixtures their latents, token after token, behind the projection if
-    there is one. `output_layer` follows, outside the graph that this is in.
+    Features are v itself, or with mixtures the latents of each token in turn, behind the projection
+    if there is one. The output layer is not in this graph: the tuned loss calls it by chunks.
     """
 
     def __init__(self, recipe: Recipe, shapes: Shapes) -> None:
@@ -260,11 +260,11 @@ def nll(
     features: Array,
     log_prior: Array = None,
 ) -> tuple[Array, list[Array], list[Array]]:
-    """Return the summed negative log-likelihood of the real tokens, and where its gradient starts.
+    """Return the summed negative log-likelihood of the real tokens and its gradients.
 
-    Gluon's SoftmaxCrossEntropyLoss is made of nd.log_softmax, whose errors (see `accurate_log`) it
-    has in its gradient too. So the gradient is written out: that of a row's logits is its share in
-    the token's probability times softmax - one_hot(target).
+    Gluon's SoftmaxCrossEntropyLoss calls nd.log_softmax, and its value and gradient have the errors
+    of that (see `accurate_log`). So the gradient is written out here: for the logits of a row it is
+    the row's share in the token's probability times softmax - one_hot(target).
 
     Args:
         output: the output layer.
@@ -274,7 +274,8 @@ def nll(
         features: as `Head` returns them, like log_prior.
 
     Returns:
-        The nll [1] in nats; logits and log_prior; the gradient of the objective for each of them.
+        The nll [1] in nats; the arrays from which autograd goes on backwards, logits and log_prior;
+        the gradient of the objective for each of them.
     """
     with autograd.record():
         logits = output(features)
@@ -305,9 +306,9 @@ def nll(
 def accurate_log(p: Array, log_p: Array) -> Array:
     """Return the logarithm of what nd.softmax gives; `log_p` is what nd.log_softmax gives.
 
-    oneDNN 2.4's log_softmax is wrong by up to 4.5e-6, the same for all words of a row. Its softmax
-    is right, but may underflow; where it does, the logarithm is so large that its last digit is no
-    smaller than that error.
+    oneDNN 2.4's log_softmax is wrong by up to 4.5e-6, and equally for all words of a row. Its
+    softmax is right, but can underflow; log_p is taken there, where one unit in the last place of
+    the logarithm is as large as that error.
     """
     smallest = 1e-30  # float32 has no normal number below 1e-38
     return mx.nd.where(p > smallest, mx.nd.log(mx.nd.maximum(p, smallest)), log_p)
@@ -386,8 +387,7 @@ class LanguageModel(gluon.HybridBlock):
         states: list[Array],
         words: Array = None,
     ) -> tuple[list[Array], list[Array], list[Array]]:
-        """Return what the head does, the final states, and what is penalized: the last layer's
-        output and the same dropped, or nothing.
+        """Return what the head returns, the final states, and what `Penalty` takes, if anything.
 
         Args:
             inputs: [time, batch].

@@ -1,6 +1,6 @@
 """What is faster than the stock model: the loss by chunks, and settings of MXNet.
 
-Layers are those of `model.py`: Gluon's fused LSTM is the fastest that there is.
+The layers are those of `model.py`: nothing in MXNet is faster than Gluon's fused LSTM.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHUNK_ROWS = 1024  # rows of logits that exist at a time
 # Parameters that one kernel of SGD updates. MXNet's kernel for several, which it uses by default,
 # takes three times as long as a kernel for each (0).
 AGGREGATED_PARAMETERS = 0
-# Buffers and plan of execution are made once; only what a call returns is allocated anew.
+# Memory and plan of execution are made once; only what a call returns is allocated anew.
 GRAPH = {"static_alloc": True, "static_shape": True}
 
 
@@ -30,8 +30,8 @@ def nll(
 ) -> tuple[Array, list[Array], list[Array]]:
     """Return what `model.nll` does, with no more than `CHUNK_ROWS` rows of logits at once.
 
-    A chunk's gradients are formed before the next one's logits: those of the output layer are added
-    to its `grad`, and those returned are for features and log_prior.
+    The gradients of a chunk are computed before the logits of the next. Those of the output layer
+    are added to its `grad`; autograd goes on from features and log_prior.
     """
     d_features = mx.nd.empty(features.shape, ctx=features.context)
     prior = [] if log_prior is None else [log_prior]
@@ -49,9 +49,9 @@ def nll(
 
 
 def chunks(arrays: list[Array]) -> list[list[Array]]:
-    """Return views of equal parts of all arrays; the first has one row for each token.
+    """Split arrays into equal parts, as views; the first array has one row for each token.
 
-    Parts have one size, so that MXNet makes one plan of execution.
+    Parts have one size, so that MXNet plans its execution once.
     """
     tokens, most = len(arrays[0]), max(len(a) for a in arrays)
     count = next(

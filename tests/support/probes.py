@@ -44,7 +44,8 @@ def exists(name: str) -> bool:
             found: Any = importlib.import_module(".".join(parts[:count]))
         except ImportError:
             continue
-        return all((found := getattr(found, part, None)) is not None for part in parts[count:])
+        if all((found := getattr(found, part, None)) is not None for part in parts[count:]):
+            return True
     return False
 
 
@@ -124,6 +125,7 @@ def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
 def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: float) -> Parameters:
     """A copy of the parameters, read again once a step has changed the parameters."""
     copy = backend.parameters()
+    batch = Batch(*batch)
     backend.train_step(batch, backend.initial_state(batch[0].shape[1], True), learning_rate)
     backend.synchronize()
     return copy
@@ -142,6 +144,7 @@ def parameters_after_overwriting_what_was_loaded(
 
 def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> list[Any]:
     """A snapshot when it was taken, and again after training from it, twice, with each nll."""
+    batches = [Batch(*batch) for batch in batches]
     state = backend.initial_state(batches[0][0].shape[1], training=True)
     for batch in batches:
         state = backend.train_step(batch, state, learning_rate).state

@@ -190,6 +190,17 @@ def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
     return [float(value) for value in nll]
 
 
+def gradients_that_differ(backend: Backend, batch: Any, calls: int) -> list[str]:
+    """Return the parameters whose gradient is not the same in every one of so many calls."""
+    batch = Batch(*batch)
+    state = backend.initial_state(batch.inputs.shape[1], training=True)
+    first, differ = backend.gradients(batch, state), set()
+    for _ in range(calls):
+        again = backend.gradients(batch, state)
+        differ |= {name for name in first if not np.array_equal(first[name], again[name])}
+    return sorted(differ)
+
+
 def aligned(array: Any) -> Any:
     """A copy that begins at a multiple of 64 bytes: such memory JAX may use without copying."""
     memory = np.empty(array.nbytes + 64, np.uint8)

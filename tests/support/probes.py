@@ -60,7 +60,8 @@ def exists(name: str) -> bool:
             found: Any = importlib.import_module(".".join(parts[:count]))
         except ImportError:
             continue
-        return all((found := getattr(found, part, None)) is not None for part in parts[count:])
+        if all((found := getattr(found, part, None)) is not None for part in parts[count:]):
+            return True
     return False
 
 
@@ -204,6 +205,17 @@ def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
         state = step.state
         nll.append(step.nll)
     return [float(value) for value in nll]
+
+
+def gradients_that_differ(backend: Backend, batch: Any, calls: int) -> list[str]:
+    """Return the parameters whose gradient is not the same in every one of so many calls."""
+    batch = Batch(*batch)
+    state = backend.initial_state(batch.inputs.shape[1], training=True)
+    first, differ = backend.gradients(batch, state), set()
+    for _ in range(calls):
+        again = backend.gradients(batch, state)
+        differ |= {name for name in first if not np.array_equal(first[name], again[name])}
+    return sorted(differ)
 
 
 def aligned(array: Any) -> Any:

@@ -189,14 +189,14 @@ class TensorFlowRuntimeBackend(Backend):
         return self.local(nll)[0], norm, state
 
     def _update_numbers(self, learning_rate: float) -> dict[str, Tensor]:
-        """Return what the next update has of its own, as tensors."""
+        """Return what the next update has of its own, as tensors.
+
+        Rate and epsilon are those of `rate_and_epsilon`.
+        """
         rate, epsilon = rate_and_epsilon(self.recipe, learning_rate, self.step)
-        numbers = {
-            "learning_rate": learning_rate,
-            "rate": rate,  # this one and epsilon with Adam's corrections
-            "epsilon": epsilon,
-            "share": 1 / self.averaged,  # of the new parameters in asgd's mean
-        }
+        numbers = {"learning_rate": learning_rate, "rate": rate, "epsilon": epsilon}
+        if self.recipe.optimizer == "asgd":
+            numbers["share"] = 1 / self.averaged  # of the new parameters in the mean
         return {name: tf.constant(number, tf.float32) for name, number in numbers.items()}
 
     # -------------------------------------------------------------------- batches and the contract

@@ -30,8 +30,8 @@ from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Accelerator
 
-# JAX's configuration, which would otherwise come from the environment (JAX_ENABLE_X64, ...) and
-# could change numbers. `claim_devices` sets what depends on the setup.
+# JAX's configuration, as far as it could change numbers. `isolation.py` removes the environment
+# variables that JAX would take it from; `claim_devices` sets what depends on the setup.
 CONFIGURATION: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_default_matmul_precision": "highest",  # float32 on GPUs, not TF32
@@ -55,7 +55,6 @@ def claim_devices(setup: Setup) -> list[Any]:
     Raises:
         PtbenchError: if there are fewer devices of that kind than the setup asks for.
     """
-    os.environ.pop("XLA_FLAGS", None)
     os.environ["NPROC"] = str(setup.threads)  # size of XLA's pool of threads
     for name, value in CONFIGURATION.items():
         jax.config.update(name, value)

@@ -8,15 +8,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import mxnet as mx
 import numpy as np
 import numpy.typing as npt
-
-# What MXNet and CUDA's libraries read when they load is set here alone, before the import: float32
-# products are not rounded to TF32, and no sum is formed in an order that changes.
-os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-os.environ["MXNET_ENFORCE_DETERMINISM"] = "1"
-
-import mxnet as mx
 from mxnet import autograd, gluon
 
 from ptbench.backends.allocator import keep_memory
@@ -323,18 +317,13 @@ class MXNetBackend(Backend):
         return max(total - free for free, total in memory)
 
     def settings(self) -> dict[str, str]:
-        aggregation = os.environ.get("MXNET_OPTIMIZER_AGGREGATION_SIZE", "unset")
         return {
             "implementation": self.recipe.implementation,
             "logits": f"at most {tuned.CHUNK_ROWS} rows at a time" if self.tuned else "all at once",
-            "MXNET_OPTIMIZER_AGGREGATION_SIZE": (
-                str(tuned.AGGREGATED_PARAMETERS) if self.tuned else aggregation
-            ),
+            "parameters updated at once": str(tuned.AGGREGATED_PARAMETERS) if self.tuned else "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
             "memory": "kept" if self.memory_is_kept else "returned to the system",
             "hybridize": ", ".join(tuned.GRAPH) if self.tuned else "no flags",
-            "NVIDIA_TF32_OVERRIDE": os.environ["NVIDIA_TF32_OVERRIDE"],
-            "MXNET_ENFORCE_DETERMINISM": os.environ["MXNET_ENFORCE_DETERMINISM"],
         }
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ from ptbench.backends.pytorch.replicas import Replicated, on_every_replica
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Parameters
-
-# Read by libraries when they are first used, and set here whatever the user's shell has.
-ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic products
-    "NVIDIA_TF32_OVERRIDE": "0",  # float32 products in float32
-    "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",  # the same on the CPU
-    "GLOO_SOCKET_IFNAME": "lo",  # all replicas are on this machine
-}
 
 
 class TrainingState(Replicated, list[LayerState]):
@@ -49,7 +40,6 @@ class PyTorchBackend(Backend, Replicated):
             raise PtbenchError(
                 f"pytorch was asked for {self.devices} GPUs and sees {torch.cuda.device_count()}"
             )
-        os.environ.update(ENVIRONMENT)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing
         torch.backends.cudnn.allow_tf32 = False

@@ -1,30 +1,11 @@
 """What TensorFlow's and Keras' backends share: the process' settings, replicas, compiled steps."""
 
-# ruff: noqa: E402 - the environment is set before the imports that read it
-
 from __future__ import annotations
 
 import abc
 import os
 from typing import Any
 
-# Set before TensorFlow and Keras are imported. The user's variables that could change numbers or
-# speed are removed; TF_CPP_ only says what is logged.
-IGNORED_PREFIXES = ("TF_", "XLA_", "KERAS_", "ONEDNN_", "DNNL_", "NVIDIA_TF32_OVERRIDE")
-ENVIRONMENT = {
-    "KERAS_BACKEND": "tensorflow",
-    "KERAS_HOME": os.devnull,  # no keras.json is read (it could change the float type) or written
-}
-ignored_variables = sorted(
-    name
-    for name, value in os.environ.items()
-    if name.startswith(IGNORED_PREFIXES)
-    and not name.startswith("TF_CPP_")
-    and value != ENVIRONMENT.get(name)
-)
-for name in ignored_variables:
-    del os.environ[name]
-os.environ.update(ENVIRONMENT)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors, no start-up notes
 
 import numpy as np
@@ -284,5 +265,4 @@ class TensorFlowRuntimeBackend(Backend):
             "inter_op_threads": str(tf.config.threading.get_inter_op_parallelism_threads()),
             "matmul_precision": "float32 (TF32 off)",
             "op_determinism": "on" if on_gpu else "off: a CPU's kernels are deterministic anyway",
-            "ignored_environment_variables": " ".join(ignored_variables) or "none",
         }

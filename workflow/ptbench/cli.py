@@ -16,29 +16,43 @@ from typing import TYPE_CHECKING, TextIO
 
 from ptbench.errors import PtbenchError, in_words
 
+PAPERS = Path("workflow/papers")
+
 if TYPE_CHECKING:
-    from ptbench.configuration.loading import Study
+    from ptbench.configuration.study import Study
 
 
 def environments(arguments: argparse.Namespace) -> None:
     """Build the frameworks' virtual environments from their locks, those that are not current."""
     from ptbench.environments import build, is_current
 
-    for framework in arguments.frameworks:
-        folder = arguments.output / f"{framework}-{arguments.accelerator}"
-        if not is_current(framework, arguments.accelerator, folder):
-            print(f"Building the environment of {framework} in {folder}", flush=True)
-            build(framework, arguments.accelerator, folder)
+    with Log(arguments.log) as log:
+        for framework in arguments.frameworks:
+            folder = arguments.output / f"{framework}-{arguments.accelerator}"
+            if not is_current(framework, arguments.accelerator, folder):
+                log.say(f"Building the environment of {framework} in {folder}")
+                build(framework, arguments.accelerator, folder)
 
 
 def corpus(arguments: argparse.Namespace) -> None:
     """Fetch or generate a corpus, verify it, and store it as integers."""
-    from ptbench.configuration.loading import read_study
+    import json
+
+    from ptbench.corpus.definitions import CORPUS_DEFINITION
     from ptbench.corpus.prepare import prepare
 
-    name, definition, subset = read_study(arguments.study).corpus(arguments.output.name)
+    asked = json.loads(arguments.corpus)
+    fetching = json.loads(arguments.fetching).get(asked["name"], {})
+    definition = CORPUS_DEFINITION.validate_python({**asked["content"], **fetching})
     with Log(arguments.log) as log:
-        prepare(name, definition, subset, arguments.downloads, arguments.output, log.terminal)
+        prepare(
+            asked["name"],
+            definition,
+            asked["subset"],
+            arguments.downloads,
+            arguments.output,
+            log.terminal,
+        )
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -73,7 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
                 cell,
                 specification,
                 paths,
-                arguments.threads,
+                max(arguments.threads, cell.devices),
                 log.say,
                 arguments.checkpoint_minutes,
                 arguments.wait_for_lock,
@@ -200,12 +214,12 @@ def cells_done(cell_folder: Path) -> str:
 
 def analyse(arguments: argparse.Namespace) -> None:
     """Tables, figures and verdicts of one experiment, from its cells' results."""
-    from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW, read_study
+    from ptbench.analysis.plan import read_plan
     from ptbench.report.experiment import analyse_experiment
 
-    plan = plan_experiment(read_study(arguments.study), arguments.experiment)
-    analyse_experiment(plan, arguments.results, WORKFLOW / "published", arguments.output)
+    with Log(arguments.log):
+        plan = read_plan(arguments.plan)
+        analyse_experiment(plan, arguments.results, arguments.papers, arguments.output)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -219,13 +233,15 @@ def report(arguments: argparse.Namespace) -> None:
 
 def partial(arguments: argparse.Namespace) -> None:
     """The report on what is there, with what is missing marked."""
+    import json
+
     from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW, read_study
+    from ptbench.configuration.study import load_study
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.page import RunFacts, render_report
     from ptbench.training.provenance import run_facts
 
-    study = read_study(arguments.study)
+    study = load_study(json.loads(arguments.configuration), "--configuration")
     with Log(arguments.log) as log:
         folders, done = [], set()
         for name, planned in study.experiments.items():
@@ -233,7 +249,7 @@ def partial(arguments: argparse.Namespace) -> None:
             analysis = analyse_experiment(
                 plan_experiment(study, name),
                 arguments.results,
-                WORKFLOW / "published",
+                arguments.papers,
                 folders[-1],
                 {each.variant: each.fingerprint for each in planned.specifications},
             )
@@ -249,7 +265,7 @@ def status(arguments: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from ptbench.configuration.loading import read_study
+    from ptbench.configuration.study import read_study
     from ptbench.report.status import (
         after_errors,
         corpus_failures,
@@ -280,15 +296,18 @@ def status(arguments: argparse.Namespace) -> None:
 def schema(arguments: argparse.Namespace) -> None:
     """Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors."""
     from ptbench.configuration.schemas import schemas
-    from ptbench.training.records import write_atomically
+    from ptbench.files import write_atomically
 
     for name, text in schemas().items():
         write_atomically(arguments.output / name, text)
 
 
 def validate(arguments: argparse.Namespace) -> None:
-    """Check a configuration and say what it would run."""
+    """Check a configuration, and the folders of the papers; say what would run."""
+    from ptbench.configuration.experiments import read_papers
+
     study = load(arguments.config)
+    read_papers()
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")
     print(f"{len(study.cells)} cells in all")
@@ -297,7 +316,7 @@ def validate(arguments: argparse.Namespace) -> None:
 def features(arguments: argparse.Namespace) -> None:
     """Write docs/features.md."""
     from ptbench.report.features import features_markdown
-    from ptbench.training.records import write_atomically
+    from ptbench.files import write_atomically
 
     write_atomically(arguments.output, features_markdown())
 
@@ -317,9 +336,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
 def load(path: Path) -> Study:
     """The study of a configuration file."""
-    from ptbench.configuration.loading import load_study, read_configuration
+    from ptbench.configuration.config import read_configuration
+    from ptbench.configuration.study import load_study
 
-    return load_study(read_configuration(path), path.name)
+    return load_study(read_configuration([path]), path.name)
 
 
 class Log:
@@ -422,9 +442,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("frameworks", nargs="+", choices=FRAMEWORKS)
     sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
     sub.add_argument("--output", type=Path, required=True, help="folder of all environments")
+    sub.add_argument("--log", type=Path, help="file for all output")
 
     sub = command(corpus)
-    sub.add_argument("--study", type=Path, required=True, help="results/study.json")
+    sub.add_argument("--corpus", required=True, help="its name, content and subset, as JSON")
+    sub.add_argument("--fetching", default="{}", help="how corpora are fetched, by name, as JSON")
     sub.add_argument("--downloads", type=Path, required=True, help="folder for what is fetched")
     sub.add_argument("--output", type=Path, required=True, help="folder named as the corpus")
     sub.add_argument("--log", type=Path, help="file for all output")
@@ -466,10 +488,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=whole, default=0, help="of the draws")
 
     sub = command(analyse)
-    sub.add_argument("experiment", help="name of the experiment")
-    sub.add_argument("--study", type=Path, required=True, help="results/study.json")
+    sub.add_argument("--plan", required=True, help="what the experiment asks for, as JSON")
+    sub.add_argument("--papers", type=Path, default=PAPERS, help="folder of published numbers")
     sub.add_argument("--results", type=Path, required=True, help="the results folder")
     sub.add_argument("--output", type=Path, required=True, help="folder of tables and figures")
+    sub.add_argument("--log", type=Path, help="file for all output")
 
     sub = command(report)
     sub.add_argument("experiments", type=Path, nargs="+", help="folders that analyse wrote")
@@ -477,7 +500,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--log", type=Path, help="file for all output")
 
     sub = command(partial)
-    sub.add_argument("--study", type=Path, default=Path("results/study.json"))
+    sub.add_argument("--configuration", required=True, help="of the study, as JSON")
+    sub.add_argument("--papers", type=Path, default=PAPERS, help="folder of published numbers")
     sub.add_argument("--results", type=Path, default=Path("results"))
     sub.add_argument("--output", type=Path, default=Path("results/partial"))
     sub.add_argument("--log", type=Path, help="file for all output")

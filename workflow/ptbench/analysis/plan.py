@@ -5,6 +5,8 @@ The configuration makes it; the cells that exist are read by `collect.py`.
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,7 +16,7 @@ from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model, Name
 
 if TYPE_CHECKING:
-    from ptbench.configuration.loading import Study
+    from ptbench.configuration.study import Study
 
 Metric = Literal["valid_perplexity", "test_perplexity"]
 
@@ -42,24 +44,28 @@ class ExperimentPlan(Model):
         return self
 
 
+def read_plan(text: str) -> ExperimentPlan:
+    """Return the plan that `ptbench.configuration.study.PlannedExperiment.plan` wrote as JSON."""
+    content = json.loads(text)
+    axes = [content.pop(axis) for axis in ("variants", "frameworks", "devices", "seeds")]
+    return ExperimentPlan(
+        cells=tuple(
+            Cell(variant=variant, framework=framework, devices=devices, seed=seed)
+            for variant, framework, devices, seed in itertools.product(*axes)
+        ),
+        implementations={
+            variant: facts["implementation"]
+            for variant, facts in axes[0].items()
+            if facts["implementation"] != "stock"
+        },
+        **content,
+    )
+
+
 def plan_experiment(study: Study, name: str) -> ExperimentPlan:
-    """The plan of one of a study's experiments.
+    """Return the plan of one of a study's experiments.
 
     Raises:
         ConfigurationError: if the study has no experiment of this name.
     """
-    planned = study.experiment(name)
-    return ExperimentPlan(
-        name=name,
-        title=planned.definition.title,
-        description=planned.definition.description,
-        corpus_folder=planned.specifications[0].recipe.corpus_folder,
-        cells=planned.cells,
-        implementations={
-            specification.variant: specification.recipe.implementation
-            for specification in planned.specifications
-            if specification.recipe.implementation != "stock"
-        },
-        metric=planned.definition.metric,
-        equivalence_margin=study.config.equivalence_margin,
-    )
+    return read_plan(study.plan(name))

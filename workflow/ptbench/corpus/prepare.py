@@ -28,8 +28,8 @@ from ptbench.corpus.definitions import (
     CorpusDefinition,
     DownloadedCorpus,
     FolderCorpus,
+    Generated,
     HighRankCorpus,
-    MarkovCorpus,
     Split,
 )
 from ptbench.corpus.fetch import fetch, sha256
@@ -159,7 +159,7 @@ def read(path: Path, subset: int | None) -> Text:
 
 
 def generate(
-    definition: MarkovCorpus | HighRankCorpus, subset: int | None
+    definition: Generated, subset: int | None
 ) -> tuple[tuple[str, ...], dict[Split, Text], dict[str, Any]]:
     """A synthetic corpus: the process' words, the text of each split, and what is known exactly."""
     process = synthetic.build(definition)

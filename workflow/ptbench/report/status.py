@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptbench.analysis.collect import OUTDATED
-from ptbench.configuration.loading import Study
+from ptbench.configuration.study import Study
 from ptbench.configuration.specification import Cell, parse_cell_path
 from ptbench.model.recipe import Model
 from ptbench.report.formatting import framework_name

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from ptbench.errors import PtbenchError, in_words
 
 PAPERS = Path("workflow/papers")
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from ptbench.configuration.study import Study
@@ -36,23 +37,15 @@ def environments(arguments: argparse.Namespace) -> None:
 
 def corpus(arguments: argparse.Namespace) -> None:
     """Fetch or generate a corpus, verify it, and store it as integers."""
-    import json
-
-    from ptbench.corpus.definitions import CORPUS_DEFINITION
+    from ptbench.corpus.definitions import definition_from
     from ptbench.corpus.prepare import prepare
 
-    asked = json.loads(arguments.corpus)
-    fetching = json.loads(arguments.fetching).get(asked["name"], {})
-    definition = CORPUS_DEFINITION.validate_python({**asked["content"], **fetching})
+    fetching = from_json("--fetching", arguments.fetching, dict)
+    name, definition, subset = from_json(
+        "--corpus", arguments.corpus, lambda asked: definition_from(asked, fetching)
+    )
     with Log(arguments.log) as log:
-        prepare(
-            asked["name"],
-            definition,
-            asked["subset"],
-            arguments.downloads,
-            arguments.output,
-            log.terminal,
-        )
+        prepare(name, definition, subset, arguments.downloads, arguments.output, log.terminal)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -217,8 +210,8 @@ def analyse(arguments: argparse.Namespace) -> None:
     from ptbench.analysis.plan import read_plan
     from ptbench.report.experiment import analyse_experiment
 
+    plan = from_json("--plan", arguments.plan, read_plan)
     with Log(arguments.log):
-        plan = read_plan(arguments.plan)
         analyse_experiment(plan, arguments.results, arguments.papers, arguments.output)
 
 
@@ -233,15 +226,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 def partial(arguments: argparse.Namespace) -> None:
     """The report on what is there, with what is missing marked."""
-    import json
-
     from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.study import load_study
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.page import RunFacts, render_report
     from ptbench.training.provenance import run_facts
 
-    study = load_study(json.loads(arguments.configuration), "--configuration")
+    study = from_json("--configuration", arguments.configuration, load_study)
     with Log(arguments.log) as log:
         folders, done = [], set()
         for name, planned in study.experiments.items():
@@ -315,8 +306,8 @@ def validate(arguments: argparse.Namespace) -> None:
 
 def features(arguments: argparse.Namespace) -> None:
     """Write docs/features.md."""
-    from ptbench.report.features import features_markdown
     from ptbench.files import write_atomically
+    from ptbench.report.features import features_markdown
 
     write_atomically(arguments.output, features_markdown())
 
@@ -332,6 +323,20 @@ def benchmark(arguments: argparse.Namespace) -> None:
             arguments.threads, arguments.rounds, arguments.seconds, arguments.output,
         )
     )  # fmt: skip
+
+
+def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:
+    """Return what `make` makes of an option's JSON.
+
+    Raises:
+        PtbenchError: if the text is something else than the workflow passes.
+    """
+    import json
+
+    try:
+        return make(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PtbenchError(f"{option} is not what the workflow passes: {error}") from error
 
 
 def load(path: Path) -> Study:

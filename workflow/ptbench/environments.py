@@ -148,9 +148,7 @@ def lock_of_marker(framework: str, accelerator: str, digest: str) -> str:
     return str((LOCKS / f"{framework}.{accelerator}.txt").relative_to(LOCKS.parent))
 
 
-def to_wait_for(
-    framework: str, accelerator: str, is_trained: Callable[[], bool]
-) -> list[str]:
+def to_wait_for(framework: str, accelerator: str, is_trained: Callable[[], bool]) -> list[str]:
     """Return what has to be there before a cell is trained: its environment's marker, or nothing.
 
     Nothing, if the environment is missing and the cell needs none, because it is trained: Snakemake

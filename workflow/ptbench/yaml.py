@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import MappingNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode
 
 from ptbench.errors import ConfigurationError
 
@@ -39,6 +39,8 @@ class Constructor(SafeConstructor):
         yield result  # first, because what is inside may refer to it
         for key, _ in node.value:
             place = f"{self.file}, line {key.start_mark.line + 1}"
+            if not isinstance(key, ScalarNode):
+                raise ConfigurationError(f"{place}: not valid YAML: a key must be one word")
             if key.value in result.places:
                 raise ConfigurationError(f"{place}: not valid YAML: {key.value} is there twice")
             result.places[key.value] = place

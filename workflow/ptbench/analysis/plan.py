@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -44,10 +45,10 @@ class ExperimentPlan(Model):
         return self
 
 
-def read_plan(text: str) -> ExperimentPlan:
-    """Return the plan that `ptbench.configuration.study.PlannedExperiment.plan` wrote as JSON."""
-    content = json.loads(text)
-    axes = [content.pop(axis) for axis in ("variants", "frameworks", "devices", "seeds")]
+def read_plan(content: Mapping[str, Any]) -> ExperimentPlan:
+    """Return the plan that `ptbench.configuration.study.PlannedExperiment.plan` describes."""
+    names = ("variants", "frameworks", "devices", "seeds")
+    axes = [content[name] for name in names]
     return ExperimentPlan(
         cells=tuple(
             Cell(variant=variant, framework=framework, devices=devices, seed=seed)
@@ -58,7 +59,7 @@ def read_plan(text: str) -> ExperimentPlan:
             for variant, facts in axes[0].items()
             if facts["implementation"] != "stock"
         },
-        **content,
+        **{key: value for key, value in content.items() if key not in names},
     )
 
 
@@ -68,4 +69,4 @@ def plan_experiment(study: Study, name: str) -> ExperimentPlan:
     Raises:
         ConfigurationError: if the study has no experiment of this name.
     """
-    return read_plan(study.plan(name))
+    return read_plan(json.loads(study.plan(name)))

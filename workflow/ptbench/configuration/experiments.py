@@ -1,7 +1,7 @@
 """Recipes, experiments and papers: their models, and reading them from YAML.
 
-`workflow/experiments/*.yaml` are our own; `workflow/papers/<document>/experiments.yaml` are those of
-the documents that are reproduced. A name is unique over all files.
+`workflow/experiments/*.yaml` are our own; `workflow/papers/<document>/experiments.yaml` are those
+of the documents that are reproduced. A name is unique over all files.
 """
 
 from __future__ import annotations
@@ -137,9 +137,7 @@ def published_files() -> list[Path]:
 def read_papers() -> dict[str, Paper]:
     """Return what is said of each document, by the name of its folder."""
     files = sorted((WORKFLOW / "papers").glob("*/paper.yaml"))
-    return {
-        file.parent.name: parse(Paper, read_mapping(file), shown_path(file)) for file in files
-    }
+    return {file.parent.name: parse(Paper, read_mapping(file), shown_path(file)) for file in files}
 
 
 def inherited(

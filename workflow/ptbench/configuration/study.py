@@ -349,9 +349,7 @@ def plan_experiment(
             check_kernel(specification, framework, f"{where}: frameworks")
     repeated = list(range(1, settings.repeats + 1)) if settings.repeats else None
     seeds = settings.seeds or repeated or experiment.seeds
-    return PlannedExperiment(
-        name, experiment, tuple(variants.values()), frameworks, devices, seeds
-    )
+    return PlannedExperiment(name, experiment, tuple(variants.values()), frameworks, devices, seeds)
 
 
 def resolve(

@@ -2,12 +2,13 @@
 
 A definition says where text comes from; it is discriminated by `kind`, and a synthetic one further
 by `process`. Reading `corpora.yaml` and merging the user's own definitions over it live in
-`loading.py`; fetching, generating and preparing live in `ptbench.corpus`.
+`ptbench.configuration.config`; fetching, generating and preparing live in `ptbench.corpus`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -207,3 +208,19 @@ TRANSPORT = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
 def content_of(definition: CorpusDefinition) -> dict[str, Any]:
     """Return what decides what is in a corpus: its definition without `TRANSPORT`."""
     return definition.model_dump(mode="json", exclude_defaults=True, exclude=TRANSPORT)
+
+
+def definition_from(
+    asked: Mapping[str, Any], fetching: Mapping[str, Any]
+) -> tuple[str, CorpusDefinition, int | None]:
+    """Return name, definition and subset of a corpus.
+
+    Args:
+        asked: its `name`, its `content` as `content_of` has it, and its `subset`.
+        fetching: by corpus, the keys of `TRANSPORT`.
+
+    Raises:
+        KeyError, ValueError: if something is missing or wrong.
+    """
+    content = {**asked["content"], **fetching.get(asked["name"], {})}
+    return asked["name"], CORPUS_DEFINITION.validate_python(content), asked["subset"]

@@ -136,6 +136,16 @@ def test_any_variant_of_any_recipe_can_be_asked_for_by_its_path(project: Project
     assert path in project.planned(path, "--cores", "1")
 
 
+def test_a_cell_that_runs_alone_claims_all_cores(project: Project) -> None:
+    def threads(cell: str) -> str:
+        plan = project.snakemake("-n", f"results/cells/{cell}/metrics.json", "--cores", "7").stdout
+        return "".join(line.strip() for line in plan.splitlines() if "threads: " in line)
+
+    assert threads("speed-small/jax/devices-1/seed-1") == "threads: 7"
+    assert threads("demo-lstm+alone=true/jax/devices-2/seed-1") == "threads: 7"
+    assert threads("demo-lstm/jax/devices-2/seed-1") == "threads: 2"
+
+
 def test_the_default_study_is_the_demo_in_all_frameworks(project: Project) -> None:
     cells = [path for path in project.planned("--cores", "1") if "/cells/" in path]
     assert len(cells) == 5 * 2 * 3

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ptbench.configuration.loading import load_study
+from ptbench.configuration.study import load_study
 
 ROOT = Path(__file__).parents[1]
 # Ten variants by five frameworks, two device counts and a hundred seeds: 10,000 cells.

@@ -16,7 +16,7 @@ from tests.support.remote import Backends, probe
 
 from ptbench.analysis.statistics import SIGNIFICANCE, t_test
 from ptbench.backends import FRAMEWORKS
-from ptbench.configuration.loading import Study, load_study
+from ptbench.configuration.study import Study, load_study
 from ptbench.corpus.prepare import prepare
 from ptbench.corpus.store import open_corpus
 from ptbench.model.parameters import parameter_count

@@ -27,7 +27,7 @@ from ptbench.analysis.collect import (
 from ptbench.analysis.experiment import analyse
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.plan import PlannedVariant, plan_experiment, read_plan
-from ptbench.configuration.loading import load_study
+from ptbench.configuration.study import load_study
 from ptbench.training.records import Metrics, Seconds
 
 

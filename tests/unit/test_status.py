@@ -13,8 +13,8 @@ from rich.console import Console
 from tests.support.fake_results import metrics, write_cell, write_diverged
 
 from ptbench.analysis.collect import OUTDATED
-from ptbench.configuration.loading import Study, load_study
 from ptbench.configuration.specification import Cell
+from ptbench.configuration.study import Study, load_study
 from ptbench.errors import InterruptionError
 from ptbench.report.status import (
     after_errors,

@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
 from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
@@ -25,13 +25,14 @@ from ptbench.log import Log
 
 if TYPE_CHECKING:
     from ptbench.backends.base import Backend
-    from ptbench.configuration.loading import Study
     from ptbench.configuration.specification import Cell
+    from ptbench.configuration.study import Study
     from ptbench.corpus.definitions import Split
     from ptbench.corpus.store import Corpus
     from ptbench.model.recipe import Accelerator
 
 
+T = TypeVar("T")
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 Function = Callable[..., None]
 
@@ -94,7 +95,9 @@ SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, be
 ACCELERATOR = argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
 ENVIRONMENTS = argument("--environments", type=Path, default=Path("results/environments"))
 LOG = argument("--log", type=Path, help="file for all output; progress is also shown")
-STUDY = argument("--study", type=Path, required=True, help="results/study.json")
+PAPERS = argument(
+    "--papers", type=Path, default=Path("workflow/papers"), help="folder of published numbers"
+)
 
 
 @command(
@@ -102,29 +105,35 @@ STUDY = argument("--study", type=Path, required=True, help="results/study.json")
     argument("frameworks", nargs="+", choices=FRAMEWORKS),
     ACCELERATOR,
     argument("--output", type=Path, required=True, help="folder of all environments"),
+    LOG,
 )
-def environments(frameworks: list[str], accelerator: str, output: Path) -> None:
+def environments(frameworks: list[str], accelerator: str, output: Path, log: Path | None) -> None:
     from ptbench.environments import build, is_current
 
-    for framework in frameworks:
-        folder = output / f"{framework}-{accelerator}"
-        if not is_current(framework, accelerator, folder):
-            print(f"Building the environment of {framework} in {folder}", flush=True)
-            build(framework, accelerator, folder)
+    with Log(log) as opened:
+        for framework in frameworks:
+            folder = output / f"{framework}-{accelerator}"
+            if not is_current(framework, accelerator, folder):
+                opened.say(f"Building the environment of {framework} in {folder}")
+                build(framework, accelerator, folder)
 
 
 @command(
     "Fetch or generate a corpus, verify it, and store it as integers.",
-    STUDY,
+    argument("--corpus", required=True, help="its name, content and subset, as JSON"),
+    argument("--fetching", default="{}", help="how corpora are fetched, by name, as JSON"),
     argument("--downloads", type=Path, required=True, help="folder for what is fetched"),
     argument("--output", type=Path, required=True, help="folder named as the corpus"),
     LOG,
 )
-def corpus(study: Path, downloads: Path, output: Path, log: Path | None) -> None:
-    from ptbench.configuration.loading import read_study
+def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path | None) -> None:
+    from ptbench.corpus.definitions import definition_from
     from ptbench.corpus.prepare import prepare
 
-    name, definition, subset = read_study(study).corpus(output.name)
+    how = from_json("--fetching", fetching, dict)
+    name, definition, subset = from_json(
+        "--corpus", corpus, lambda asked: definition_from(asked, how)
+    )
     with Log(log) as opened:
         prepare(name, definition, subset, downloads, output, opened.terminal)
 
@@ -171,8 +180,8 @@ def train(
             faulthandler.enable()
             signals.say, signals.abandon = opened.say, attempt.abandon
             metrics = run_cell(
-                which, specified, paths, threads, opened.say, checkpoint_minutes, wait_for_lock,
-                attempt, signals,
+                which, specified, paths, max(threads, which.devices), opened.say,
+                checkpoint_minutes, wait_for_lock, attempt, signals,
             )  # fmt: skip
             test = metrics.test
             shown = f"test perplexity {test.perplexity:.2f}" if test else metrics.reason
@@ -337,20 +346,21 @@ def enter_environment(framework: str, threads: int, folder: Path) -> None:
 
 @command(
     "Make the tables, figures and verdicts of one experiment from its cells' results.",
-    argument("experiment", help="name of the experiment"),
-    STUDY,
+    argument("--plan", required=True, help="what the experiment asks for, as JSON"),
+    PAPERS,
     argument("--results", type=Path, required=True, help="the results folder"),
     argument("--output", type=Path, required=True, help="folder of tables and figures"),
+    LOG,
 )
-def analyse(experiment: str, study: Path, results: Path, output: Path) -> None:
+def analyse(plan: str, papers: Path, results: Path, output: Path, log: Path | None) -> None:
     isolate(FIGURES, threads=1)
 
-    from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW, read_study
+    from ptbench.analysis.plan import read_plan
     from ptbench.report.experiment import analyse_experiment
 
-    plan = plan_experiment(read_study(study), experiment)
-    analyse_experiment(plan, results, WORKFLOW / "published", output)
+    planned = from_json("--plan", plan, read_plan)
+    with Log(log):
+        analyse_experiment(planned, results, papers, output)
 
 
 @command(
@@ -369,21 +379,24 @@ def report(experiments: list[Path], output: Path, log: Path | None) -> None:
 
 @command(
     "Make the report on the results that are there, and mark what is missing.",
-    argument("--study", type=Path, default=Path("results/study.json")),
+    argument("--configuration", required=True, help="of the study, as JSON"),
+    PAPERS,
     argument("--results", type=Path, default=Path("results")),
     argument("--output", type=Path, default=Path("results/partial")),
     LOG,
 )
-def partial(study: Path, results: Path, output: Path, log: Path | None) -> None:
+def partial(
+    configuration: str, papers: Path, results: Path, output: Path, log: Path | None
+) -> None:
     isolate(FIGURES, threads=1)
 
     from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW, read_study
+    from ptbench.configuration.study import load_study
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.page import RunFacts, render_report
     from ptbench.training.provenance import run_facts
 
-    planned = read_study(study)
+    planned = from_json("--configuration", configuration, load_study)
     with Log(log) as opened:
         folders, done = [], set()
         for name, experiment in planned.experiments.items():
@@ -391,7 +404,7 @@ def partial(study: Path, results: Path, output: Path, log: Path | None) -> None:
             analysis = analyse_experiment(
                 plan_experiment(planned, name),
                 results,
-                WORKFLOW / "published",
+                papers,
                 folders[-1],
                 {each.variant: each.fingerprint for each in experiment.specifications},
             )
@@ -422,7 +435,7 @@ def status(
 ) -> None:
     from rich.console import Console
 
-    from ptbench.configuration.loading import read_study
+    from ptbench.configuration.study import read_study
     from ptbench.report import status as report
 
     written = study or Path("results/study.json")
@@ -454,11 +467,14 @@ def schema(output: Path) -> None:
 
 
 @command(
-    "Check a configuration and say what it would run.",
+    "Check a configuration and the folders of the papers, and say what would run.",
     argument("config", type=Path, nargs="?", default=Path("config.yaml")),
 )
 def validate(config: Path) -> None:
+    from ptbench.configuration.experiments import read_papers
+
     study = load(config)
+    read_papers()
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")
     print(f"{len(study.cells)} cells in all")
@@ -466,9 +482,22 @@ def validate(config: Path) -> None:
 
 def load(path: Path) -> Study:
     """Return the study of a configuration file."""
-    from ptbench.configuration.loading import load_study, read_configuration
+    from ptbench.configuration.config import read_configuration
+    from ptbench.configuration.study import load_study
 
-    return load_study(read_configuration(path), path.name)
+    return load_study(read_configuration([path]), path.name)
+
+
+def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:
+    """Return what `make` makes of an option's JSON.
+
+    Raises:
+        PtbenchError: if the text is something else than the workflow passes.
+    """
+    try:
+        return make(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PtbenchError(f"{option} is not what the workflow passes: {error}") from error
 
 
 @command(

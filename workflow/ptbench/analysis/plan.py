@@ -6,6 +6,7 @@ The configuration makes it; `collect.py` reads the runs that exist.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model, Name
 
 if TYPE_CHECKING:
-    from ptbench.configuration.loading import Study
+    from ptbench.configuration.study import Study
 
 Compared = Literal["valid_perplexity", "test_perplexity"]
 
@@ -72,19 +73,4 @@ def plan_experiment(study: Study, name: str) -> ExperimentPlan:
     Raises:
         ConfigurationError: if the study has no experiment of this name.
     """
-    planned = study.experiment(name)
-    return ExperimentPlan(
-        name=name,
-        title=planned.definition.title,
-        description=planned.definition.description,
-        corpus_folder=planned.specifications[0].recipe.corpus_folder,
-        cells=planned.cells,
-        metric=planned.definition.metric,
-        equivalence_margin=study.config.equivalence_margin,
-        variants={
-            each.variant: PlannedVariant(
-                implementation=each.recipe.implementation, paired=not each.recipe.drops
-            )
-            for each in planned.specifications
-        },
-    )
+    return read_plan(json.loads(study.plan(name)))

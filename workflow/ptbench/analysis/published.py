@@ -1,4 +1,7 @@
-"""Read the published numbers. Setting ours beside them is in `experiment.py`."""
+"""Reading the published numbers, `workflow/papers/<document>/published.csv`.
+
+Setting ours beside them lives in `experiment.py`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class PublishedValue(Model):
     metric: MetricName = Field(description="What was measured, in our words and units.")
     value: float = Field(gt=0, allow_inf_nan=False, description="The number.")
     std: float | None = Field(ge=0, description="Its standard deviation, if printed.")
-    source: str = Field(min_length=1, description="Short name of the document.")
+    source: str = Field(min_length=1, description="Short name of the document: its folder.")
     locator: str = Field(min_length=1, description="Table, figure or section within it.")
     note: str = Field(description="What a reader must know to judge it.")
 
@@ -35,26 +38,23 @@ class PublishedValue(Model):
 
 
 def read_published(folder: Path) -> list[PublishedValue]:
-    """Return all rows of the folder's CSV files and of each document's `published.csv`.
-
-    The source of a document's rows is the name of its folder.
+    """Return all rows of `*/published.csv` in a folder; each document has a folder of its name.
 
     Raises:
         AnalysisError: naming file, line and column, if a row is malformed or there twice.
     """
     values: list[PublishedValue] = []
     seen: dict[tuple[object, ...], str] = {}
-    for path in sorted([*folder.glob("*.csv"), *folder.glob("*/published.csv")]):
+    for path in sorted(folder.glob("*/published.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            given = {"source": path.parent.name} if path.parent != folder else {}
-            columns = [name for name in PublishedValue.model_fields if name not in given]
+            columns = [name for name in PublishedValue.model_fields if name != "source"]
             if reader.fieldnames != columns:
                 raise AnalysisError(f"{path}: the first line must be {','.join(columns)}")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 try:
-                    value = PublishedValue.model_validate({**row, **given})
+                    value = PublishedValue.model_validate({**row, "source": path.parent.name})
                 except ValidationError as error:
                     first = error.errors()[0]
                     column = ".".join(map(str, first["loc"]))

@@ -7,6 +7,7 @@ Definitions differ by `kind`, and synthetic ones also by `process`. The configur
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -181,14 +182,44 @@ class HighRankCorpus(_GeneratedCorpus):
     )
 
 
-SyntheticCorpus = Annotated[MarkovCorpus | HighRankCorpus, Field(discriminator="process")]
+class ZipfCorpus(_GeneratedCorpus):
+    """Independent words with the frequencies of Zipf's law: nothing to learn, and many words."""
+
+    process: Literal["zipf"] = Field(description="Independent words, with Zipf's frequencies.")
+    words: int = Field(ge=2, le=100_000, description="Words besides <eos>.")
+    sentence_tokens: float = Field(
+        20.0, gt=1, description="Mean length of a sentence, <eos> counted [tokens]."
+    )
+
+
+Generated = MarkovCorpus | HighRankCorpus | ZipfCorpus
+SyntheticCorpus = Annotated[Generated, Field(discriminator="process")]
 CorpusDefinition = Annotated[
     DownloadedCorpus | FolderCorpus | SyntheticCorpus, Field(discriminator="kind")
 ]
 CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
+# Keys that say where and how a corpus is fetched, not what is in it.
+TRANSPORT = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
+
+
 def content_of(definition: CorpusDefinition) -> dict[str, Any]:
-    """Return what decides the content of a corpus: all except where and how it is fetched."""
-    transport = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
-    return definition.model_dump(mode="json", exclude_defaults=True, exclude=transport)
+    """Return what decides what is in a corpus: its definition without `TRANSPORT`."""
+    return definition.model_dump(mode="json", exclude_defaults=True, exclude=TRANSPORT)
+
+
+def definition_from(
+    asked: Mapping[str, Any], fetching: Mapping[str, Any]
+) -> tuple[str, CorpusDefinition, int | None]:
+    """Return name, definition and subset of a corpus.
+
+    Args:
+        asked: its `name`, its `content` as `content_of` has it, and its `subset`.
+        fetching: by corpus, the keys of `TRANSPORT`.
+
+    Raises:
+        KeyError, ValueError: if something is missing or wrong.
+    """
+    content = {**asked["content"], **fetching.get(asked["name"], {})}
+    return asked["name"], CORPUS_DEFINITION.validate_python(content), asked["subset"]

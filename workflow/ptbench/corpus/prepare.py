@@ -27,8 +27,8 @@ from ptbench.corpus.definitions import (
     CorpusDefinition,
     DownloadedCorpus,
     FolderCorpus,
+    Generated,
     HighRankCorpus,
-    MarkovCorpus,
     Split,
 )
 from ptbench.corpus.fetch import fetch
@@ -167,7 +167,7 @@ def read(path: Path, subset: int | None) -> Text:
 
 
 def generate(
-    definition: MarkovCorpus | HighRankCorpus, subset: int | None
+    definition: Generated, subset: int | None
 ) -> tuple[tuple[str, ...], dict[Split, Text], dict[str, Any]]:
     """Generate a synthetic corpus: its words, the text of each split, and its exact facts."""
     process = synthetic.build(definition)

@@ -1,10 +1,10 @@
 """Generate text like Penn Treebank's from a seed, with an entropy rate that is known exactly.
 
-There are two processes. `markov` has a long-range dependency that a recurrent network learns and a
-bigram model cannot. `high-rank` is a process of order one whose log-probabilities one softmax of a
-small hidden size cannot express. Both are finite unifilar sources: the state before a word and the
-word determine the state after it, so entropy rate, best bigram model and the probability of a text
-are finite sums, not estimates.
+Three processes. `markov` has a long-range dependency that a recurrent network learns and a bigram
+model cannot; `high-rank` is a process of order one whose log-probabilities one softmax of a small
+hidden size cannot express; `zipf` is of order zero and has as many words as one likes. All are
+finite unifilar sources: the state after a word follows from the state before it and the word, so
+entropy rate, best bigram model and the probability of a text are finite sums, not estimates.
 
 It needs NumPy and the standard library alone. `prepare.py` turns the text into files.
 """
@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.corpus.definitions import SPLITS, HighRankCorpus, MarkovCorpus
+from ptbench.corpus.definitions import SPLITS, Generated, HighRankCorpus, MarkovCorpus, ZipfCorpus
 from ptbench.corpus.vocabulary import END_OF_SENTENCE
 
 Float = npt.NDArray[np.float64]
@@ -70,9 +70,11 @@ class Process:
     def bigram_entropy(self) -> float:
         """Return the entropy of a word given only the word before it [nats per token].
 
-        This is what the best possible bigram model reaches. It equals the entropy rate if the
-        process is of order one.
+        It is what the best possible bigram model reaches, one that knows the process and not the
+        history. It equals the entropy rate if the process is of order one or zero.
         """
+        if len(self.probabilities) == 1:  # independent words: the word before tells nothing
+            return self.entropy_rate()
         joint = np.zeros((len(self.words), len(self.words)))
         np.add.at(joint, self.previous, self.stationary[:, None] * self.probabilities)
         share = joint.sum(axis=1)
@@ -125,10 +127,12 @@ class Sample:
         return float(np.sqrt(variance) / self.tokens.sum())
 
 
-def build(corpus: MarkovCorpus | HighRankCorpus) -> Process:
+def build(corpus: Generated) -> Process:
     """Return the process that a definition describes."""
     if isinstance(corpus, MarkovCorpus):
         return _markov(corpus)
+    if isinstance(corpus, ZipfCorpus):
+        return _independent(corpus)
     return _high_rank(corpus)
 
 
@@ -251,6 +255,14 @@ def _high_rank(corpus: HighRankCorpus) -> Process:
     return Process(words, probabilities, np.broadcast_to(identifiers, (size, size)), identifiers)
 
 
+def _independent(corpus: ZipfCorpus) -> Process:
+    """Independent words by Zipf's law; a sentence ends after each with the same probability."""
+    ending = 1.0 / corpus.sentence_tokens
+    words = (END_OF_SENTENCE, *itertools.islice(_pronounceable(), corpus.words))
+    probabilities = np.concatenate([[ending], (1.0 - ending) * _zipf(corpus.words)])[None]
+    return Process(words, probabilities, np.zeros_like(probabilities, np.int64), np.zeros(1, int))
+
+
 def _zipf(size: int) -> Float:
     """Return Zipf's law [rank]: the probability of rank r is proportional to 1 / r."""
     weights = 1.0 / np.arange(1, size + 1)
@@ -277,6 +289,7 @@ def _gaussian(random: np.random.Generator, shape: tuple[int, ...]) -> Float:
 def _pronounceable() -> Iterator[str]:
     """Yield 70 words of one syllable, then 4,900 of two; all differ, and neighbours differ most."""
     syllables = [consonant + vowel for vowel in "aeiou" for consonant in "bdfgklmnprstvz"]
-    yield from syllables
-    for shift, first in itertools.product(range(len(syllables)), repeat=2):
-        yield syllables[first] + syllables[(first + shift) % len(syllables)]
+    for length in (1, 2, 3):
+        for *shifts, first in itertools.product(range(len(syllables)), repeat=length):
+            places = itertools.accumulate(shifts, initial=first)
+            yield "".join(syllables[place % len(syllables)] for place in places)

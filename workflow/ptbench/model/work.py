@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ptbench.model.parameters import GATES, kept_count, parameter_shapes
 from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.shapes import GATES, kept_count, parameter_shapes
 
 # Multiplications and additions a second that a cell reaches at least. On one thread of a busy
 # processor zaremba-small reached 20e9 to 50e9 (README); a GTX 1060 of 2016 has a peak of 4e12.

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ptbench.analysis.collect import OUTDATED
-from ptbench.configuration.loading import Study
 from ptbench.configuration.specification import Cell, parse_cell_path
+from ptbench.configuration.study import Study
 from ptbench.report.formatting import framework_name
 from ptbench.slurm import job_numbers
 from ptbench.training.attempts import Seen, look

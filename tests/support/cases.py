@@ -224,15 +224,16 @@ def case_of(levels: Mapping[str, str]) -> Case:
     changes: dict[str, Any] = {}
     for factor, level in levels.items():
         changes |= FACTORS[factor][level]
+    # At these rates steps move parameters far more than float32 rounds them, and norms stay bounded.
     summed, clipped = levels["objective"] == "sum", levels["clipping"] == "clipped"
     if clipped:
         changes["clip_norm"] = 0.2 if summed else 0.1
     if levels["optimizer"] in ("adam", "rmsprop"):
-        rate = 0.05
+        rate = 0.2
     elif clipped:
         rate = 1 / changes["clip_norm"]
-    else:  # norms are about 1 and 5; a step then moves parameters far more than float32 rounds them
-        rate = 0.2 if summed else 1.0
+    else:
+        rate = 0.4 if summed else 1.0
     changes["learning_rate"] = rate
     if levels["output"] == "tied":
         made = recipe(**changes)

@@ -259,10 +259,10 @@ def status(arguments: argparse.Namespace) -> None:
     from ptbench.configuration.study import read_study
     from ptbench.report.status import (
         after_errors,
-        corpus_failures,
         distinct,
         failures,
         job_errors,
+        preparation_failures,
         show,
         status_json,
         study_status,
@@ -277,7 +277,7 @@ def status(arguments: argparse.Namespace) -> None:
     if not arguments.failed:
         show(found, Console(width=None if sys.stdout.isatty() else 120))
     log = "".join(log.read_text(errors="replace") for log in arguments.snakemake_log)
-    if text := corpus_failures(log):
+    if text := preparation_failures(log):
         print(text)
     cells = after_errors(distinct(found), job_errors(log), study, arguments.results)
     if text := failures(cells, arguments.results, shlex.split(arguments.again)):

@@ -45,9 +45,9 @@ JOB_ERROR = re.compile(
     re.MULTILINE,
 )
 
-CORPUS_ERROR = re.compile(
-    r"^Error in rule corpus:\n(?: .*\n)*?"
-    r" {4}output: results/corpora/(.+)/corpus\.json\n"
+PREPARATION_ERROR = re.compile(
+    r"^Error in rule (corpus|environment):\n(?: .*\n)*?"
+    r" {4}output: results/(?:corpora|environments)/(.+)/\S+\n"
     r" {4}log: (\S+)",
     re.MULTILINE,
 )
@@ -144,18 +144,18 @@ def job_errors(log: str) -> dict[str, str]:
     return dict(JOB_ERROR.findall(log))
 
 
-def corpus_failures(log: str) -> str:
-    """Of each corpus whose job failed: why, as its own log has it, and that log.
+def preparation_failures(log: str) -> str:
+    """Return, of each corpus or environment whose job failed, why, and its own log.
 
     Args:
         log: Snakemake's own.
     """
     paragraphs = []
-    for name, path in dict(CORPUS_ERROR.findall(log)).items():
+    for kind, name, path in dict.fromkeys(PREPARATION_ERROR.findall(log)):
         own = Path(path).read_text(errors="replace") if Path(path).exists() else ""
         reasons = re.findall(r"^ptbench: (.*)$", own, re.MULTILINE)
         reason = reasons[-1] if reasons else "no reason is known"
-        paragraphs.append(f"corpus {name} failed: {reason}\n  log:   {path}")
+        paragraphs.append(f"{kind} {name} failed: {reason}\n  log:   {path}")
     return "\n".join(paragraphs)
 
 

@@ -369,6 +369,16 @@ def test_what_is_wrong_is_named_by_its_own_file_and_line(
         load_study(configured(tmp_path, *texts, values=values))
 
 
+def test_a_key_takes_back_what_an_earlier_source_says_by_another_key(tmp_path: Path) -> None:
+    file = "papers: [greatti2019]\nseeds: [1, 2]\n"
+    study = load_study(configured(tmp_path, file, values=("experiments=demo", "repeats=7")))
+    assert list(study.experiments) == ["demo"]
+    assert {cell.seed for cell in study.cells} == set(range(1, 8))
+    kept = load_study(configured(tmp_path, file, values=("experiments=null", "repeats=null")))
+    assert "greatti-depth" in kept.experiments
+    assert kept.config.seeds == [1, 2]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"cannot read .*none.yaml: No such file"):
         read_configuration([tmp_path / "none.yaml"])

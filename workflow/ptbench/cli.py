@@ -447,7 +447,7 @@ def status(
     if not failed:
         report.show(found, Console(width=None if sys.stdout.isatty() else 120))
     log = "".join(path.read_text(errors="replace") for path in snakemake_log)
-    if text := report.corpus_failures(log):
+    if text := report.preparation_failures(log):
         print(text)
     errors = report.job_errors(log)
     cells = report.after_errors(report.distinct(found), errors, planned, results)

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from ptbench.errors import PtbenchError
@@ -122,10 +123,12 @@ def is_current(framework: str, accelerator: str, folder: Path) -> bool:
     return locked == _lock_sha256(framework, accelerator) and (folder / PYTHON).exists()
 
 
+@cache
 def marker_path(framework: str, accelerator: str) -> str:
     """Return the file that the workflow makes when an environment is there, built from its lock.
 
-    Its name has the lock's checksum, so a changed lock means another file, which is missing.
+    Its name has the lock's checksum, so a changed lock means another file, which is missing. The
+    lock is read once in a process.
 
     Raises:
         BuildError: if there is no such lock.

@@ -72,13 +72,16 @@ def is_trained(path):
     return not forced and study.is_trained(path)
 
 
-# The environment that training waits for; with conda, Snakemake makes it.
-def environment_of(framework, path):
-    if USES_CONDA:
-        return []
-    return or_exit(
-        environments.to_wait_for, framework, ACCELERATOR, lambda: is_trained(path)
-    )
+# What a cell is trained with: its corpus, and its framework's environment, which only has to be there.
+# With conda, Snakemake makes the environment. One function, because Snakemake is slow to call many.
+def inputs_of(wildcards, path):
+    corpus = or_exit(study.corpus_of_cell, path)
+    inputs = {"corpus": f"results/corpora/{corpus}/corpus.json"}
+    if not USES_CONDA:
+        framework, trained = wildcards.framework, lambda: is_trained(path)
+        waits = or_exit(environments.to_wait_for, framework, ACCELERATOR, trained)
+        inputs["environment"] = ancient(waits)
+    return inputs
 
 
 def modified(file):

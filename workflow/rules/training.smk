@@ -2,12 +2,7 @@
 # concerned. Checkpoints are no output, because Snakemake deletes outputs before every run.
 rule train:
     input:
-        corpus=lambda wildcards: "results/corpora/{}/corpus.json".format(
-            or_exit(study.corpus_of_cell, CELL.format(**wildcards))
-        ),
-        environment=lambda wildcards: ancient(
-            environment_of(wildcards.framework, CELL.format(**wildcards))
-        ),
+        unpack(lambda wildcards: inputs_of(wildcards, CELL.format(**wildcards))),
     output:
         f"results/cells/{CELL}/metrics.json",
     log:

@@ -21,6 +21,9 @@ from ptbench.errors import ConfigurationError
 from ptbench.model.recipe import Accelerator, Model, Name
 from ptbench.yaml import Located, merged, parse_yaml, read_mapping, shown_path
 
+ALTERNATIVES = [
+    ("experiments", "papers"), ("papers", "experiments"), ("seeds", "repeats"), ("repeats", "seeds")
+]  # fmt: skip
 Place = Callable[[str], str]  # where a key of the configuration was written, and the key
 
 
@@ -107,20 +110,26 @@ class CorpusFile(Model):
 def read_configuration(files: Iterable[Path], values: Sequence[str] = ()) -> Located:
     """Return the configuration that several files and the command line make together.
 
+    Later sources win over earlier ones, key by key. One that sets a key of `ALTERNATIVES` takes
+    back the other: `--config experiments=demo` runs the demo instead of a file's `papers`.
+
     Args:
-        files: later ones win over earlier ones, key by key.
-        values: of `--config`, as `key=value`; they win over the files.
+        files: in their order.
+        values: of `--config`, as `key=value`; they come last.
 
     Raises:
         ConfigurationError: with file and line, if one cannot be read.
     """
+    sources = [read_mapping(file) for file in files]
+    entries = [entry.partition("=") for entry in values]
+    given = {key: parse_yaml(text, f"--config {key}") for key, _, text in entries}
+    sources.append(Located(given, dict.fromkeys(given, "--config")))
     result = Located()
-    for file in files:
-        result = merged(result, read_mapping(file))
-    for entry in values:
-        key, _, text = entry.partition("=")
-        place = f"--config {key}"
-        result = merged(result, Located({key: parse_yaml(text, place)}, {key: "--config"}))
+    for source in sources:
+        result = merged(result, source)
+        for one, other in ALTERNATIVES:
+            if source.get(one) is not None and source.get(other) is None:
+                result.pop(other, None)
     return result
 
 

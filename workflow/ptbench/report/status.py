@@ -46,7 +46,7 @@ def _job_error(rule: str, output: str) -> re.Pattern[str]:
 
 
 JOB_ERROR = _job_error("train", r"results/cells/(.+)/metrics\.json")
-CORPUS_ERROR = _job_error("corpus", r"results/corpora/(.+)/corpus\.json")
+PREPARATION_ERROR = _job_error("(corpus|environment)", r"results/(?:corpora|environments)/(.+)/\S+")
 
 
 class CellStatus(NamedTuple):
@@ -147,17 +147,18 @@ def job_errors(log: str) -> dict[str, str]:
     return dict(JOB_ERROR.findall(log))
 
 
-def corpus_failures(log: str) -> str:
-    """Return for each corpus whose job failed the reason in the job's log, and that log.
+def preparation_failures(log: str) -> str:
+    """Return, of each corpus or environment whose job failed, why, and its own log.
 
     Args:
         log: Snakemake's own.
     """
     paragraphs = []
-    for name, path in dict(CORPUS_ERROR.findall(log)).items():
+    for kind, name, path in dict.fromkeys(PREPARATION_ERROR.findall(log)):
         own = Path(path).read_text(errors="replace") if Path(path).exists() else ""
-        reasons = re.findall(r"^ptbench: (.*)$", own, re.MULTILINE) or ["no reason is known"]
-        paragraphs.append(f"corpus {name} failed: {reasons[-1]}\n  log:   {path}")
+        reasons = re.findall(r"^ptbench: (.*)$", own, re.MULTILINE)
+        reason = reasons[-1] if reasons else "no reason is known"
+        paragraphs.append(f"{kind} {name} failed: {reason}\n  log:   {path}")
     return "\n".join(paragraphs)
 
 

@@ -43,7 +43,7 @@ class KerasBackend(TensorFlowRuntimeBackend):
         means = tuned if self.recipe.implementation == "tuned" else model
         self.model = model.LanguageModel(
             self.recipe,
-            self.setup.vocabulary_size,
+            self.shapes,
             self.kept,
             self.setup.accelerator,
             means.recurrent_layer,

@@ -153,18 +153,18 @@ class RecurrentLayer(keras.layers.Wrapper):
     GPU.
     """
 
-    def __init__(self, layer: keras.layers.Layer, recipe: Recipe) -> None:
+    def __init__(self, layer: keras.layers.Layer, recurrent_bias: bool) -> None:
+        """Args: recurrent_bias: whether there is a second bias."""
         super().__init__(layer)
-        self.recipe = recipe
+        self.has_recurrent_bias = recurrent_bias
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
         cell = self.layer.cell
+        self.bias_rows = len(cell.bias.shape)  # a GRU's is [2, gates x width]
         self.parameters = {"input": cell.kernel, "recurrent": cell.recurrent_kernel}
-        self.parameters["bias"] = cell.bias
-        if self.recipe.rnn == "gru":
-            self.parameters["bias"] = self._new_bias("bias")
-        if self.recipe.recurrent_bias:
+        self.parameters["bias"] = self._new_bias("bias") if self.bias_rows == 2 else cell.bias
+        if self.has_recurrent_bias:
             self.parameters["recurrent_bias"] = self._new_bias("recurrent_bias")
 
     def _new_bias(self, name: str) -> keras.Variable:
@@ -187,12 +187,10 @@ class RecurrentLayer(keras.layers.Wrapper):
         cell = self.layer.cell
         p = {kind: variable.value for kind, variable in self.parameters.items()}
         values = {}  # by the identity of the variable in whose place they are
-        if self.recipe.rnn == "gru":
-            second = (
-                p["recurrent_bias"] if self.recipe.recurrent_bias else ops.zeros_like(p["bias"])
-            )
+        if self.bias_rows == 2:
+            second = p.get("recurrent_bias", ops.zeros_like(p["bias"]))
             values[id(cell.bias)] = ops.stack([p["bias"], second])
-        elif self.recipe.recurrent_bias:
+        elif self.has_recurrent_bias:
             values[id(cell.bias)] = p["bias"] + p["recurrent_bias"]
         if training and dropout.rate:
             values[id(cell.recurrent_kernel)] = dropout(p["recurrent"], training=True)
@@ -225,15 +223,11 @@ def recurrent_layer(
     if recipe.rnn == "rnn_relu":
         options["activation"] = "relu"
     whole = {"return_sequences": True, "return_state": True}
-    if recipe.kernel == "sparse":
-        options["recurrent_dropout"] = recipe.recurrent_dropout
-        layer = keras.layers.RNN(SparseLSTMCell(kept, **options), **whole)
-    elif recipe.kernel == "stepwise" or recipe.recurrent_dropout:
-        options["recurrent_dropout"] = recipe.recurrent_dropout
-        layer = keras.layers.RNN(cell(**options), **whole)
-    else:
-        layer = kind(**options, **whole)
-    return RecurrentLayer(layer, recipe)
+    if recipe.kernel == "fused" and not recipe.recurrent_dropout:
+        return RecurrentLayer(kind(**options, **whole), recipe.recurrent_bias)
+    options["recurrent_dropout"] = recipe.recurrent_dropout
+    own = SparseLSTMCell(kept, **options) if recipe.kernel == "sparse" else cell(**options)
+    return RecurrentLayer(keras.layers.RNN(own, **whole), recipe.recurrent_bias)
 
 
 # -------------------------------------------------------------------------------- head and losses
@@ -247,48 +241,54 @@ class Head(keras.layers.Layer):
 
     def __init__(
         self,
-        recipe: Recipe,
-        vocabulary_size: int,
+        shapes: dict[str, tuple[int, ...]],
         embedding: keras.layers.Embedding,
         dropout: keras.layers.Dropout,
     ) -> None:
-        """Args: dropout: of latents."""
+        """Args: shapes: of all parameters the model has; dropout: of latents."""
         super().__init__()
-        self.recipe, self.embedding, self.dropout = recipe, embedding, dropout
-        inputs = features = recipe.widths[-1]
+        self.embedding, self.dropout = embedding, dropout
         self.parameters: dict[str, keras.Variable] = {}
-        if recipe.mixtures:
-            features = recipe.latent_size or inputs
-            self.latent = keras.layers.Dense(recipe.mixtures * features, activation="tanh")
-            self.prior = keras.layers.Dense(recipe.mixtures, use_bias=False)
-            self.latent.build((None, inputs))
-            self.prior.build((None, inputs))
-            self.parameters["latent.weight"] = self.latent.kernel
-            self.parameters["latent.bias"] = self.latent.bias
-            self.parameters["prior.weight"] = self.prior.kernel
-        rank = recipe.embedding_size if recipe.tie_weights else recipe.output_rank
-        self.projection: Any = None
-        if recipe.output_rank is not None or (recipe.tie_weights and rank != features):
-            self.projection = keras.layers.Dense(rank, use_bias=False)
-            self.projection.build((None, features))
-            self.parameters["softmax.projection"] = self.projection.kernel
-        self.output_layer: Any = None  # None: the embedding in reverse
-        self.bias: Any = None
-        if not recipe.tie_weights:
-            self.output_layer = keras.layers.Dense(vocabulary_size, use_bias=recipe.softmax_bias)
-            self.output_layer.build((None, rank or features))
-            self.parameters["softmax.weight"] = self.output_layer.kernel
-            self.bias = self.output_layer.bias
-        elif recipe.softmax_bias:
-            self.bias = self.add_weight(shape=(vocabulary_size,), initializer="zeros", name="bias")
-        if self.bias is not None:
-            self.parameters["softmax.bias"] = self.bias
+        self.latent = self._dense("latent.weight", "latent.bias", shapes, activation="tanh")
+        self.prior = self._dense("prior.weight", "", shapes)
+        self.mixtures = 0 if self.prior is None else self.prior.units
+        self.projection = self._dense("softmax.projection", "", shapes)
+        # None: the embedding in reverse
+        self.output_layer = self._dense("softmax.weight", "softmax.bias", shapes, transposed=True)
+        if self.output_layer is None and "softmax.bias" in shapes:
+            self.parameters["softmax.bias"] = self.add_weight(
+                shape=shapes["softmax.bias"], initializer="zeros", name="bias"
+            )
         self.built = True
+
+    def _dense(
+        self,
+        weight: str,
+        bias: str,
+        shapes: dict[str, tuple[int, ...]],
+        transposed: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Return the layer that has the parameters of these names, if the model has them."""
+        if weight not in shapes:
+            return None
+        inputs, units = reversed(shapes[weight]) if transposed else shapes[weight]
+        layer = keras.layers.Dense(units, use_bias=bias in shapes, **options)
+        layer.build((None, inputs))
+        self.parameters[weight] = layer.kernel
+        if layer.use_bias:
+            self.parameters[bias] = layer.bias
+        return layer
+
+    @property
+    def bias(self) -> keras.Variable | None:
+        """The output's bias."""
+        return self.parameters.get("softmax.bias")
 
     def features(self, v: Tensor, training: bool) -> Tensor:
         """Return what logits are made of: [batch, time, features], or [.., mixtures, features]."""
-        if self.recipe.mixtures:
-            v = ops.reshape(self.latent(v), (*v.shape[:-1], self.recipe.mixtures, -1))
+        if self.latent is not None:
+            v = ops.reshape(self.latent(v), (*v.shape[:-1], self.mixtures, -1))
             v = self.dropout(v, training=training)
         return v if self.projection is None else self.projection(v)
 
@@ -312,7 +312,7 @@ def nll(head: Head, v: Tensor, targets: Tensor, mask: Tensor, training: bool) ->
         targets, mask: [batch, time].
     """
     logits = head.logits(head.features(v, training))
-    if not head.recipe.mixtures:
+    if not head.mixtures:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
         return loss(targets, logits, sample_weight=mask)
     targets = ops.broadcast_to(targets[..., None], logits.shape[:-1])
@@ -323,7 +323,7 @@ def nll(head: Head, v: Tensor, targets: Tensor, mask: Tensor, training: bool) ->
 def log_probabilities(head: Head, v: Tensor) -> Tensor:
     """Return log-probabilities [batch, time, vocabulary] of each next word."""
     log_p = ops.log_softmax(head.logits(head.features(v, training=False)))
-    if not head.recipe.mixtures:
+    if not head.mixtures:
         return log_p
     return ops.logsumexp(head.log_prior(v)[..., None] + log_p, axis=-2)
 
@@ -351,17 +351,18 @@ class LanguageModel(keras.Model):
     def __init__(
         self,
         recipe: Recipe,
-        vocabulary_size: int,
+        shapes: dict[str, tuple[int, ...]],
         kept: Kept,
         accelerator: Accelerator,
         make_layer: Callable[..., keras.layers.Layer] = recurrent_layer,
         nll: Callable[..., Tensor] = nll,
     ) -> None:
+        """Args: shapes: of the parameters, by canonical name."""
         super().__init__()
         self.recipe, self._nll = recipe, nll
-        self.dropout = Dropout(recipe, vocabulary_size)
+        self.dropout = Dropout(recipe, shapes["embedding"][0])
         kind = keras.layers.ReversibleEmbedding if recipe.tie_weights else keras.layers.Embedding
-        self.embedding = kind(vocabulary_size, recipe.embedding_size)
+        self.embedding = kind(*shapes["embedding"])
         self.embedding.build()
         by_name = {"embedding": self.embedding.embeddings}
         self.recurrent_layers = []
@@ -375,7 +376,7 @@ class LanguageModel(keras.Model):
             self.recurrent_layers.append(layer)
             by_name |= {prefix + kind: variable for kind, variable in layer.parameters.items()}
             inputs = width
-        self.head = Head(recipe, vocabulary_size, self.embedding, self.dropout.of_latents)
+        self.head = Head(shapes, self.embedding, self.dropout.of_latents)
         by_name |= self.head.parameters
         self.by_name = by_name
         self.built = True
@@ -500,12 +501,12 @@ class AveragedSGD(keras.optimizers.SGD):
 
 
 def optimizer_of(recipe: Recipe) -> keras.optimizers.Optimizer:
-    """Return the recipe's optimizer.
-
-    Keras' decoupled weight decay is an L2 penalty where there are no moments.
-    """
-    if recipe.optimizer in ("sgd", "asgd"):
-        kind = keras.optimizers.SGD if recipe.optimizer == "sgd" else AveragedSGD
-        decay = recipe.weight_decay or None
-        return kind(recipe.learning_rate, weight_decay=decay, global_clipnorm=recipe.clip_norm)
-    return Adam(recipe) if recipe.optimizer == "adam" else RMSProp(recipe)
+    """Return the recipe's optimizer."""
+    if recipe.optimizer == "adam":
+        return Adam(recipe)
+    if recipe.optimizer == "rmsprop":
+        return RMSProp(recipe)
+    kind = keras.optimizers.SGD if recipe.optimizer == "sgd" else AveragedSGD
+    # Keras' decoupled weight decay is an L2 penalty where there are no moments.
+    decay = recipe.weight_decay or None
+    return kind(recipe.learning_rate, weight_decay=decay, global_clipnorm=recipe.clip_norm)

@@ -26,7 +26,7 @@ def recurrent_layer(
     layer = model.recurrent_layer(recipe, width, kept, accelerator)
     fused = recipe.kernel == "fused" and not recipe.recurrent_dropout
     if recipe.rnn == "lstm" and fused and accelerator == "cpu":
-        return HoistedLSTM(layer.layer, recipe)
+        return HoistedLSTM(layer.layer, recipe.recurrent_bias)
     return layer
 
 
@@ -41,7 +41,7 @@ class HoistedLSTM(model.RecurrentLayer):
         training: bool = False,
     ) -> list[Tensor]:
         p = {kind: variable.value for kind, variable in self.parameters.items()}
-        bias = p["bias"] + p["recurrent_bias"] if self.recipe.recurrent_bias else p["bias"]
+        bias = p["bias"] + p["recurrent_bias"] if self.has_recurrent_bias else p["bias"]
         u = dropout(p["recurrent"], training=training)
         x = ops.transpose(x, (1, 0, 2))
         h, last_c = tuned.lstm(x, p["input"], u, bias, *initial_state)
@@ -51,8 +51,8 @@ class HoistedLSTM(model.RecurrentLayer):
 def nll(head: model.Head, v: Tensor, targets: Tensor, mask: Tensor, training: bool) -> Tensor:
     """Return what `model.nll` does, by `tuned.nll`."""
     features, log_prior, mixtures = head.features(v, training), None, 1
-    if head.recipe.mixtures:
-        mixtures = head.recipe.mixtures
+    if head.mixtures:
+        mixtures = head.mixtures
         log_prior = ops.reshape(head.log_prior(v), (-1, mixtures))
     own = head.output_layer is not None
     matrix = head.output_layer.kernel if own else head.embedding.embeddings

@@ -38,17 +38,15 @@ class Dropout:
     ) -> None:
         """Args: step: int64; None: nothing is dropped, as in evaluation."""
         self.recipe, self.trains = recipe, step is not None
-        if step is not None:
-            self._step = tf.stack([tf.constant(seed, tf.int64), step])
-            self._replica = self._folded(self._step, replica)
+        self.locked = recipe.dropout_kind == "locked"
+        self.seed = tf.stack([tf.constant(seed, tf.int64), step if self.trains else 0])
+        self.replica_seed = folded(self.seed, replica)
 
     def words(self, x: Tensor, inputs: Tensor, vocabulary_size: int) -> Tensor:
         """Drop all rows [time, batch, embedding] of some words."""
-        if not self.trains or not self.recipe.word_dropout:
-            return x
-        seed = self._folded(self._step, self.WORDS)
-        rows = self._drop(tf.ones((vocabulary_size, 1)), self.recipe.word_dropout, seed)
-        return x * tf.gather(rows, inputs)
+        ones = tf.ones((vocabulary_size, 1))
+        rows = self._drop(ones, self.recipe.word_dropout, folded(self.seed, self.WORDS))
+        return x if rows is ones else x * tf.gather(rows, inputs)
 
     def units(self, x: Tensor, place: int) -> Tensor:
         """Drop units [time, batch, width] of the embedding's output (0) or a layer's (1, ...)."""
@@ -56,39 +54,35 @@ class Dropout:
 
     def latents(self, x: Tensor) -> Tensor:
         """Drop units of latents [time, batch, mixtures, width]."""
-        place = 2 * self.recipe.layers + 1
-        return self._drop_in_window(x, self.recipe.latent_dropout, place)
+        return self._drop_in_window(x, self.recipe.latent_dropout, 2 * self.recipe.layers + 1)
 
     def recurrent(self, batch_size: int, width: int, layer: int) -> Tensor | None:
         """Return what multiplies a layer's previous output [batch, width]; None for nothing."""
-        if not self.trains or not self.recipe.recurrent_dropout:
-            return None
-        seed = self._folded(self._replica, self.recipe.layers + 1 + layer)
-        return self._drop(tf.ones((batch_size, width)), self.recipe.recurrent_dropout, seed)
+        ones = tf.ones((batch_size, width))
+        seed = folded(self.replica_seed, self.recipe.layers + 1 + layer)
+        mask = self._drop(ones, self.recipe.recurrent_dropout, seed)
+        return None if mask is ones else mask
 
     def weights(self, u: Tensor, layer: int) -> Tensor:
         """Drop some of a layer's recurrent weights."""
-        if not self.trains or not self.recipe.weight_dropout:
-            return u
-        seed = self._folded(self._step, self.WEIGHTS - layer)
-        return self._drop(u, self.recipe.weight_dropout, seed)
+        return self._drop(u, self.recipe.weight_dropout, folded(self.seed, self.WEIGHTS - layer))
 
     def _drop_in_window(self, x: Tensor, rate: float, place: int) -> Tensor:
+        noise_shape = (1, *x.shape[1:]) if self.locked else None
+        return self._drop(x, rate, folded(self.replica_seed, place), noise_shape)
+
+    def _drop(self, x: Tensor, rate: float, seed: Tensor, noise_shape: Any = None) -> Tensor:
+        """Return x itself if nothing is to be dropped."""
         if not self.trains or not rate:
             return x
-        locked = self.recipe.dropout_kind == "locked"
-        noise_shape = (1, *x.shape[1:]) if locked else None
-        return self._drop(x, rate, self._folded(self._replica, place), noise_shape)
-
-    @staticmethod
-    def _folded(seed: Tensor, number: Any) -> Tensor:
-        return tf.random.fold_in(seed, number, alg=RANDOM_GENERATOR)
-
-    @staticmethod
-    def _drop(x: Tensor, rate: float, seed: Tensor, noise_shape: Any = None) -> Tensor:
         return tf.nn.experimental.stateless_dropout(
             x, rate, seed=seed, rng_alg=RANDOM_GENERATOR, noise_shape=noise_shape
         )
+
+
+def folded(seed: Tensor, number: Any) -> Tensor:
+    """Return a seed that is a function of another and a number."""
+    return tf.random.fold_in(seed, number, alg=RANDOM_GENERATOR)
 
 
 # -------------------------------------------------------------------------------- recurrent layers
@@ -293,18 +287,17 @@ class Head(NamedTuple):
     @classmethod
     def of(cls, v: Tensor, p: Tensors, dropout: Dropout) -> Head:
         """Args: v: the last layer's output, [time, batch, width]; p: all parameters."""
-        recipe = dropout.recipe
         rows, log_prior, mixtures = tf.reshape(v, (-1, v.shape[-1])), None, 1
-        if recipe.mixtures:
-            mixtures = recipe.mixtures
+        if "prior.weight" in p:
             log_prior = tf.nn.log_softmax(rows @ p["prior.weight"])
+            mixtures = log_prior.shape[-1]
             latents = tf.tanh(tf.nn.bias_add(rows @ p["latent.weight"], p["latent.bias"]))
             latents = dropout.latents(tf.reshape(latents, (*v.shape[:2], mixtures, -1)))
             rows = tf.reshape(latents, (-1, latents.shape[-1]))
         if "softmax.projection" in p:
             rows = rows @ p["softmax.projection"]
         features = tf.reshape(rows, (-1, mixtures, rows.shape[-1]))
-        matrix = p["embedding" if recipe.tie_weights else "softmax.weight"]
+        matrix = p.get("softmax.weight", p["embedding"])
         return cls(features, log_prior, matrix, p.get("softmax.bias"))
 
     @property

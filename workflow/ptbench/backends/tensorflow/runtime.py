@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ptbench.backends.base import Arrays, Backend, EvaluateStep, Setup, State, TrainStep
+from ptbench.backends.base import (
+    PARAMETER,
+    Arrays,
+    Backend,
+    EvaluateStep,
+    Setup,
+    State,
+    TrainStep,
+)
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
@@ -145,7 +153,7 @@ class TensorFlowRuntimeBackend(Backend):
         step: Tensor,
     ) -> tuple[Tensor, list[Tensor], Tensors]:
         """Return the global nll and gradient and the replica's own state."""
-        parameters = self.variables("parameter")
+        parameters = self.variables(PARAMETER)
         with tf.GradientTape() as tape:
             objective, nll, state = self.objective(inputs, targets, mask, state, step)
             objective = objective / divisor

@@ -224,7 +224,7 @@ def case_of(levels: Mapping[str, str]) -> Case:
     changes: dict[str, Any] = {}
     for factor, level in levels.items():
         changes |= FACTORS[factor][level]
-    # At these rates steps move parameters far more than float32 rounds them, and norms stay bounded.
+    # At these rates steps move parameters far more than float32 rounds them, and nothing diverges.
     summed, clipped = levels["objective"] == "sum", levels["clipping"] == "clipped"
     if clipped:
         changes["clip_norm"] = 0.2 if summed else 0.1

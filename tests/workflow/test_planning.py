@@ -72,7 +72,9 @@ def test_a_comment_in_code_or_configuration_re_runs_nothing(finished: Project) -
 
 
 def test_an_edited_shell_line_re_runs_nothing(finished: Project) -> None:
-    finished.replace("workflow/rules/training.smk", "--cell {params.cell:q}", "--cell  {params.cell:q}")
+    finished.replace(
+        "workflow/rules/training.smk", "--cell {params.cell:q}", "--cell  {params.cell:q}"
+    )
     assert finished.planned(*RUN) == []
 
 

@@ -27,7 +27,7 @@ from ptbench.analysis.published import read_published
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.page import RunFacts, render_report
 
-PUBLISHED = Path(__file__).parents[2] / "workflow" / "published"
+PUBLISHED = Path(__file__).parents[2] / "workflow" / "papers"
 FACTS = RunFacts(
     created="1 January 2030, 12:00 UTC",
     version="0.0.0",

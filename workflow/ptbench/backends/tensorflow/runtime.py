@@ -9,8 +9,9 @@ import os
 from typing import Any
 
 # Set before TensorFlow and Keras are imported. The user's variables that could change numbers or
-# speed are removed; TF_CPP_ only says what is logged.
+# speed are removed.
 IGNORED_PREFIXES = ("TF_", "XLA_", "KERAS_", "ONEDNN_", "DNNL_", "NVIDIA_TF32_OVERRIDE")
+OTHER_PREFIXES = ("TF_CPP_", "TF_CLI_", "TF_VAR_")  # of TensorFlow's log, and of Terraform
 ENVIRONMENT = {
     "KERAS_BACKEND": "tensorflow",
     "KERAS_HOME": os.devnull,  # no keras.json is read (it could change the float type) or written
@@ -19,7 +20,7 @@ ignored_variables = sorted(
     name
     for name, value in os.environ.items()
     if name.startswith(IGNORED_PREFIXES)
-    and not name.startswith("TF_CPP_")
+    and not name.startswith(OTHER_PREFIXES)
     and value != ENVIRONMENT.get(name)
 )
 for name in ignored_variables:

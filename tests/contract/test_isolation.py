@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from tests.faults.harness import RECIPE, Trainer, make_corpus
 
+from ptbench.backends import ORACLE
+
 # Every library's own rules, and settings that all frameworks could read.
 EVERYWHERE = {
     "PYTHONWARNINGS": "error",

@@ -21,6 +21,7 @@ from tests.support.problems import VOCABULARY, new_oracle
 
 from ptbench import environments
 from ptbench import errors as ptbench_errors
+from ptbench.backends import ORACLE
 from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
 from ptbench.backends.oracle import Masks
 from ptbench.corpus.batching import Batch

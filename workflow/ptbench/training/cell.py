@@ -138,7 +138,10 @@ class CellTrainer:
             self.clocks.synchronize = self.backend.synchronize
         self.facts: dict[str, Any] = provenance(self.backend.package) | {
             "devices": self.backend.device_names(),
-            "settings": self.backend.settings(),
+            "settings": {
+                "implementation": self.backend.recipe.implementation,
+                **self.backend.settings(),
+            },
             "threads": self.threads,
             "corpus": self.corpus.description,
             "cells_at_once": cells_at_once(),

@@ -234,7 +234,6 @@ class JAXBackend(Backend):
         if self._memory_is_kept:
             allocator += ", memory kept between steps"
         return {
-            "implementation": self.recipe.implementation,
             "threads": str(max(self.setup.threads, self.devices)),  # see `claim_devices`
             "matmul_precision": "highest (float32; no TF32)",
             "random_generator": self._generator,

@@ -318,7 +318,6 @@ class MXNetBackend(Backend):
 
     def settings(self) -> dict[str, str]:
         return {
-            "implementation": self.recipe.implementation,
             "logits": f"at most {tuned.CHUNK_ROWS} rows at a time" if self.tuned else "all at once",
             "parameters updated at once": str(tuned.AGGREGATED_PARAMETERS) if self.tuned else "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),

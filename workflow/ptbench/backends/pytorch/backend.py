@@ -208,7 +208,6 @@ class PyTorchBackend(Backend, Replicated):
             products = "oneDNN float32" if self.fast_products else "default float32"
             allocator = "glibc" + (", memory kept between steps" if self.keeps_memory else "")
         return {
-            "implementation": self.recipe.implementation,
             "matmul": products,
             "threads per replica": str(self.threads),
             "allocator": allocator,

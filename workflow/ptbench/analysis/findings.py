@@ -17,7 +17,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import special, stats
 
-from ptbench.analysis.statistics import SIGNIFICANCE, Sample, as_sample, has_spread, t_interval
+from ptbench.analysis.statistics import (
+    CONFIDENCE,
+    SIGNIFICANCE,
+    Sample,
+    as_sample,
+    has_spread,
+    t_interval,
+)
 
 BOOTSTRAP_DRAWS = 10_000
 BEST_PROBABILITY = 0.95  # with which a value must be the best to be called the optimum
@@ -208,6 +215,25 @@ def holds(values: Sequence[float], number: float) -> Verdict:
     if interval is None:
         return "cannot tell"
     return "upheld" if interval[0] <= number <= interval[1] else "contradicted"
+
+
+def slope_holds(
+    positions: Sequence[float], groups: Sequence[Sequence[float]], slope: float
+) -> Verdict:
+    """Judge whether the 95 % interval of a power law's exponent holds a number (T5).
+
+    The exponent is the slope of a straight line through all seeds, by least squares, of the
+    logarithms `groups` on those of `positions`.
+    """
+    x = np.concatenate(
+        [np.full(len(g), np.log(at)) for at, g in zip(positions, groups, strict=True)]
+    )
+    y = as_sample(np.concatenate([as_sample(group) for group in groups]))
+    if len(y) < 3 or not np.isfinite(y).all():
+        return "cannot tell"
+    line = stats.linregress(x, y)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(y) - 2) * line.stderr)
+    return "upheld" if abs(float(line.slope) - slope) <= half else "contradicted"
 
 
 def beyond(values: Sequence[float], bound: float) -> Verdict:

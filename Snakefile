@@ -1,5 +1,6 @@
 # ptbench: from the corpora to the report.
 #
+#   results/environments/{framework}-{accelerator}/lock-{digest}       a framework's environment
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
@@ -13,6 +14,7 @@ min_version("9.24")
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/analysis.smk"
@@ -27,23 +29,16 @@ rule all:
         [f"results/cells/{cell.path}/metrics.json" for cell in study.cells],
 
 
-# Not rules: what these make, the rules merely use, so its age must not decide what is run again.
+# Not a rule, because it must be new with every run: what the run is of, and, by its age, when it began.
+# `ptbench status` and the trainers read it; no rule does. `partial` only looks at a study, which may
+# be running.
 onstart:
-    trains = set(workflow.dag_settings.targets) != {"partial"}
-    if trains:
+    if set(workflow.dag_settings.targets) != {"partial"}:
         or_exit(refuse_duplicates, Path.cwd())
-    # `partial` has one of its own, for a study may be running on the other.
-    or_exit(
-        study.write, Path("results" if trains else "results/partial") / "study.json"
-    )
-    if trains and not USES_CONDA:
-        shell(
-            "python -m ptbench environments {study.frameworks} --accelerator {ACCELERATOR}"
-            " --output results/environments"
-        )
+        or_exit(study.write, Path("results/study.json"))
 
 
-# Last, for Snakemake shows the whole of rule `all` after the report's job.
+# At the very end: Snakemake prints all of rule `all` after the report is made.
 report_before = modified("results/report/index.html")
 
 
@@ -52,7 +47,7 @@ onsuccess:
         print("The report is at results/report/index.html", flush=True)
 
 
-# What failed, why, and the command that runs it alone.
+# Says what failed, why, and the command that runs it alone.
 onerror:
     again = command_without_targets(sys.argv, workflow.dag_settings.targets)
     shell(

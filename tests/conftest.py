@@ -1,7 +1,8 @@
-"""The frameworks under test, and the processes in which they run."""
+"""The command line of the tests, the cases they run on, and how two processes share them."""
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 from collections.abc import Iterator
@@ -9,15 +10,18 @@ from typing import Any
 
 import hypothesis
 import pytest
+from tests.support.cases import covering_cases, named_cases
+from tests.support.interrupts import let_interrupts_through
 from tests.support.remote import Backends
 from xdist.scheduler import LoadScopeScheduling
 
-from ptbench.backends import FRAMEWORKS
+from ptbench.backends import FRAMEWORKS, ORACLE
 
 # Tests start hundreds of processes, which takes half the time with compiled bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+let_interrupts_through()
 
-# How long an example takes says something of the machine, not of the code.
+# How long an example takes says something about the machine, not about the code.
 hypothesis.settings.register_profile("ptbench", deadline=None)
 hypothesis.settings.load_profile("ptbench")
 
@@ -26,55 +30,119 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--framework",
         action="append",
-        choices=[*FRAMEWORKS, "numpy"],
-        help="Test this framework alone; may be given more than once. All are the default.",
+        choices=[*FRAMEWORKS, ORACLE],
+        help="Test only this framework; may be given more than once. The default is all.",
+    )
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="Also test the whole products of models, kernels, implementations, optimizers and "
+        "devices, of which a run tests a covering design otherwise.",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that has an argument `framework` once for each.
+    """Run a test with an argument `framework` once for each, and one with `case` for each case.
 
-    The oracle must keep the contract too; its results are what parity compares with.
+    The oracle must keep the contract too. pyproject.toml says what the markers mean.
     """
-    suite = metafunc.definition.path.parent.name
-    if "framework" in metafunc.fixturenames and suite in ("contract", "parity", "faults"):
-        frameworks = metafunc.config.getoption("framework") or FRAMEWORKS
-        if suite == "contract":
-            frameworks = dict.fromkeys(["numpy", *frameworks])
-        # Scope `session` brings together the tests of a framework.
+    suite, config = metafunc.definition.path.parent.name, metafunc.config
+    if "framework" not in metafunc.fixturenames or suite not in ("contract", "parity", "faults"):
+        return
+    frameworks = config.getoption("framework") or list(FRAMEWORKS)
+    if suite == "contract":
+        frameworks = list(dict.fromkeys([ORACLE, *frameworks]))
+    if only := metafunc.definition.get_closest_marker("frameworks"):
+        frameworks = [framework for framework in frameworks if framework in only.args]
+    exhaustive = config.getoption("exhaustive")
+    if metafunc.definition.get_closest_marker("one_framework") and not exhaustive:
+        frameworks = frameworks[:1]
+    # Scope `session` brings together the tests of a framework, and those of a case.
+    if "case" not in metafunc.fixturenames:
         metafunc.parametrize("framework", frameworks, scope="session")
+        return
+    marker = metafunc.definition.get_closest_marker("cases")
+    found = []
+    for framework in frameworks:
+        cases = covering_cases(framework)
+        if exhaustive:
+            cases = [*cases, *named_cases(framework)]
+        if marker:
+            cases = [case for case in cases if marker.kwargs["where"](case.recipe)]
+        found += [pytest.param(framework, case, id=f"{framework}-{case.name}") for case in cases]
+    metafunc.parametrize(("framework", "case"), found, scope="session")
+
+
+# The scopes of `Scheduling` that take longest, in the order of their time on two cores. The first
+# mostly waits for Slurm, and leaves the cores to others.
+LONGEST = (
+    "slurm", "tests/workflow/test_demo.py", "jax", "keras", "tensorflow",
+    "tests/faults/test_frameworks.py", "tests/workflow/test_planning.py", "mxnet", "pytorch",
+    "tests/workflow/test_failures.py", "tests/workflow/test_interruption.py",
+    "tests/workflow/test_hostile.py", "tests/faults/test_trainer.py", "numpy",
+    "tests/unit/test_quality.py", "tests/unit/test_report.py", "tests/unit/test_oracle.py",
+)  # fmt: skip
+
+
+def scope_of(nodeid: str) -> str:
+    """Return what a test shares with others that is expensive: they run in the same process.
+
+    It is a framework with its compiled models, a file's study that has run, or the one Slurm that
+    a machine can have.
+    """
+    path, _, test = nodeid.partition("::")
+    suite = path.split("/")[1]
+    if suite == "slurm":
+        return suite
+    framework = re.search(rf"[\[-]({'|'.join([*FRAMEWORKS, ORACLE])})[\]-]", test)
+    if suite in ("contract", "parity") and framework:
+        return framework[1]
+    return path
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc] # xdist has no types
-    """Which tests run in the same one of pytest's processes: those that share what is dear.
-
-    A framework's compiled models, a study that has run, the one Slurm that a machine can have.
-    """
+    """Gives each of pytest's processes one scope after the other, those that take longest first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        path, _, test = nodeid.partition("::")
-        suite = path.split("/")[1]
-        if suite == "slurm":
-            return suite
-        framework = re.search(rf"[\[-]({'|'.join([*FRAMEWORKS, 'numpy'])})[\]-]", test)
-        if suite in ("contract", "parity") and framework:
-            return framework[1]
-        return path
+        return scope_of(nodeid)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not asked for, and put the longest scopes first.
+
+    Short ones then fill what is left of the time.
+    """
+    # pytest would report a test that is for none of the chosen frameworks as skipped.
+    items[:] = [item for item in items if "NOTSET" not in item.nodeid]
+    if not config.getoption("exhaustive"):
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    order = {scope: number for number, scope in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(scope_of(item.nodeid), len(order)))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
     return Scheduling(config, log)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say once for each reason how many tests were skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(report.longrepr[2] for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped tests")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4} {reason.removeprefix('Skipped: ')}")
+
+
 @pytest.fixture(scope="session")
 def frameworks(pytestconfig: pytest.Config) -> list[str]:
-    """The frameworks under test."""
+    """Return the frameworks under test."""
     return pytestconfig.getoption("framework") or list(FRAMEWORKS)
 
 
 @pytest.fixture(scope="session")
 def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backends]:
-    """Backends in any framework; see `Backends.get`."""
+    """Yield what makes backends in any framework; see `Backends.get`."""
     made = Backends(tmp_path_factory.mktemp("workers"))
     yield made
     made.close()

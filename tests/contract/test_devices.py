@@ -1,4 +1,4 @@
-"""A backend uses the devices it was asked for, or says in one sentence why it cannot."""
+"""A backend uses the devices that it is asked to use, or says in one sentence why it cannot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 from tests.support.problems import BATCH, SUM, random_batch
 from tests.support.remote import Backends, RemoteBackend
 
+from ptbench.backends import FRAMEWORKS
 from ptbench.errors import PtbenchError
 
 GPU = Path("/dev/nvidiactl").exists()
-with_gpu = pytest.mark.skipif(not GPU, reason="skipped: no GPU")
-without_gpu = pytest.mark.skipif(GPU, reason="this machine has a GPU, and the test wants none")
+with_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+without_gpu = pytest.mark.skipif(GPU, reason="needs a machine without a GPU")
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -22,14 +23,15 @@ def test_each_replica_has_a_named_device(backends: Backends, framework: str, dev
     assert all(names)
 
 
-def test_memory_of_devices_is_counted_on_devices_alone(backends: Backends, framework: str) -> None:
+def test_a_cpu_has_no_device_memory(backends: Backends, framework: str) -> None:
     assert backends.get(framework, SUM).peak_device_memory() is None
 
 
 @with_gpu
-def test_a_gpu_s_memory_holds_the_parameters_at_least(backends: Backends, framework: str) -> None:
-    if framework == "numpy":
-        return  # the oracle runs on the CPU alone
+@pytest.mark.frameworks(*FRAMEWORKS)
+def test_peak_memory_of_a_gpu_is_at_least_that_of_the_parameters(
+    backends: Backends, framework: str
+) -> None:
     worker = backends.start(framework, "cuda")
     try:
         backend = RemoteBackend(worker, framework, SUM, accelerator="cuda")
@@ -43,11 +45,10 @@ def test_a_gpu_s_memory_holds_the_parameters_at_least(backends: Backends, framew
 
 
 @without_gpu
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_asking_for_gpus_where_there_are_none_is_an_error_of_one_sentence(
     backends: Backends, framework: str
 ) -> None:
-    if framework == "numpy":
-        return  # the oracle has no devices to lack
     worker = backends.start(framework)
     try:
         with pytest.raises(PtbenchError) as error:

@@ -1,6 +1,6 @@
-"""Each framework's trainer, killed and told to end, and its result beside an uninterrupted run's.
+"""A trainer that was killed and told to end has the result of one that was not interrupted.
 
-A short case for each; `benchmarks/soak.py` goes on for as long as it is told to.
+These are short runs; `benchmarks/soak.py` goes on for as long as it is asked to.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ptbench.backends import Framework
 from ptbench.training.attempts import look
 from ptbench.training.records import read_history, read_metrics
 
-INTERRUPTIONS = 3  # of each run; to start a framework takes seconds
+INTERRUPTIONS = 3  # of each run; starting a framework takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_killed_and_told_to_end_it_ends_as_one_that_was_not(
-    framework: Framework, devices: int, corpus: Path, tmp_path: Path
+def test_killed_and_told_to_end_on_two_devices_it_ends_as_one_that_was_not(
+    framework: Framework, corpus: Path, tmp_path: Path
 ) -> None:
+    """Two devices are the harder case: replicas get the signals too."""
+    interrupt(framework, 2, corpus, tmp_path)
+
+
+@pytest.mark.one_framework
+def test_killed_on_one_device_it_ends_as_one_that_was_not(
+    framework: Framework, corpus: Path, tmp_path: Path
+) -> None:
+    """`test_trainer.py` does more of this with the oracle; resuming is in `tests/contract`."""
+    interrupt(framework, 1, corpus, tmp_path)
+
+
+def interrupt(framework: Framework, devices: int, corpus: Path, tmp_path: Path) -> None:
+    """Compare a run that was interrupted several times with one that was not."""
     reference = Trainer(framework, devices, corpus, tmp_path / "uninterrupted")
     reference.finish()
     metrics = read_metrics(reference.output / "metrics.json")
@@ -40,7 +53,7 @@ def test_killed_and_told_to_end_it_ends_as_one_that_was_not(
     assert metrics.seconds_per_epoch is not None
 
     trainer = Trainer(framework, devices, corpus, tmp_path / "interrupted")
-    told = devices > 1  # with replicas, the harder case
+    told = devices > 1
     if told:
         tell_to_end(trainer)
     kills, moments = INTERRUPTIONS - told, random.Random(f"{framework} {devices}")
@@ -55,7 +68,7 @@ def test_killed_and_told_to_end_it_ends_as_one_that_was_not(
 
 
 def tell_to_end(trainer: Trainer) -> None:
-    """Let it save something, and send SIGTERM to it and its replicas, as Slurm does."""
+    """Wait for a checkpoint, and send SIGTERM to the trainer and its replicas, as Slurm does."""
     process = trainer.start()
     assert trainer.wait_for_checkpoint(process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -64,4 +77,4 @@ def tell_to_end(trainer: Trainer) -> None:
     seen = look(trainer.attempts)
     assert seen is not None
     assert seen.status == "interrupted"
-    assert "Traceback" not in trainer.log.read_text(), "no replica died before its time"
+    assert "Traceback" not in trainer.log.read_text(), "a replica died before the trainer"

@@ -18,7 +18,13 @@ from ptbench.training.checkpoints import write_arrays
 
 
 def small_corpus(folder: Path, words: int = VOCABULARY, **changes: str) -> Path:
-    """A prepared corpus of so many words, `<eos>` among them, in `folder/corpora/small`."""
+    """Prepare a corpus in `folder/corpora/small`, and return that folder.
+
+    Args:
+        folder: where the raw text goes too.
+        words: size of the vocabulary, `<eos>` included.
+        changes: texts of splits, in place of random ones.
+    """
     raw = folder / "raw"
     raw.mkdir(parents=True)
     for seed, (split, lines) in enumerate({"train": 60, "valid": 9, "test": 12}.items()):
@@ -39,7 +45,7 @@ def small_corpus(folder: Path, words: int = VOCABULARY, **changes: str) -> Path:
 def save_model(
     path: Path, recipe: Recipe, parameters: Parameters, corpus: Path, seed: int = 0, **changes: Any
 ) -> Path:
-    """A `best.safetensors` with these parameters, whichever run they are of."""
+    """Write a `best.safetensors` with these parameters, and return its path."""
     recipe = recipe.model_copy(update={"corpus": "small"})
     specification = Specification(variant="mine", recipe=recipe, corpus_definition={})
     opened = open_corpus(corpus)

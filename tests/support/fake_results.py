@@ -1,7 +1,7 @@
 """Results folders drawn from a known law, written through the records' own models.
 
-The validation nll of a seed is that of its framework plus normal noise; histories fall towards it
-as a run's would. Nothing here is measured.
+The test nll of a seed is that of its framework plus normal noise, and the other splits' lie near
+it. Histories fall towards the validation nll as a run's would. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.specification import Cell
+from ptbench.files import write_atomically
 from ptbench.training.records import (
     Epoch,
     Metrics,
@@ -24,7 +25,6 @@ from ptbench.training.records import (
     Seconds,
     history_csv,
     score,
-    write_atomically,
 )
 
 TOKENS = 10_000
@@ -38,22 +38,17 @@ def plan(
     seeds: Sequence[int] = (1, 2, 3),
     **settings: Any,
 ) -> ExperimentPlan:
-    """A plan of every combination."""
-    return ExperimentPlan(
-        **{
-            "name": name,
-            "title": f"The {name} experiment",
-            "corpus_folder": "synthetic",
-            "cells": [
-                {"variant": v, "framework": f, "devices": d, "seed": s}
-                for v in variants
-                for d in devices
-                for f in frameworks
-                for s in seeds
-            ],
-            **settings,
-        }
+    """Return a plan of every combination."""
+    cells = tuple(
+        Cell(variant=variant, framework=framework, devices=count, seed=seed)
+        for variant in variants
+        for count in devices
+        for framework in frameworks
+        for seed in seeds
     )
+    defaults: dict[str, Any] = {"corpus_folder": "synthetic", "equivalence_margin": 0.02}
+    title = f"The {name} experiment"
+    return ExperimentPlan(**{"name": name, "title": title, "cells": cells, **defaults, **settings})
 
 
 def score_of(nll: float, tokens: int = TOKENS) -> Score:
@@ -136,21 +131,22 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
     write_atomically(folder / "metrics.json", result.model_dump_json(indent=1))
 
 
-def write_diverged(results: Path, cell: Cell, **changes: Any) -> None:
-    """A run whose loss left the recipe's limit in its first epoch."""
+def write_diverged(results: Path, cell: Cell, epochs: int = 0, **changes: Any) -> None:
+    """A run whose loss left the recipe's limit after so many whole epochs."""
     result = metrics(
         cell,
         5.0,
         status="diverged",
-        reason="training perplexity 2.1e+07 above the recipe's limit 1e+06 in epoch 1",
-        epochs=0,
+        reason=f"the training perplexity of epoch {epochs + 1} is 2.1e+07, above 1e+06",
+        epochs=epochs,
         best_epoch=None,
-        train=None,
-        valid=None,
-        test=None,
         **changes,
     )
-    write_cell(results, result, epochs=[])
+    write_cell(
+        results,
+        result.model_copy(update={"train": None, "valid": None, "test": None}),
+        history(result),
+    )
 
 
 def write_corpus(results: Path, folder: str = "synthetic", **facts: Any) -> None:

@@ -1,7 +1,7 @@
-"""What must be tried in the process where a backend lives: aliasing of memory, and files.
+"""Checks that run in the process of a backend, such as those of shared memory and of files.
 
-Run by `remote.probe`. Imports what every framework's environment has, and no more. Arguments and
-results are numbers, arrays, lists and mappings of them.
+`remote.probe` runs them. This module imports only what every framework's environment has. Arguments
+and results are numbers, arrays, lists and mappings of them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,24 @@ from ptbench.training.loop import evaluate, train
 
 
 def shared_parameters(backend: Backend, seed: int) -> Parameters:
-    """The shared initial draw as this environment's NumPy makes it."""
+    """Return the initial parameters as this environment's NumPy draws them."""
     return initial_parameters(backend.recipe, backend.setup.vocabulary_size, seed)
+
+
+def largest_values_in_new_torch_layers(
+    backend: Backend,  # noqa: ARG001
+    rnn: str,
+    inputs: int,
+    width: int,
+    outputs: int,
+) -> dict[str, float]:
+    """Return the largest absolute value in each parameter of a new torch.nn layer and Linear."""
+    torch = importlib.import_module("torch")
+    torch.manual_seed(0)
+    layer = getattr(torch.nn, rnn.upper())(inputs, width)
+    linear = torch.nn.Linear(width, outputs)
+    parameters = [*layer.named_parameters(), *linear.named_parameters()]
+    return {name: float(parameter.abs().max()) for name, parameter in parameters}
 
 
 def missing_names(backend: Backend, names: list[str], package: str) -> list[str]:  # noqa: ARG001
@@ -44,28 +60,31 @@ def exists(name: str) -> bool:
             found: Any = importlib.import_module(".".join(parts[:count]))
         except ImportError:
             continue
-        return all((found := getattr(found, part, None)) is not None for part in parts[count:])
+        if all((found := getattr(found, part, None)) is not None for part in parts[count:]):
+            return True
     return False
 
 
 def evaluate_split(
     backend: Backend, tokens: Any, batch_size: int, sequence_length: int
 ) -> dict[str, float]:
-    """Mean nll [nats/token], perplexity and number of tokens of a split, by the training loop."""
+    """Return mean nll [nats/token], perplexity and number of tokens, by the training loop."""
     streams = ParallelStreams(tokens, batch_size, sequence_length)
     return evaluate(backend, streams, Clocks(backend.synchronize))[0].model_dump()
 
 
 def save_parameters(backend: Backend, path: str) -> None:
+    """Write the parameters to a file of safetensors."""
     save_file(backend.parameters(), path)
 
 
 def load_saved_parameters(backend: Backend, path: str) -> None:
+    """Load parameters from a file of safetensors."""
     backend.load_parameters(load_file(path))
 
 
 def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, float]:
-    """The score of a trained model on disk, built anew in the backend's framework."""
+    """Return the score of a trained model on disk, in the backend's framework."""
     checkpoint = inference.read_checkpoint(Path(path))
     corpus = inference.open_corpus_of(checkpoint)
     with contextlib.closing(
@@ -77,10 +96,10 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
 def nlls_of_runs(
     backend: Backend, specification: str, corpus: str, seeds: list[int], changes: dict[str, Any]
 ) -> list[float]:
-    """Test nll [nats/token] of whole runs in the backend's framework, one for each seed.
+    """Return test nll [nats/token] of whole runs in the backend's framework, one for each seed.
 
     Args:
-        specification: as a cell is given it.
+        specification: of the cell, as JSON.
         corpus: folder of the prepared corpus.
         changes: of the recipe.
     """
@@ -94,37 +113,38 @@ def nlls_of_runs(
         name = Cell(variant=given.variant, framework=backend.name, devices=1, seed=seed)
         model = cell.create_backend(name, specified, opened.vocabulary_size, backend.setup.threads)
         with contextlib.closing(model):
-            run = train(model, recipe, splits, Clocks(model.synchronize), lambda _: None)
+            run = train(model, splits, Clocks(model.synchronize), lambda _: None)
         assert run.test is not None
         nlls.append(run.test.nll)
     return nlls
 
 
 def run_on_corpus(backend: Backend, corpus: str) -> list[Any]:
-    """Train and validation nll [nats/token] of each epoch of the backend's recipe, test nll, and
-    the parameters in the end.
+    """Train by the backend's recipe, and return its losses and its parameters in the end.
+
+    Losses are the training and validation nll of each epoch and the test nll [nats/token].
 
     Args:
         corpus: folder of the prepared corpus.
     """
     splits = cell.feed(open_corpus(Path(corpus)), backend.recipe, devices=1)
-    run = train(backend, backend.recipe, splits, Clocks(backend.synchronize), lambda _: None)
+    run = train(backend, splits, Clocks(backend.synchronize), lambda _: None)
     assert run.test is not None
     nlls = [nll for epoch in run.history for nll in (epoch.train_nll, epoch.valid_nll)]
     return [[*nlls, run.test.nll], backend.parameters()]
 
 
 def parameters_after_overwriting_a_copy(backend: Backend) -> Parameters:
-    """The parameters, once the arrays of a former `parameters()` have been written to."""
+    """Return the parameters after writing to the arrays that `parameters()` returned before."""
     for array in backend.parameters().values():
         array += 1
     return backend.parameters()
 
 
 def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: float) -> Parameters:
-    """A copy of the parameters, read again once a step has changed the parameters."""
+    """Return what `parameters()` returned before a step, as it is after the step."""
     copy = backend.parameters()
-    backend.train_step(batch, backend.initial_state(batch[0].shape[1], True), learning_rate)
+    backend.train_step(Batch(*batch), backend.initial_state(batch[0].shape[1], True), learning_rate)
     backend.synchronize()
     return copy
 
@@ -132,7 +152,7 @@ def copy_of_parameters_after_step(backend: Backend, batch: Any, learning_rate: f
 def parameters_after_overwriting_what_was_loaded(
     backend: Backend, parameters: Parameters
 ) -> Parameters:
-    """The parameters, once the arrays given to `load_parameters` have been written to."""
+    """Return the parameters after writing to the arrays that they were loaded from."""
     loaded = {name: aligned(array) for name, array in parameters.items()}
     backend.load_parameters(loaded)
     for array in loaded.values():
@@ -141,24 +161,24 @@ def parameters_after_overwriting_what_was_loaded(
 
 
 def snapshot_after_use(backend: Backend, batches: Any, learning_rate: float) -> list[Any]:
-    """A snapshot when it was taken, and again after training from it, twice, with each nll."""
+    """Return a snapshot as it was taken and after two trainings from it, and the nll of both."""
     state = backend.initial_state(batches[0][0].shape[1], training=True)
     for batch in batches:
-        state = backend.train_step(batch, state, learning_rate).state
+        state = backend.train_step(Batch(*batch), state, learning_rate).state
     snapshot = {name: aligned(array) for name, array in backend.snapshot(state).items()}
     before = {name: array.copy() for name, array in snapshot.items()}
     nll = []
     for _ in range(2):
         state = backend.restore(snapshot)
         for batch in batches:
-            step = backend.train_step(batch, state, learning_rate)
+            step = backend.train_step(Batch(*batch), state, learning_rate)
             state = step.state
         nll.append(float(step.nll))
     return [before, snapshot, nll]
 
 
 def train_from_one_buffer(backend: Backend, batches: Any, learning_rate: float) -> list[float]:
-    """Each step's nll, when all batches come in the same memory, wiped after each step."""
+    """Return each step's nll when all batches use the same memory, which is wiped after a step."""
     buffer = [aligned(array) for array in batches[0]]
     state, nll = backend.initial_state(buffer[0].shape[1], training=True), []
     for batch in batches:
@@ -173,7 +193,7 @@ def train_from_one_buffer(backend: Backend, batches: Any, learning_rate: float) 
 
 
 def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
-    """The same for evaluation."""
+    """Return the same as `train_from_one_buffer` for evaluation steps."""
     buffer = [aligned(array) for array in batches[0]]
     state, nll = backend.initial_state(buffer[0].shape[1], training=False), []
     for batch in batches:
@@ -187,8 +207,19 @@ def evaluate_from_one_buffer(backend: Backend, batches: Any) -> list[float]:
     return [float(value) for value in nll]
 
 
+def gradients_that_differ(backend: Backend, batch: Any, calls: int) -> list[str]:
+    """Return the parameters whose gradient is not the same in every one of so many calls."""
+    batch = Batch(*batch)
+    state = backend.initial_state(batch.inputs.shape[1], training=True)
+    first, differ = backend.gradients(batch, state), set()
+    for _ in range(calls):
+        again = backend.gradients(batch, state)
+        differ |= {name for name in first if not np.array_equal(first[name], again[name])}
+    return sorted(differ)
+
+
 def aligned(array: Any) -> Any:
-    """A copy that begins at a multiple of 64 bytes: such memory JAX may use without copying."""
+    """Return a copy at a multiple of 64 bytes, which JAX may use without copying it."""
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

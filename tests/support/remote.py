@@ -1,7 +1,7 @@
 """Backends that live in another process, in their framework's own environment.
 
-`RemoteBackend` offers the contract's methods, so that a test is written once and runs against any
-`Backend`, be it here or there. `Backends` starts what a session needs, once, and ends it.
+`RemoteBackend` has the methods of `Backend`, so a test is written once and runs on backends here
+and there. `Backends` starts what a session needs once, and ends it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from tests.support.problems import VOCABULARY, new_oracle
 from ptbench import environments
 from ptbench import errors as ptbench_errors
 from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
+from ptbench.backends.oracle import Masks
 from ptbench.corpus.batching import Batch
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Accelerator, Recipe
 
 ROOT = Path(__file__).parents[2]
 THREADS = 2
-SECONDS_TO_END = 30  # of a worker that was asked to; a framework's own clean-up takes a few
+SECONDS_TO_END = 30  # for a worker that was asked to end; frameworks take a few to clean up
 
 
 class WorkerError(Exception):
-    """An error in a worker whose type does not exist here, or the death of a worker."""
+    """Report an error in a worker whose type does not exist here, or the death of a worker."""
 
 
 class Worker:
-    """One process in one environment; see `worker.py`."""
+    """Start and talk to one process in one environment; see `worker.py`."""
 
     def __init__(self, python: str | Path, log: Path) -> None:
         self.log = log
@@ -52,7 +53,7 @@ class Worker:
             )
 
     def ask(self, action: str, *arguments: Any) -> Any:
-        """What the worker answers; an error there is raised here."""
+        """Return what the worker answers; an error there is raised here."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -72,10 +73,10 @@ class Worker:
         raise error
 
     def close(self) -> None:
-        """Let it end by itself, and see that it does."""
+        """Ask the process to end, and make sure that it does."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead, and a message was on its way
+        with contextlib.suppress(BrokenPipeError):  # it has died with a message on its way
             self.process.stdin.close()
         try:
             self.process.wait(SECONDS_TO_END)
@@ -90,7 +91,7 @@ class Worker:
 
 
 class RemoteBackend(Backend):
-    """A backend in a worker. Its states are handles; scalars come back as finished numbers."""
+    """Use a backend in a worker. Its states are handles, its scalars finished numbers."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class RemoteBackend(Backend):
         seed: int = 0,
         accelerator: Accelerator = "cpu",
     ) -> None:
-        # Not the base's __init__: the step that counts is the one over there.
+        # without the base's __init__, whose attributes are the worker's
         self.worker = worker
         arguments = recipe.model_dump_json(), VOCABULARY, devices, seed, accelerator, THREADS
         self.handle = worker.ask("create", framework, *arguments)
@@ -168,7 +169,7 @@ class RemoteBackend(Backend):
 
 
 def probe(function: Callable[..., Any], backend: Backend, *arguments: Any) -> Any:
-    """What a function of `probes.py` finds out beside the backend, in the same process."""
+    """Return what a function of `probes.py` finds out in the process of the backend."""
     assert function is getattr(probes, function.__name__)
     if isinstance(backend, RemoteBackend):
         return backend._ask("probe", function.__name__, *arguments)
@@ -176,20 +177,21 @@ def probe(function: Callable[..., Any], backend: Backend, *arguments: Any) -> An
 
 
 class Backends:
-    """The session's workers, and backends that are used by many tests.
+    """Start the session's workers, and share backends between tests.
 
-    To compile a model takes some frameworks seconds, so `get` gives the same backend again, as it
-    was when it was new.
+    Some frameworks compile a model for seconds, so `get` returns the same backend again, restored
+    to what it was when it was new.
     """
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         self.workers: dict[tuple[str, int], Worker] = {}
         self.made: dict[tuple[Any, ...], tuple[Backend, dict[str, Any]]] = {}
+        self.masks: dict[Any, list[Masks]] = {}  # see `masks.observed_masks`
         self.number = itertools.count()
 
     def start(self, framework: str, accelerator: Accelerator = "cpu") -> Worker:
-        """A new worker in the framework's environment, which is built if it is not there."""
+        """Start a worker in the framework's environment, which is built where there is none."""
         log = self.logs / f"{framework}-{next(self.number)}.log"
         if framework == "numpy":
             return Worker(sys.executable, log)
@@ -198,7 +200,7 @@ class Backends:
         return Worker(folder / environments.PYTHON, log)
 
     def new(self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0) -> Backend:
-        """A backend as its constructor leaves it."""
+        """Return a new backend."""
         if framework == "numpy":
             return new_oracle(recipe, devices, seed)
         if (framework, devices) not in self.workers:
@@ -209,10 +211,10 @@ class Backends:
     def get(
         self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0, number: int = 0
     ) -> Backend:
-        """The same as `new`, by restoring the snapshot of one that was new.
+        """Return the same as `new`, by restoring the snapshot of one that was new.
 
         Args:
-            number: tells apart several that are alike.
+            number: tells apart several backends that are alike.
         """
         key = (framework, recipe.model_dump_json(), devices, seed, number)
         if key not in self.made:

@@ -1,4 +1,4 @@
-"""What a user may be shown when something is wrong: sentences, and no frames of Python's stack."""
+"""A check that users are shown sentences instead of Python's stack."""
 
 import re
 
@@ -6,5 +6,5 @@ FRAME = re.compile(r'Traceback|File ".*\.(py|smk)", line|File ".*Snakefile", lin
 
 
 def assert_no_frames(said: str) -> None:
-    """Fail the test if a stack, or a frame of one, is in what was said."""
+    """Fail the test if a text contains a stack or a frame of one."""
     assert not FRAME.search(said), said

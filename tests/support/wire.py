@@ -1,7 +1,6 @@
 """Messages between the tests and a worker process: JSON, followed by the arrays' bytes.
 
-Nothing is pickled, so that NumPy 1.23 on one side and NumPy 2 on the other agree. Knows nothing of
-backends; what may be in a message is what `send` accepts.
+Nothing is pickled, so that NumPy 1.23 on one side and NumPy 2 on the other agree.
 """
 
 from __future__ import annotations
@@ -14,16 +13,18 @@ from typing import IO, Any
 
 import numpy as np
 
+from ptbench.corpus.batching import Batch
+
 
 @dataclass(frozen=True)
 class Handle:
-    """Stands for an object that stays in the worker."""
+    """Name an object that stays in the worker."""
 
     number: int
 
 
 def send(stream: IO[bytes], message: Any) -> None:
-    """Write one message: None, numbers, text, arrays, handles, and lists and mappings of them."""
+    """Write a message: None, numbers, text, arrays, batches, handles, lists and mappings."""
     arrays: list[np.ndarray[Any, Any]] = []
 
     def encoded(value: Any) -> Any:
@@ -33,11 +34,13 @@ def send(stream: IO[bytes], message: Any) -> None:
             case np.generic():
                 return value.item()
             case np.ndarray():
-                assert value.dtype.kind in "biuf", value.dtype  # numbers, and no objects
+                assert value.dtype.kind in "biuf", value.dtype  # numbers only, no objects
                 arrays.append(value)
                 return {"array": [len(arrays) - 1, value.dtype.str, list(value.shape)]}
             case Handle():
                 return {"handle": value.number}
+            case Batch():
+                return {"batch": [encoded(array) for array in value]}
             case list() | tuple():
                 return {"list": [encoded(item) for item in value]}
             case Mapping():
@@ -52,10 +55,10 @@ def send(stream: IO[bytes], message: Any) -> None:
 
 
 def receive(stream: IO[bytes]) -> Any:
-    """Read one message; arrays are new and writable, tuples come as lists.
+    """Return the next message; arrays are new and writable, tuples become lists.
 
     Raises:
-        EOFError: if the other side has closed the stream.
+        EOFError: the other side has closed the stream.
     """
 
     def read(size: int) -> bytearray:
@@ -73,6 +76,8 @@ def receive(stream: IO[bytes]) -> Any:
                 return np.frombuffer(arrays[index], dtype).reshape(shape)
             case {"handle": number}:
                 return Handle(number)
+            case {"batch": arrays_of_batch}:
+                return Batch(*map(decoded, arrays_of_batch))
             case {"list": items}:
                 return [decoded(item) for item in items]
             case {"mapping": items}:

@@ -1,9 +1,9 @@
-"""A process in a framework's environment that does with its backends what the tests ask.
+"""A process in a framework's environment that runs backends for the tests.
 
     PYTHONPATH=workflow python -m tests.support.worker
 
-Started by `remote.py`, whose `RemoteBackend` is the other end. Imports NumPy and `ptbench` alone,
-until a message names the framework.
+`remote.py` starts it; `RemoteBackend` is the other end. It imports only NumPy and `ptbench` until a
+message names the framework.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from tests.support import probes, wire
 
 from ptbench import backends
 from ptbench.backends.base import Backend, Setup
-from ptbench.corpus.batching import Batch
 from ptbench.model.recipe import Recipe
 
 
 class Objects:
-    """The backends and states that live here, under the numbers by which the tests know them."""
+    """Keep backends and states, each under the number that the tests know it by."""
 
     def __init__(self) -> None:
         self.by_number: dict[int, Any] = {}
@@ -35,7 +34,7 @@ class Objects:
         return self.by_number[value.number] if isinstance(value, wire.Handle) else value
 
     def perform(self, action: str, *arguments: Any) -> Any:
-        """Do one thing that a test asks for; the result is fit for `wire.send`."""
+        """Do what a test asks for, and return what `wire.send` can send."""
         values = [self.resolved(value) for value in arguments]
         if action == "create":
             return self.keep(create(*values))
@@ -51,10 +50,7 @@ class Objects:
         return self.call(action, *values)
 
     def call(self, method: str, backend: Backend, *arguments: Any) -> Any:
-        """Call a method of the contract; states stay here and scalars are waited for."""
-        if method in ("gradients", "train_step", "evaluate_step"):
-            batch, *rest = arguments
-            arguments = Batch(*batch), *rest
+        """Call a method of `Backend`; states stay here, and scalars are finished numbers."""
         result = getattr(backend, method)(*arguments)
         if method in ("initial_state", "restore"):
             return self.keep(result)
@@ -76,13 +72,14 @@ def create(
     accelerator: str,
     threads: int,
 ) -> Backend:
-    """The framework's backend for a recipe given as JSON."""
+    """Return the framework's backend for a recipe in JSON."""
     given = Recipe.model_validate_json(recipe)
     setup = Setup(given, vocabulary_size, devices, seed, accelerator, threads)  # type: ignore[arg-type]
     return backends.create(framework, setup)
 
 
 def answer(objects: Objects, request: list[Any]) -> dict[str, Any]:
+    """Return the result of a request, or the error that it raised."""
     try:
         return {"result": objects.perform(*request)}
     except Exception as error:
@@ -108,7 +105,9 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def main() -> None:
-    # What frameworks and their child processes print must not get between the messages.
+    """Serve whoever started this process through its standard input and output."""
+    # What frameworks and their child processes print must not get between the messages: it goes to
+    # stderr, which is the log.
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -18,9 +18,10 @@ from tests.support.fake_results import metrics
 
 from ptbench.configuration.specification import Cell
 from ptbench.errors import InterruptionError, PtbenchError
+from ptbench.files import write_atomically
 from ptbench.training import attempts, holders
-from ptbench.training.attempts import Attempt, Failure, failures, look, reason_of
-from ptbench.training.records import write_atomically
+from ptbench.training.attempts import Attempt, Failure, look
+from ptbench.training.failures import reason_of
 
 CELL = Cell(variant="tiny", framework="jax", devices=1, seed=1)
 RESULT = metrics(CELL, 4.7)
@@ -100,7 +101,6 @@ def test_a_failed_attempt_leaves_its_reason_and_the_tail_of_its_log(tmp_path: Pa
     assert left.log == "attempt-1.log"
     assert (left.attempt, left.cell, left.fingerprint) == (1, CELL.path, RESULT.fingerprint)
     assert left.started <= (left.ended or "")
-    assert list(failures(tmp_path / "attempts")) == [left]
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["by another name", "by a copy"])
@@ -163,7 +163,7 @@ def test_an_interrupted_attempt_is_no_failure(tmp_path: Path) -> None:
     run_into(InterruptionError("told to end, after epoch 3"), tmp_path)
     assert content(tmp_path, 1)["status"] == "interrupted"
     assert content(tmp_path, 1)["reason"] == "told to end, after epoch 3"
-    assert not list(failures(tmp_path / "attempts"))
+    assert not list((tmp_path / "attempts").glob("*.failure.json"))
 
 
 def test_attempts_at_one_run_are_counted(tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ import pytest
 
 from ptbench.errors import PtbenchError
 from ptbench.measurement.benchmark import (
+    BACKEND,
     MODELS,
+    PRODUCTS,
     VOCABULARY_SIZE,
+    Benchmark,
     Competitor,
     Result,
     Worker,
     all_competitors,
-    run_benchmark,
 )
 from ptbench.model.recipe import Recipe
 from ptbench.model.work import Product, bound, flops_per_token, training_products
@@ -65,7 +67,7 @@ def test_the_bound_is_the_tokens_of_a_step_over_the_time_of_its_products() -> No
 
 def test_a_row_has_medians_and_the_bound_s_fraction_is_taken_within_rounds() -> None:
     speeds, bounds = [90.0, 100.0, 140.0], [360.0, 500.0, 200.0]  # 0.25, 0.2, 0.7
-    result = Result("small", Competitor("jax", "tuned"), speeds, bounds, 2 * 10**6, {})
+    result = Result("small", Competitor("jax", "tuned"), {}, speeds, bounds, 2 * 10**6)
     row = result.row()
     assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (90, 100, 140)
     assert row["fraction_of_bound"] == 0.25
@@ -90,7 +92,7 @@ def test_keras_own_fit_is_left_out_where_keras_has_no_layer() -> None:
 
 def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_path: Path) -> None:
     task = {
-        "kind": "backend", "framework": "numpy", "accelerator": "cpu", "threads": 1,
+        "class": BACKEND, "framework": "numpy", "accelerator": "cpu", "threads": 1,
         "vocabulary_size": 7, "recipe": TINY.model_dump(mode="json"),
     }  # fmt: skip
     with Worker(Path(sys.executable), task, tmp_path / "log") as worker:
@@ -104,7 +106,7 @@ def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_
 
 
 def test_a_worker_measures_products(tmp_path: Path) -> None:
-    task = {"kind": "products", "class": "ptbench.model.work:NumpyProducts", "threads": 1}
+    task = {"framework": "jax", "threads": 1, "class": PRODUCTS["NumPy"][1]}
     with Worker(Path(sys.executable), task, tmp_path / "log") as worker:
         worker.answer()
         rate = worker.ask(product=Product(64, 64, 64), seconds=0.05)
@@ -112,17 +114,17 @@ def test_a_worker_measures_products(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_fails_says_why_in_one_sentence(tmp_path: Path) -> None:
-    task = {"kind": "products", "class": "ptbench.no_such:Thing", "threads": 1}
+    task = {"framework": "jax", "threads": 1, "class": "no_such:Thing"}
     with (
         Worker(Path(sys.executable), task, tmp_path / "log") as worker,
-        pytest.raises(PtbenchError, match=r"benchmark of products ended with status 1: .*no_such"),
+        pytest.raises(PtbenchError, match=r"benchmark of jax ended with status 1: .*no_such"),
     ):
         worker.answer()
 
 
 def test_a_missing_environment_is_named_with_the_command_that_builds_it(tmp_path: Path) -> None:
     with pytest.raises(PtbenchError, match=r"no environment jax-cpu: build it with .*environments"):
-        run_benchmark(
-            ["small"], [Competitor("jax", "stock")], tmp_path, "cpu", 1, 1, 1.0, tmp_path / "out"
+        Benchmark(tmp_path, "cpu", 1, 1, 1.0, tmp_path / "out").run(
+            ["small"], [Competitor("jax", "stock")]
         )
     assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from tests.support.problems import new_oracle
 from tests.unit.test_loop import SIZES, VOCABULARY, text
 
+from ptbench import files
 from ptbench.backends.base import EvaluateStep, TrainStep
 from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import ParallelStreams, Sentences, Windows
@@ -104,14 +105,13 @@ def attempt(
     backend = new_oracle(recipe, 1, 3, VOCABULARY, Mortal)
     backend.life = life
     if folder is None:
-        return train(backend, recipe, splits(recipe), Clocks(), lambda _: None)
+        return train(backend, splits(recipe), Clocks(), lambda _: None)
     clocks = Clocks()
     keeper = Checkpoints(folder, IDENTITY, lambda: clocks.seconds, minutes, **keep)
     feed = splits(recipe).train
     resumed = keeper.latest(lambda: backend.snapshot(backend.initial_state(feed.batch_size, True)))
-    return train(
-        backend, recipe, splits(recipe), clocks, lambda _: None, keeper, resumed and resumed.saved
-    )
+    saved = resumed and resumed.saved
+    return train(backend, splits(recipe), clocks, lambda _: None, keeper, saved)
 
 
 def result(run: Run) -> Any:
@@ -189,7 +189,7 @@ def test_a_run_killed_within_any_write_of_a_checkpoint_loses_nothing_before_it(
         return call
 
     monkeypatch.setattr(module, "save_file", mortal(module.save_file))
-    monkeypatch.setattr(module, "flush", mortal(module.flush))
+    monkeypatch.setattr(files, "flush", mortal(files.flush))
     monkeypatch.setattr(Path, "replace", mortal(Path.replace))
     reached = []
     for lifetime in range(3, 13):  # calls: each is killed a step later than the one before
@@ -285,11 +285,11 @@ def test_no_bit_can_flip_unseen(data: st.DataObject, saved: Path) -> None:
         ({"identity": {"vocabulary_size": 10}}, "its vocabulary_size is 10, not 9"),
         ({"identity": {"corpus": "d"}}, "its corpus is d, not c"),
         ({"identity": {"framework": "n 2"}}, "its framework is n 2, not n 1"),
-        ({"format": 2}, "it has format 2, and this ptbench reads format 1"),
+        ({"format": 2}, "it has format 2, this ptbench reads format 1"),
         ({"history": "none"}, "its header is not that of a checkpoint"),
     ],
 )
-def test_a_foreign_or_newer_checkpoint_is_set_aside(
+def test_another_run_s_or_a_newer_checkpoint_is_set_aside(
     saved: Path, change: dict[str, Any], reason: str
 ) -> None:
     for name in module.NAMES:
@@ -340,15 +340,12 @@ def test_a_run_told_to_end_has_saved_every_step_it_took(
     backend, clocks = new_oracle(recipe, 1, 3, VOCABULARY, Counts), Clocks()
 
     class Told(Signals):
-        def __init__(self) -> None:  # real ones are for a process of their own
-            self.received = None
-
         def interrupted(self) -> bool:
             return taken > step
 
     keeper = Checkpoints(tmp_path, IDENTITY, lambda: clocks.seconds, signals=Told())
     with pytest.raises(InterruptionError) as caught:
-        train(backend, recipe, splits(recipe), clocks, lambda _: None, keeper)
+        train(backend, splits(recipe), clocks, lambda _: None, keeper)
     assert caught.value.status == 75
     assert taken == step + 1
     trained = backend.step
@@ -382,9 +379,7 @@ def test_lost_time_is_not_counted_and_kept_time_is(tmp_path: Path) -> None:
         lambda: backend.snapshot(backend.initial_state(4, True))
     )
     assert resumed is not None
-    run = train(
-        backend, recipe, splits(recipe), Clocks(), lambda _: None, Watches(), resumed.saved
-    )  # fmt: skip
+    run = train(backend, splits(recipe), Clocks(), lambda _: None, Watches(), resumed.saved)
     assert run.history[:2] == header.history
     # The first steps of the second process compile again, and are no part of the speed.
     assert seen[0].steps == before.steps + loop.WARM_UP_STEPS

@@ -24,7 +24,10 @@ def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["validate", "no-such.yaml"], 2, "cannot read no-such.yaml: No such file"),
         (["environments", "torch", "--output", "x"], 2, "invalid choice: 'torch'"),
         (["status", "--study", "nope"], 2, "nope: cannot be read: No such file"),
-        (["corpus", "--study", "x", "--downloads", "y", "--output", "z"], 2, "x: cannot be read"),
+        (
+            ["corpus", "--corpus", "{}", "--downloads", "y", "--output", "z"],
+            2, "--corpus is not what the workflow passes",
+        ),
         (
             ["train", "--cell", "a/b", "--specification", "{}", "--corpus", "c", "--output", "o",
              "--attempts", "a", "--checkpoints", "p"],

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 from tests.support.fake_results import (
     metrics,
     plan,
@@ -26,17 +25,41 @@ from ptbench.analysis.collect import (
     read_corpus_facts,
 )
 from ptbench.analysis.experiment import analyse
-from ptbench.analysis.plan import ExperimentPlan
+from ptbench.analysis.metrics import METRICS
+from ptbench.analysis.plan import PlannedVariant, plan_experiment, read_plan
+from ptbench.configuration.study import load_study
+from ptbench.training.records import Metrics, Seconds
 
 
-def test_a_plan_survives_json() -> None:
-    original = plan(devices=(1, 2), equivalence_margin=0.05, metric="valid_perplexity")
-    assert ExperimentPlan.model_validate_json(original.model_dump_json()) == original
+def test_runs_of_a_variant_are_pairs_exactly_if_it_has_no_dropout() -> None:
+    study = load_study({"experiments": ["zaremba-small", "zaremba-medium"]})
+    small, medium = (plan_experiment(study, name) for name in ("zaremba-small", "zaremba-medium"))
+    assert small.variants["zaremba-small"] == PlannedVariant(paired=True)
+    assert medium.variants["zaremba-medium"] == PlannedVariant(paired=False)
+    assert small.equivalence_margin == study.config.equivalence_margin
 
 
-def test_a_plan_refuses_a_cell_planned_twice() -> None:
-    with pytest.raises(ValidationError, match="planned twice"):
-        plan(seeds=(1, 1))
+def test_a_plan_read_from_its_axes_has_every_combination() -> None:
+    made = plan(variants=("a", "b"), frameworks=("jax", "pytorch"), devices=(1, 2), seeds=(1, 2))
+    content = made.model_dump(exclude={"cells", "variants"}) | {
+        "variants": {"a": {"paired": True}, "b": {}},
+        "frameworks": ["jax", "pytorch"],
+        "devices": [1, 2],
+        "seeds": [1, 2],
+    }
+    found = read_plan(content)
+    assert set(found.cells) == set(made.cells)
+    assert len(found.cells) == 16
+    assert (found.variant("a").paired, found.variant("b").paired) == (True, False)
+
+
+def test_every_number_that_a_run_records_is_a_metric() -> None:
+    clocks = {f"{clock}_seconds" for clock in Seconds.model_fields}
+    scores = {f"{split}_perplexity" for split in ("train", "valid", "test")}
+    not_measured = {"protocol", "fingerprint", "cell", "status", "reason", "stopped", "attempts"}
+    given = {"vocabulary_size"}  # by the corpus
+    recorded = Metrics.model_fields.keys() - {"train", "valid", "test", "seconds"}
+    assert set(METRICS) >= clocks | scores | (recorded - not_measured - given)
 
 
 def test_rows_follow_the_plans_variants_then_devices_then_frameworks(tmp_path: Path) -> None:
@@ -62,12 +85,14 @@ def test_the_numbers_of_a_row_are_those_of_its_cells(tmp_path: Path) -> None:
         write_cell(tmp_path, metrics(cell, nll, tokens_per_second=1000.0 * nll))
     (row,) = collect_rows(experiment, tmp_path)
     assert [cell.cell.seed for cell in row.cells] == [1, 2, 3]
-    assert row.nlls("test") == pytest.approx([4.1, 4.2, 4.3])
+    assert list(row.values("test_perplexity").values()) == pytest.approx([4.1, 4.2, 4.3])
     (result,) = analyse(experiment, [row], CorpusFacts(), []).rows
-    assert result.test is not None
-    assert result.test.perplexity == pytest.approx(math.exp(4.2))
-    assert result.tokens_per_second is not None
-    assert result.tokens_per_second.median == pytest.approx(4200)
+    assert result.value("test_perplexity") == pytest.approx(math.exp(4.2))
+    assert result.value("tokens_per_second") == pytest.approx(4200)
+    assert result.value("train_perplexity") == pytest.approx(math.exp(4.2 - 0.8))
+    assert [result.value(name) for name in ("epochs", "seconds_per_epoch", "load_seconds")] == [
+        13, 93.0, 0.4,
+    ]  # fmt: skip
     assert result.framework_versions == ("1.2.3",)
     assert result.commits == ("0123456789ab",)
 
@@ -102,7 +127,7 @@ def test_two_failed_seeds_make_a_row_invalid(
     (row,) = collect_rows(experiment, tmp_path)
     assert row.usable is usable
     assert row.problem == problem
-    assert len(row.nlls("test")) == 5 - diverged - missing
+    assert len(list(row.values("test_perplexity").values())) == 5 - diverged - missing
 
 
 def test_an_invalid_row_is_left_out_of_every_verdict(tmp_path: Path) -> None:
@@ -114,7 +139,9 @@ def test_an_invalid_row_is_left_out_of_every_verdict(tmp_path: Path) -> None:
     (pair,) = analysis.pairs
     assert (pair.outcome.n_a, pair.outcome.n_b) == (0, 4)
     assert pair.outcome.verdict == "inconclusive"
-    assert analysis.rows[0].n_ok == 2
+    assert analysis.all_equivalent_p is None
+    row = analysis.rows[0]
+    assert (row.n_ok, row.n_diverged, row.n_planned) == (2, 2, 4)
 
 
 @pytest.mark.parametrize("which", [1, 4])  # of the same row, and of the other framework
@@ -141,7 +168,7 @@ def test_a_partial_report_counts_cells_of_the_present_recipe_alone(tmp_path: Pat
     present = {"a": "ffffffffffff", "b": "eeeeeeeeeeee"}
     a, b = collect_rows(experiment, tmp_path, present)
     assert [cell.state for cell in a.cells] == ["missing", "ok", "missing"]
-    assert a.nlls("test") == pytest.approx([4.7])
+    assert list(a.values("test_perplexity").values()) == pytest.approx([4.7])
     assert a.problem == (
         f"invalid: seed 1 has no result ({OUTDATED}), seed 3 has no result ({OUTDATED})"
     )

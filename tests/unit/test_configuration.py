@@ -13,14 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.sentences import assert_no_frames
 
-from ptbench.configuration import loading
-from ptbench.configuration.loading import load_experiments, load_study
+from ptbench.analysis.plan import plan_experiment
+from ptbench.configuration import config, experiments
+from ptbench.configuration.config import Config, read_configuration
+from ptbench.configuration.experiments import load_library, read_papers
 from ptbench.configuration.schemas import schemas
 from ptbench.configuration.specification import Specification, parse_cell_path, variant_name
+from ptbench.configuration.study import load_study
 from ptbench.corpus.definitions import SPLITS
 from ptbench.errors import ConfigurationError
-from ptbench.model.parameters import kept_count, parameter_count, parameter_shapes
 from ptbench.model.recipe import Recipe
+from ptbench.model.shapes import kept_count, parameter_count, parameter_shapes
+from ptbench.yaml import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +60,8 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"devices": [2, 2]}, r"config.yaml: devices: 2 is there twice"),
     ({"accelerator": "tpu"}, r"config.yaml: accelerator: \"tpu\" .*'cpu' or 'cuda'"),
     ({"threads": 0}, r"config.yaml: threads: 0 .*greater than or equal to 1"),
-    ({"threads": True}, r"config.yaml: threads: true is not a number"),
-    ({"seeds": [True]}, r"config.yaml: seeds\[0\]: true is not a number"),
+    ({"threads": True}, r"config.yaml: threads: true is not allowed: .*integer"),
+    ({"seeds": [True]}, r"config.yaml: seeds\[0\]: true is not allowed: .*integer"),
     ({"threads": "many"}, r"config.yaml: threads: \"many\" .*integer"),
     (
         {"corpus": "ptbb"},
@@ -73,7 +77,7 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
         r"corpora.mine.kind: \"zip\" is not allowed: .*'folder'",
     ),
     ({"corpora": {"Mine": {"kind": "folder", "folder": "x"}}}, r"the name \"Mine\" is not allowed"),
-    ({"corpora": {"mine": {"kind": "folder", "folder": 1}}}, r"folder: 1 .* should be a path$"),
+    ({"corpora": {"mine": {"kind": "folder", "folder": 1}}}, r"folder: 1 .* a valid string$"),
     (
         {"corpora": {"mine": {"kind": "synthetic", "process": "chain"}}},
         r"corpora.mine.process: \"chain\" is not allowed: should be 'markov', 'high-rank'",
@@ -106,47 +110,63 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 BAD_RECIPES: list[tuple[str, str]] = [
-    ("hiden_size: 3", r"own.yaml: r: hiden_size: .*did you mean hidden_size\?"),
-    ("hidden_size: -3", r"own.yaml: r: hidden_size: -3 .*greater than or equal to 1"),
-    ("hidden_size: wide", r"own.yaml: r: hidden_size: \"wide\" .*integer"),
-    ("hidden_size: 2.5", r"own.yaml: r: hidden_size: 2.5 is not allowed"),
-    ("dropout: 1.0", r"own.yaml: r: dropout: 1.0 .*less than 1"),
-    ("clip_norm: 0", r"own.yaml: r: clip_norm: 0 .*greater than 0"),
-    ("clip_norm: .inf", r"own.yaml: r: clip_norm: Infinity is not allowed: .*finite"),
-    ("learning_rate: .nan", r"own.yaml: r: learning_rate: NaN"),
-    ("rnn: lsmt", r"own.yaml: r: rnn: \"lsmt\" .*'lstm'"),
-    ("objective: mean", r"own.yaml: r: objective: \"mean\" .*'sum_over_time'"),
-    ("{constant_epochs: 9, epochs: 3}", r"own.yaml: r: constant_epochs=9 must not exceed epochs=3"),
-    ("{kernel: block, rnn: gru}", r"own.yaml: r: kernel=block is for rnn=lstm, not gru"),
-    ("kernel: sparse", r"own.yaml: r: kernel=sparse needs kept_weights below 1"),
-    ("kept_weights: 0", r"own.yaml: r: kept_weights: 0 .*greater than 0"),
-    ("{tie_weights: true, output_rank: 8}", r"own.yaml: r: tie_weights and output_rank exclude"),
+    ("hiden_size: 3", r"own.yaml, line \d+: r: hiden_size: .*did you mean hidden_size\?"),
+    ("hidden_size: -3", r"own.yaml, line \d+: r: hidden_size: -3 .*greater than or equal to 1"),
+    ("hidden_size: wide", r"own.yaml, line \d+: r: hidden_size: \"wide\" .*integer"),
+    ("hidden_size: 2.5", r"own.yaml, line \d+: r: hidden_size: 2.5 is not allowed"),
+    ("dropout: 1.0", r"own.yaml, line \d+: r: dropout: 1.0 .*less than 1"),
+    ("clip_norm: 0", r"own.yaml, line \d+: r: clip_norm: 0 .*greater than 0"),
+    ("clip_norm: .inf", r"own.yaml, line \d+: r: clip_norm: Infinity is not allowed: .*finite"),
+    ("learning_rate: .nan", r"own.yaml, line \d+: r: learning_rate: NaN"),
+    ("rnn: lsmt", r"own.yaml, line \d+: r: rnn: \"lsmt\" .*'lstm'"),
+    ("objective: mean", r"own.yaml, line \d+: r: objective: \"mean\" .*'sum_over_time'"),
+    (
+        "{constant_epochs: 9, epochs: 3}",
+        r"own.yaml, line \d+: r: constant_epochs=9 must not exceed epochs=3",
+    ),
+    ("{kernel: block, rnn: gru}", r"own.yaml, line \d+: r: kernel=block is for rnn=lstm, not gru"),
+    ("kernel: sparse", r"own.yaml, line \d+: r: kernel=sparse needs kept_weights below 1"),
+    ("kept_weights: 0", r"own.yaml, line \d+: r: kept_weights: 0 .*greater than 0"),
+    (
+        "{tie_weights: true, output_rank: 8}",
+        r"own.yaml, line \d+: r: tie_weights and output_rank exclude",
+    ),
     (
         "{initialization: pytorch, forget_bias: 1}",
-        r"own.yaml: r: .* forget_bias must be 0",
+        r"own.yaml, line \d+: r: .* forget_bias must be 0",
     ),
     (
         "kernel: block",
         r"experiment e: frameworks: r has kernel=block, which pytorch does not have; "
         "it is in tensorflow",
     ),
-    ("extends: nothing", r"own.yaml: r: extends: there is no recipe \"nothing\""),
-    ("extends: [r]", r"own.yaml: r: extends: \[\"r\"\] must be the name of one recipe"),
-    ("extends: r", r"own.yaml: r: extends: r → r goes in a circle"),
+    ("extends: nothing", r"own.yaml, line \d+: r: extends: there is no recipe \"nothing\""),
+    ("extends: [r]", r"own.yaml, line \d+: r: extends: \[\"r\"\] must be the name of one recipe"),
+    ("extends: r", r"own.yaml, line \d+: r: extends: r → r goes in a circle"),
     ("corpus: no-such", r"experiment e: variants: r: corpus: there is no corpus \"no-such\""),
-    ("[1, 2]", r"own.yaml: recipes.r: \[1, 2\] is not allowed"),
-    ("batch_size: true", r"own.yaml: r: batch_size: true is not allowed"),
+    ("[1, 2]", r"own.yaml, line \d+: recipes.r: \[1, 2\] is not allowed"),
+    (
+        "{hidden_size: 3, \n maximum_seconds: 1:30}",
+        r"own.yaml, line 2: r: maximum_seconds: \"1:30\" is not allowed",
+    ),
+    ("batch_size: true", r"own.yaml, line \d+: r: batch_size: true is not allowed"),
 ]
 
 BAD_EXPERIMENTS: list[tuple[str, str]] = [
     ("{title: T, variants: [s]}", r"experiment e: variants: there is no recipe \"s\""),
-    ("{title: T, variants: []}", r"own.yaml: experiments.e.variants: \[\] is not allowed"),
-    ("{variants: [r]}", r"own.yaml: experiments.e.title: is required"),
-    ("{title: T}", r"own.yaml: experiments.e.variants: is required"),
+    (
+        "{title: T, variants: []}",
+        r"own.yaml, line \d+: experiments.e.variants: \[\] is not allowed",
+    ),
+    ("{variants: [r]}", r"own.yaml, line \d+: experiments.e.title: is required"),
+    ("{title: T}", r"own.yaml, line \d+: experiments.e.variants: is required"),
     ("{title: T, variants: [r+x=1]}", r"experiment e: variants: r: there is no recipe key \"x\""),
     ("{title: T, variants: [r+layers]}", r"variants\[0\]: r\+layers: layers must be key=value"),
     ("{title: T, variants: [r+layers=0]}", r"layers: 0 .*greater than or equal to 1"),
-    ("{title: T, variants: [r], sedes: [1]}", r"own.yaml: experiments.e.sedes: there is no such"),
+    (
+        "{title: T, variants: [r], sedes: [1]}",
+        r"own.yaml, line \d+: experiments.e.sedes: there is no such",
+    ),
     (
         "{title: T, variants: [{recipe: r, set: {layers: 1}, sweep: {layers: [2]}}]}",
         r"layers is both in set and in sweep",
@@ -168,7 +188,8 @@ def folder_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> N
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "own.yaml").write_text(text)
     (tmp_path / "corpora.yaml").write_bytes((ROOT / "workflow/corpora.yaml").read_bytes())
-    monkeypatch.setattr(loading, "WORKFLOW", tmp_path)
+    for module in (config, experiments):
+        monkeypatch.setattr(module, "WORKFLOW", tmp_path)
 
 
 @pytest.mark.parametrize(("recipe", "message"), BAD_RECIPES)
@@ -212,7 +233,9 @@ def test_a_file_that_is_not_yaml_is_refused_by_name_and_place(
 def test_a_recipe_in_two_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_with(tmp_path, monkeypatch, "recipes: {r: {}}\n")
     (tmp_path / "experiments" / "more.yaml").write_text("recipes: {r: {}}\n")
-    with pytest.raises(ConfigurationError, match=r"own.yaml: recipe r is already in more.yaml"):
+    with pytest.raises(
+        ConfigurationError, match=r"own.yaml, line \d+: recipe r is already in .*more.yaml, line 1"
+    ):
         load_study({"experiments": ["e"]})
 
 
@@ -223,7 +246,10 @@ def test_the_command_line_prints_the_sentence_and_no_traceback(tmp_path: Path) -
         [sys.executable, "-m", "ptbench", "validate", str(path)], capture_output=True, text=True
     )
     assert answer.returncode == 2
-    assert "config.yaml: sedes: there is no such key for [1]; did you mean seeds?" in answer.stderr
+    assert (
+        "config.yaml, line 1: sedes: there is no such key for [1]; did you mean seeds?"
+        in answer.stderr
+    )
     assert_no_frames(answer.stderr)
 
 
@@ -268,10 +294,94 @@ def test_corpus_and_subset_of_the_configuration_become_part_of_the_variants_name
     assert same.cells[0].variant == "zaremba-small"
 
 
-def test_numbers_that_snakemake_gives_as_strings_are_numbers() -> None:
-    """`--config seeds=[1,2]` arrives as ["1", "2"]."""
-    study = load_study({"experiments": ["demo"], "seeds": ["1", "2"], "devices": ["2"]})
-    assert {(cell.seed, cell.devices) for cell in study.cells} == {(1, 2), (2, 2)}
+def configured(tmp_path: Path, *texts: str | bytes, values: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What configuration files of these contents make, with these values of --config."""
+    files = []
+    for index, text in enumerate(texts):
+        files.append(tmp_path / f"file-{index}.yaml")
+        files[-1].write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_configuration(files, values)
+
+
+def test_a_later_file_wins_key_by_key_and_the_command_line_wins_over_both(tmp_path: Path) -> None:
+    first = "seeds: 1\nthreads: 2\ncorpora: {a: {kind: folder, folder: a}}\n"
+    second = "threads: 3\ndevices: 1\ncorpora: {b: {kind: folder, folder: b}}\n"
+    merged = configured(tmp_path, first, second, values=("devices=[2]", "accelerator=cuda"))
+    assert merged == {
+        "seeds": 1, "threads": 3, "devices": [2], "accelerator": "cuda",
+        "corpora": {name: {"kind": "folder", "folder": name} for name in "ab"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "null\n"])
+def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
+    assert configured(tmp_path, "seeds: 1\n", text) == {"seeds": 1}
+
+
+@pytest.mark.parametrize("values", [("seeds=010",), ("seeds=[010]",), ("seeds=[1]", "seeds=10")])
+def test_the_command_line_s_numbers_are_those_of_the_files(
+    tmp_path: Path, values: tuple[str, ...]
+) -> None:
+    assert load_study(configured(tmp_path, values=values)).config.seeds == [10]
+    assert load_study(configured(tmp_path, "seeds: 010\n")).config.seeds == [10]
+
+
+@pytest.mark.parametrize("value", ["null", "~", ""])
+@pytest.mark.parametrize("key", ["corpus", "subset", "seeds"])
+def test_null_on_the_command_line_takes_back_what_a_file_says(
+    tmp_path: Path, key: str, value: str
+) -> None:
+    file = "corpus: ptb\nsubset: 7\nseeds: [7]\n"
+    merged = load_study(configured(tmp_path, file, values=(f"{key}={value}",))).config
+    assert getattr(merged, key) is None
+    assert getattr(load_study(configured(tmp_path, file)).config, key) is not None
+
+
+@pytest.mark.parametrize(
+    ("texts", "values", "message"),
+    [
+        (("seeds: 1\n", "threads: 1\nsedes: 2\n"), (), r"file-1.yaml, line 2: sedes: there is no"),
+        (("seeds: 1\n", "\nseeds: x\n"), (), r"file-1.yaml, line 2: seeds\[0\]: \"x\" is not"),
+        (("seeds: x\n", "threads: 1\n"), (), r"file-0.yaml, line 1: seeds\[0\]: \"x\" is not"),
+        (
+            ("seeds: 1\n", "seeds: 1\nseeds: 2\n"),
+            (),
+            r"file-1.yaml, line 2: .* seeds is there twice",
+        ),
+        (("experiments: [dmo]\n",), (), r"file-0.yaml, line 1: experiments: there is no .* demo\?"),
+        (("mirrors:\n  ptb: /x\n",), (), r"file-0.yaml, line 2: mirrors.ptb: /x is not an address"),
+        (
+            ("papers: [singh2018]\n",),
+            (),
+            r"file-0.yaml, line 1: papers: there is no paper \"singh2018\"; did",
+        ),
+        (("threads: 1\n",), ("seeds=one",), r"^--config: seeds\[0\]: \"one\" is not allowed"),
+        (("threads: 1\n",), ("seeds=[1",), r"^--config seeds, line 1: not valid YAML"),
+        ((b"seeds: 1 # \xe9\n",), (), r"file-0.yaml: not UTF-8 at byte 11"),
+        (("- 1\n",), (), r"file-0.yaml: must be a mapping"),
+        (("a: {x: 1,\n  x: 2}\n",), (), r"file-0.yaml, line 2: .* x is there twice"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_own_file_and_line(
+    tmp_path: Path, texts: tuple[str | bytes, ...], values: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_study(configured(tmp_path, *texts, values=values))
+
+
+def test_a_key_takes_back_what_an_earlier_source_says_by_another_key(tmp_path: Path) -> None:
+    file = "papers: [greatti2019]\nseeds: [1, 2]\n"
+    study = load_study(configured(tmp_path, file, values=("experiments=demo", "repeats=7")))
+    assert list(study.experiments) == ["demo"]
+    assert {cell.seed for cell in study.cells} == set(range(1, 8))
+    kept = load_study(configured(tmp_path, file, values=("experiments=null", "repeats=null")))
+    assert "greatti-depth" in kept.experiments
+    assert kept.config.seeds == [1, 2]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot read .*none.yaml: No such file"):
+        read_configuration([tmp_path / "none.yaml"])
 
 
 def test_one_of_something_needs_no_list() -> None:
@@ -281,7 +391,70 @@ def test_one_of_something_needs_no_list() -> None:
 
 def test_a_number_may_be_written_as_yaml_1_2_has_it() -> None:
     assert STUDY.specification("demo-lstm+learning_rate=1e-05").recipe.learning_rate == 1e-5
-    assert loading.yaml.load("1e-3", loading.YamlLoader) == 1e-3
+    for text, value in {"1e-3": 1e-3, "010": 10, "[010, 020]": [10, 20], "1:30": "1:30"}.items():
+        assert parse_yaml(text, "text") == value
+    assert parse_yaml("yes", "text") == "yes"
+
+
+def test_numbers_with_a_leading_nought_are_decimal_in_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = "{recipe: r, sweep: {batch_size: [010, 020]}}"
+    folder_with(
+        tmp_path,
+        monkeypatch,
+        f"recipes: {{r: {{}}}}\nexperiments: {{e: {{title: T, variants: [{variant}]}}}}\n",
+    )
+    cells = load_study({"experiments": ["e"]}).cells
+    assert {cell.variant for cell in cells} == {"r", "r+batch_size=10"}  # 20 is the default
+
+
+def test_a_document_s_name_selects_all_its_experiments_and_its_folder_is_its_name() -> None:
+    assert set(LIBRARY.papers) == {path.name for path in (ROOT / "workflow/papers").iterdir()}
+    assert set(read_papers()) == set(LIBRARY.papers)
+    for paper, names in LIBRARY.papers.items():
+        assert list(load_study({"papers": paper}).experiments) == names
+    both = load_study({"papers": ["greatti2019"], "experiments": ["demo", "greatti-depth"]})
+    assert list(both.experiments) == [
+        "demo", "greatti-depth", "greatti-hidden", "greatti-context", "greatti-cells"
+    ]  # fmt: skip
+
+
+def test_all_experiments_can_be_asked_for_at_once() -> None:
+    assert set(load_study({"experiments": "all"}).experiments) == set(LIBRARY.experiments)
+
+
+def test_repeats_are_the_seeds_from_one(tmp_path: Path) -> None:
+    study = load_study(configured(tmp_path, values=("repeats=10",)))
+    assert {cell.seed for cell in study.cells} == set(range(1, 11))
+    with pytest.raises(ConfigurationError, match="seeds and repeats exclude each other"):
+        load_study({"seeds": [1], "repeats": 2})
+
+
+def test_the_plan_of_an_analysis_is_short_however_many_cells_there_are() -> None:
+    """Linux allows 128 KiB for an argument of a command."""
+    study = load_study({"experiments": ["zhang-mos-number"], "seeds": list(range(1000))})
+    assert len(study.cells) == 21 * 5 * 1000
+    assert len(study.plan("zhang-mos-number")) < 20_000
+    plan = plan_experiment(load_study({"experiments": ["zhang-mos"]}), "zhang-mos")
+    assert plan.cells == load_study({"experiments": ["zhang-mos"]}).experiment("zhang-mos").cells
+
+
+def test_the_configuration_as_json_makes_the_same_study() -> None:
+    study = load_study({"papers": "greatti2019", "seeds": [3], "mirrors": {"ptb": "file:/x"}})
+    again = load_study(json.loads(study.configuration))
+    assert (again.config, again.cells) == (study.config, study.cells)
+
+
+def test_speed_is_measured_with_penn_treebank_s_number_of_words_and_alone() -> None:
+    study = load_study({"experiments": "speed"})
+    [corpus] = {study.recipe(cell.path).corpus for cell in study.cells}
+    assert study.corpora[corpus].words + 1 == 10_000
+    assert all(study.recipe(cell.path).alone for cell in study.cells)
+    # slurm/profile.yaml knows the name of a recipe alone
+    alone = {name for name, recipe in LIBRARY.recipes.items() if recipe.alone}
+    assert alone == {name for name in LIBRARY.recipes if name.startswith("speed-")}
+    assert len(study.cells) == 3 * 5 * 2 * 2 * 3
 
 
 def test_a_corpus_may_be_called_first_or_have_a_subset() -> None:
@@ -320,6 +493,11 @@ def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:
 def test_a_cell_that_cannot_be_is_refused_by_its_path(path: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^results/cells/{re.escape(path)}: .*{message}"):
         STUDY.corpus_of_cell(path)
+
+
+def test_an_experiment_that_the_study_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match='the study has no experiment "x"; it has demo'):
+        STUDY.experiment("x")
 
 
 def test_any_cell_that_can_be_has_a_corpus() -> None:
@@ -379,7 +557,7 @@ def test_the_recipes_of_zaremba_are_those_of_the_thesis() -> None:
 
 def test_config_yaml_names_every_key_with_its_default() -> None:
     written = yaml.safe_load((ROOT / "config.yaml").read_text())
-    assert written == loading.Config().model_dump(mode="json")
+    assert written == Config().model_dump(mode="json")
 
 
 def test_the_schemas_are_those_of_the_models() -> None:
@@ -390,27 +568,26 @@ def test_the_schemas_are_those_of_the_models() -> None:
         )
 
 
-EXPERIMENTS = load_experiments(ROOT / "workflow" / "experiments")[1]
+LIBRARY = load_library()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", LIBRARY.experiments)
 def test_every_experiment_can_be_planned_in_the_frameworks_it_names(name: str) -> None:
     planned = load_study({"experiments": [name]}).experiments[name]
-    assert {cell.framework for cell in planned.cells} == set(EXPERIMENTS[name].frameworks)
-    assert len({cell.variant for cell in planned.cells}) >= len(EXPERIMENTS[name].variants)
+    assert {cell.framework for cell in planned.cells} == set(LIBRARY.experiments[name].frameworks)
+    assert len({cell.variant for cell in planned.cells}) >= len(LIBRARY.experiments[name].variants)
     for cell in planned.cells:  # or no rule of the workflow would make it
         assert parse_cell_path(cell.path) == cell
 
 
 def test_the_recipes_of_the_documents_are_those_of_their_tables() -> None:
-    recipes = load_experiments(ROOT / "workflow" / "experiments")[0]
     millions = {
         "zaremba-small": "4.652", "zaremba-medium": "19.775", "zaremba-large": "66.022",
         "zhang-bm": "41.520", "zhang-bmlg": "41.520",
         "singh-lstm1": "16.395", "singh-lstm2": "19.780", "singh-mos": "24.018",
     }  # fmt: skip
     for name, published in millions.items():
-        assert f"{parameter_count(recipes[name], 10_000) / 1e6:.3f}" == published, name
+        assert f"{parameter_count(LIBRARY.recipes[name], 10_000) / 1e6:.3f}" == published, name
 
 
 def test_sparselang_s_second_experiment_keeps_as_many_weights_at_every_width() -> None:

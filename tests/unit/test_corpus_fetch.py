@@ -202,7 +202,8 @@ def test_an_archive_with_a_path_that_escapes_is_refused(
 ) -> None:
     downloads = tmp_path / "inner" / "downloads"
     server.content["/a"] = pack({**WHOLE, path: b"gotcha\n"})
-    check_failure(corpus(archive(server.url + "/a")), downloads, "a path that leaves it", path)
+    said = "a path that leads outside it"
+    check_failure(corpus(archive(server.url + "/a")), downloads, said, path)
     assert files(tmp_path) == ["inner", "inner/downloads"]
 
 

@@ -185,6 +185,41 @@ def test_a_word_outside_a_vocabulary_without_unk_names_word_file_and_line(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
+def test_a_word_outside_a_subset_asks_for_more_lines(tmp_path: Path) -> None:
+    corpus = folder_corpus(tmp_path / "raw", train=b"the dog\na <unk> yak sat cat\n")
+    with pytest.raises(CorpusError, match="use more lines than subset=1"):
+        prepared(corpus, tmp_path, subset=1)
+
+
+@pytest.mark.parametrize("ending", [b"\r\n", b"\r"], ids=["Windows", "old Mac"])
+def test_carriage_returns_end_lines_too(tmp_path: Path, ending: bytes) -> None:
+    usual = prepared(folder_corpus(tmp_path / "usual"), tmp_path / "a")
+    texts = {split: text.replace(b"\n", ending) for split, text in TEXTS.items() if text}
+    other = prepared(folder_corpus(tmp_path / "other", **texts), tmp_path / "b")
+    for split in ("train", "valid", "test"):
+        expected = identifiers(getattr(open_corpus(usual), split))
+        assert identifiers(getattr(open_corpus(other), split)) == expected
+
+
+def test_text_without_spaces_is_prepared_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "".join(f"{word}\n" for word in ["\u6211\u5011", "\u4f60\u5011", "\u4ed6"] * 30)
+    text = lines.encode()
+    prepared(folder_corpus(tmp_path / "raw", train=text, valid=text, test=text), tmp_path)
+    said = capsys.readouterr().err
+    assert "90 words of 3 kinds in 90 lines" in said
+    assert "separate its words first" in said
+
+
+def test_ordinary_text_is_prepared_without_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = b"the dog sat\n" * 20
+    prepared(folder_corpus(tmp_path / "raw", train=text, valid=text, test=text), tmp_path)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_in_the_place_of_a_file_is_said(tmp_path: Path) -> None:
     corpus = folder_corpus(tmp_path / "raw", test=None)
     (tmp_path / "raw" / "test.txt").mkdir()

@@ -243,3 +243,18 @@ def test_sizes_whose_floor_would_take_too_long_to_compute_are_refused() -> None:
             openers_per_topic=2,
             function_words=50,
         )
+
+
+def test_independent_words_have_zipf_s_frequencies_and_all_are_in_the_vocabulary() -> None:
+    definition = CORPUS_DEFINITION.validate_python(BUILT_IN["synthetic-zipf"])
+    process = synthetic.build(definition)
+    assert len(set(process.words)) == len(process.words) == 10_000
+    law = process.probabilities[0]
+    assert law.sum() == pytest.approx(1, abs=1e-12)
+    assert law[0] == 1 / 22  # a sentence's mean length is the other way round
+    assert law[1] / law[10] == pytest.approx(10)
+    entropy = -float(np.sum(law * np.log(law)))
+    assert process.entropy_rate() == pytest.approx(entropy, rel=1e-12)
+    assert process.bigram_entropy() == process.entropy_rate()
+    drawn = synthetic.sample(process, 20_000, 1, 1)
+    assert drawn.mean_nll() == pytest.approx(entropy, abs=5 * drawn.standard_error())

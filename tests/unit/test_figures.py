@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.fake_results import plan, write_corpus, write_results
+from tests.support.fake_results import plan, write_corpus, write_diverged, write_results
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import FigureFile, analyse
 from ptbench.backends import FRAMEWORKS
-from ptbench.report.figures import clock_parts, spread, write_figures
+from ptbench.report.figures import (
+    clock_parts,
+    draw_learning_curves,
+    last_finite,
+    spread,
+    write_figures,
+)
 from ptbench.report.palette import (
+    CLOCKS,
     DARK_BACKGROUND,
     DARK_FRAMEWORK_COLOURS,
     DARK_INK,
@@ -27,6 +37,7 @@ from ptbench.report.palette import (
     LIGHT_BACKGROUND,
     MUTED,
 )
+from ptbench.training.records import Seconds
 
 # Machado, Oliveira and Fernandes (2009), table 1, severity 1.0; on linear RGB.
 COLOUR_BLINDNESS = {
@@ -124,8 +135,9 @@ def draw(results: Path, folder: Path) -> tuple[FigureFile, ...]:
     rows = collect_rows(experiment, results)
     analysis = analyse(experiment, rows, CorpusFacts(floor_perplexity=100.0), [])
     for row in analysis.rows:
-        if row.seconds is not None:
-            assert sum(clock_parts(row).values()) == pytest.approx(row.seconds.total)
+        if row.n_ok:
+            total = np.mean(row.seeds("total_seconds"))
+            assert sum(clock_parts(row).values()) == pytest.approx(total)
     return write_figures(analysis, rows, folder)
 
 
@@ -179,3 +191,50 @@ def test_an_experiment_without_any_result_has_no_figures(tmp_path: Path) -> None
     rows = collect_rows(experiment, tmp_path)
     assert write_figures(analyse(experiment, rows, CorpusFacts(), []), rows, tmp_path / "f") == ()
     assert not (tmp_path / "f").exists()
+
+
+def test_the_clocks_of_the_figure_are_those_that_a_run_records() -> None:
+    assert {*CLOCKS, "total"} - {"other"} == set(Seconds.model_fields)
+
+
+@pytest.mark.parametrize(("epochs", "place"), [(3, "value"), (0, "upper edge")])
+def test_a_diverged_run_is_a_cross_at_its_last_finite_value(
+    tmp_path: Path, epochs: int, place: str
+) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_diverged(tmp_path, experiment.cells[0], epochs=epochs)
+    rows = collect_rows(experiment, tmp_path)
+    axes = draw_learning_curves(rows).axes[0]
+    [cross] = [line for line in axes.lines if line.get_marker() == "X"]
+    point = (cross.get_xdata()[0], cross.get_ydata()[0])
+    if place == "value":
+        [result] = rows[0].results("diverged").values()
+        assert point == (3, pytest.approx(math.exp(result.history[-1].valid_nll)))
+    else:
+        assert point == (1, 1)
+        assert cross.get_transform() == axes.get_xaxis_transform()
+    [file] = write_figures(analyse(experiment, rows, CorpusFacts(), []), rows, tmp_path / "f")
+    assert "Crosses are runs that diverged" in file.caption
+    assert "1 of 1 diverged" in file.alternative
+
+
+def test_a_run_that_ended_beyond_all_numbers_is_drawn_where_it_was_finite(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",), seeds=(1,))
+    write_diverged(tmp_path, experiment.cells[0], epochs=3)
+    [row] = collect_rows(experiment, tmp_path)
+    [cell] = row.cells
+    assert cell.result is not None
+    first, second, last = cell.result.history
+    endless = last.model_copy(update={"valid_nll": math.inf})
+    result = cell.result._replace(history=(first, second, endless))
+    assert last_finite(replace(cell, result=result)) == (2, math.exp(second.valid_nll))
+
+
+def test_the_users_own_plotting_settings_change_nothing(
+    figures: tuple[Path, tuple[FigureFile, ...]], tmp_path: Path
+) -> None:
+    folder, files = figures
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "lines.marker": "o"}):
+        draw(tmp_path / "results", tmp_path / "again")
+    for path in ((folder / file.name).with_suffix(".svg") for file in files):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()

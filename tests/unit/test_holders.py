@@ -1,4 +1,4 @@
-"""Whether who holds a cell still lives, between processes, machines, boots and Slurm jobs."""
+"""Whether the holder of a cell is alive, seen from other processes, machines and Slurm jobs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ptbench.training import holders
-from ptbench.training.holders import Holder, lives, silence_of, this_process, write_new
+from ptbench.training.holders import Holder, lives, silence_of, this_process
 
 LATELY, LONG_AGO = holders.SILENCE_SECONDS - 1, holders.SILENCE_SECONDS + 1
 
@@ -123,11 +123,3 @@ def test_silence_is_told_by_the_file_systems_clock(
     holders.touch(file)
     assert silence_of(file) == pytest.approx(0, abs=5)
     assert [path.name for path in tmp_path.iterdir()] == ["record"]
-
-
-def test_a_file_is_made_whole_and_once(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "record"
-    assert write_new(path, "first")
-    assert not write_new(path, "second")
-    assert path.read_text() == "first"
-    assert [p.name for p in path.parent.iterdir()] == ["record"]

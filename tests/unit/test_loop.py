@@ -1,4 +1,4 @@
-"""The training loop, on the float64 oracle: what it trains on, keeps, scores and gives up on."""
+"""The training loop, on the float64 oracle: what it trains on, keeps, scores, and when it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptbench.corpus.batching import ParallelStreams, Prefetched, Sentences, Wind
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Recipe
 from ptbench.training.clocks import Clocks
-from ptbench.training.loop import Progress, Run, Splits, evaluate, train
+from ptbench.training.loop import Progress, Run, Splits, Trainer, evaluate, train
 
 VOCABULARY = 9
 SIZES = {"layers": 1, "embedding_size": 5, "hidden_size": 5, "constant_epochs": 1}
@@ -55,7 +55,7 @@ class Recorder(Oracle):
 def run(recipe: Recipe, on: Splits | None = None) -> tuple[Run, Recorder, list[Progress]]:
     backend = new_oracle(recipe, 1, 3, VOCABULARY, Recorder)
     seen: list[Progress] = []
-    return train(backend, recipe, on or splits(), Clocks(), seen.append), backend, seen
+    return train(backend, on or splits(), Clocks(), seen.append), backend, seen
 
 
 def test_the_test_split_is_scored_with_the_best_epochs_parameters() -> None:
@@ -116,7 +116,7 @@ def test_averaged_parameters_are_scored_and_kept_and_training_goes_on_from_its_o
             return step
 
     watched = new_oracle(recipe, 1, 3, VOCABULARY, Watched)
-    whole = train(watched, recipe, splits(), Clocks(), lambda _: None)
+    whole = train(watched, splits(), Clocks(), lambda _: None)
     assert whole.best is not None
     assert whole.best.epoch == 3
     mean = np.mean(passed, axis=0)
@@ -152,7 +152,7 @@ def test_a_loss_above_the_limit_or_not_finite_ends_the_run_as_diverged_with_its_
 
     recipe = Recipe(**SIZES, epochs=3)
     backend = new_oracle(recipe, 1, 3, VOCABULARY, Breaks)
-    broken = train(backend, recipe, splits(), Clocks(), watch=list[Progress]().append)
+    broken = train(backend, splits(), Clocks(), watch=list[Progress]().append)
     assert broken.diverged == "the training loss of epoch 2 is not finite"
     assert [broken.best] == broken.history
 
@@ -194,13 +194,8 @@ def test_a_step_of_every_shape_compiles_on_its_own_clock_before_training() -> No
             first.setdefault(arguments[0].inputs.shape, running[-1])
             return super().train_step(*arguments)
 
-    train(
-        new_oracle(SENTENCES, 1, 0, VOCABULARY, Compiles),
-        SENTENCES,
-        sentences(),
-        Known(),
-        lambda _: None,
-    )
+    backend = new_oracle(SENTENCES, 1, 0, VOCABULARY, Compiles)
+    train(backend, sentences(), Known(), lambda _: None)
     assert first == {(8, 4): "compile", (16, 4): "compile", (24, 4): "compile"}
 
 
@@ -214,7 +209,7 @@ def test_compiling_every_shape_leaves_no_trace_in_the_result(
         return numbers, backend.snapshot(backend.initial_state(4, training=True))
 
     numbers, after = result()
-    monkeypatch.setattr("ptbench.training.loop.warm_up_training", lambda *_: None)
+    monkeypatch.setattr(Trainer, "warm_up_training", lambda _: None)
     expected, expected_after = result()
     assert numbers == expected
     assert same(after, expected_after)
@@ -230,7 +225,7 @@ def test_a_run_that_fails_or_ends_early_leaves_no_thread_that_prepares_batches()
     ahead = Splits(*(Prefetched(feed, 2) for feed in splits()))
     recipe = Recipe(**SIZES, epochs=1)
     with pytest.raises(RuntimeError, match="the step failed"):
-        train(new_oracle(recipe, 1, 0, VOCABULARY, Breaks), recipe, ahead, Clocks(), lambda _: None)
+        train(new_oracle(recipe, 1, 0, VOCABULARY, Breaks), ahead, Clocks(), lambda _: None)
     assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []
     run(recipe, ahead)
     assert [thread.name for thread in threading.enumerate() if thread.name == "prefetch"] == []

@@ -30,8 +30,8 @@ from tests.unit.test_configuration import (
 
 from ptbench.analysis.collect import OUTDATED
 from ptbench.cli import main
-from ptbench.configuration.loading import load_study, read_study
 from ptbench.configuration.specification import Specification
+from ptbench.configuration.study import load_study
 from ptbench.model.recipe import Recipe
 
 Files = dict[str, bytes]
@@ -190,7 +190,6 @@ def of_folder(texts: Path) -> dict[str, Any]:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """A prepared corpus of seven words."""
-    study = tmp_path / "study.json"
     texts = tmp_path / "texts"
     texts.mkdir()
     rng = np.random.default_rng(1)
@@ -202,9 +201,9 @@ def corpus(tmp_path: Path) -> Path:
         "corpora": {"mine": {"kind": "folder", "folder": str(texts)}},
         "corpus": "mine",
     }
-    load_study(configuration).write(study)
     folder = tmp_path / "corpora" / "mine"
-    main(["corpus", "--study", str(study), "--downloads", str(tmp_path), "--output", str(folder)])
+    content = load_study(configuration).corpus_content("mine")
+    main(["corpus", "--corpus", content, "--downloads", str(tmp_path), "--output", str(folder)])
     return folder
 
 
@@ -339,10 +338,10 @@ def test_a_bad_text(
         "corpora": {"mine": {"kind": "folder", "folder": str(texts)}},
         "corpus": "mine",
     }
-    load_study(configuration).write(tmp_path / "study.json")
+    content_json = load_study(configuration).corpus_content("mine")
     path.unlink() if content is None else path.write_bytes(content)
     said = refused(
-        "corpus", "--study", tmp_path / "study.json", "--downloads", tmp_path / "downloads",
+        "corpus", "--corpus", content_json, "--downloads", tmp_path / "downloads",
         "--output", tmp_path / "corpora" / "mine",
     )  # fmt: skip
     assert message in said
@@ -351,10 +350,18 @@ def test_a_bad_text(
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"config": 3}', b"\xff", b"null"])
 def test_a_bad_study(tmp_path: Path, refused: Callable[..., str], content: bytes) -> None:
     (tmp_path / "study.json").write_bytes(content)
-    refused(
-        "analyse", "demo", "--study", tmp_path / "study.json", "--results", tmp_path,
-        "--output", tmp_path / "out",
-    )  # fmt: skip
+    refused("status", "--study", tmp_path / "study.json", "--results", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"name": "mine", "content": 3}'])
+def test_bad_json_from_the_workflow(
+    tmp_path: Path, refused: Callable[..., str], content: str
+) -> None:
+    output = ("--output", tmp_path / "out")
+    refused("analyse", "--plan", content, "--results", tmp_path, *output)
+    refused("corpus", "--corpus", content, "--downloads", tmp_path, *output)
+    if content != "{}":
+        refused("partial", "--configuration", content, "--results", tmp_path, *output)
 
 
 # -------------------------------------------------------------------------------- cell folders
@@ -363,27 +370,19 @@ def test_a_bad_study(tmp_path: Path, refused: Callable[..., str], content: bytes
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     """Results of the demo, as if it had run."""
-    study = load_study({"experiments": ["demo"], "seeds": [1, 2], "devices": [1]})
-    study.write(tmp_path / "study.json")
     planned = plan("demo", ("demo-lstm",), seeds=(1, 2))
     write_results(tmp_path, planned)
     write_corpus(tmp_path)
     return tmp_path
 
 
-def analyse_arguments(results: Path, experiment: str = "demo") -> list[Any]:
+STUDY = load_study({"experiments": ["demo"], "seeds": [1, 2], "devices": [1]})
+
+
+def analyse_arguments(results: Path) -> list[Any]:
     return [
-        "analyse", experiment, "--study", results / "study.json", "--results", results,
-        "--output", results / "out",
+        "analyse", "--plan", STUDY.plan("demo"), "--results", results, "--output", results / "out",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("experiment", ["zaremba-small", "", "nonesuch"])
-def test_an_experiment_that_the_study_does_not_have(
-    results: Path, refused: Callable[..., str], experiment: str
-) -> None:
-    said = refused(*analyse_arguments(results, experiment))
-    assert f'the study has no experiment "{experiment}"; it has demo' in said
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "history.csv", "provenance.json"])
@@ -429,12 +428,12 @@ def test_a_cell_that_contradicts_itself_or_the_others(
 def test_a_partial_report_is_made_all_the_same_and_says_what_does_not_count(
     results: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fingerprint = read_study(results / "study.json").specification("demo-lstm").fingerprint
+    fingerprint = STUDY.specification("demo-lstm").fingerprint
     cells = results / "cells" / "demo-lstm"
     for path in cells.glob("jax/**/metrics.json"):  # the others are of an older recipe
         path.write_text(path.read_text().replace("0123456789ab", fingerprint, 1))
     (cells / "jax" / "devices-1" / "seed-2" / "metrics.json").write_text("{")
-    arguments = ["--study", results / "study.json", "--results", results]
+    arguments = ["--configuration", STUDY.configuration, "--results", results]
     main([str(word) for word in ("partial", *arguments, "--output", results / "partial")])
     assert "The report on 1 of 10 cells" in capfd.readouterr().out
     page = (results / "partial" / "index.html").read_text()

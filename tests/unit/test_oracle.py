@@ -1,4 +1,4 @@
-"""The float64 oracle against calculus, arithmetic and theory; all else is tested against it."""
+"""The float64 oracle, which all frameworks are compared with, against calculus and theory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def batch_of(steps: int, seed: int = 3) -> Batch:
 
 
 def penalties(oracle: Oracle, batch: Batch, state: dict[str, Any]) -> float:
-    """The activation regularisations, summed over real tokens, by their definition."""
+    """Return the sum of both activation regularisations over real tokens, by their definition."""
     recipe = oracle.recipe
     masks = oracle.dropout_masks(*batch.inputs.shape) if recipe.drops else oracle.no_masks
     forward = oracle.forward(batch.inputs, state, masks)
@@ -96,8 +96,8 @@ def test_gradients_are_the_objective_s_central_differences(changes: dict[str, An
     state = random_state(oracle)
     divisor = oracle.objective_divisor(batch)
     _, gradients, _ = oracle.loss_and_gradients(batch, state)
-    # Rounding costs about epsilon / h, truncation h^2 / 6 times the third derivative, so the cube
-    # root of epsilon is nearly the best h; ten is for the operations that round.
+    # Rounding costs about epsilon / h, and truncation h^2 / 6 times the third derivative, so the
+    # cube root of epsilon is nearly the best h. The factor of 10 allows for many roundings.
     epsilon = np.finfo(np.float64).eps
     h = epsilon ** (1 / 3)
 
@@ -218,14 +218,14 @@ def test_weight_decay_adds_its_multiple_of_the_parameters_to_the_clipped_gradien
         oracle.train_step(batch_of(TIME), oracle.initial_state(BATCH, True), 0.1).gradient_norm
         for oracle in (plain, decayed)
     ]
-    assert norms[0] == norms[1]  # the penalty is no part of what is clipped
+    assert norms[0] == norms[1]  # the penalty is not clipped
     for name in before:
         difference = plain.p[name] - decayed.p[name]
         np.testing.assert_allclose(difference, 0.1 * 0.3 * before[name], atol=1e-14)
 
 
 def directions(gradients: list[float], **changes: Any) -> list[float]:
-    """What a rate of 1 subtracts from one number at each of these gradients."""
+    """Return what a rate of 1 subtracts from a number at each of these gradients."""
     oracle, subtracted = oracle_with(**changes), []
     for gradient in gradients:
         oracle.step += 1

@@ -1,4 +1,4 @@
-"""Shapes, counts, divisors and shares that all backends take from the contract."""
+"""What all backends share: shapes, counts, layouts, divisors and shares of a batch."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_sparse_model_keeps_the_share_of_the_weights(kept: float, thousands: f
     assert count / 1000 == pytest.approx(thousands, rel=1e-4)
 
 
-def test_as_many_weights_are_kept_in_every_gate_s_matrix_and_the_seed_says_which() -> None:
+def test_every_gate_keeps_the_same_number_of_weights_and_the_seed_says_which() -> None:
     recipe = Recipe(layers=2, embedding_size=12, hidden_size=16, kept_weights=0.3, rnn="gru")
     masks = kept_weights(recipe, 40, seed=1)
     again, other = kept_weights(recipe, 40, seed=1), kept_weights(recipe, 40, seed=2)
@@ -219,7 +219,7 @@ def test_as_many_weights_are_kept_in_every_gate_s_matrix_and_the_seed_says_which
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
 @pytest.mark.parametrize("count", [1, 30, 999, 1000])
-def test_what_is_kept_does_not_depend_on_the_memory_that_its_draw_takes(
+def test_which_weights_are_kept_does_not_depend_on_the_size_of_the_chunks(
     count: int, chunk: int
 ) -> None:
     order = np.argsort(np.random.default_rng(5).random(1000), kind="stable")
@@ -227,7 +227,7 @@ def test_what_is_kept_does_not_depend_on_the_memory_that_its_draw_takes(
     np.testing.assert_array_equal(drawn, order[:count])
 
 
-def test_the_kept_weights_of_a_wide_gate_take_memory_for_themselves_alone() -> None:
+def test_drawing_few_weights_of_a_wide_gate_takes_little_memory() -> None:
     tracemalloc.start()
     drawn = smallest_draws(np.random.default_rng(1), 20_000_000, 2000, chunk=1 << 18)
     _, peak = tracemalloc.get_traced_memory()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ptbench.backends import FRAMEWORKS
-from ptbench.configuration.loading import load_study
+from ptbench.configuration.study import load_study
 from ptbench.model.recipe import Recipe
 from ptbench.report.formatting import framework_name
 from ptbench.training.records import read_history, read_metrics

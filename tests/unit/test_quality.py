@@ -1,4 +1,4 @@
-"""The checks that every change must pass; each prints what is wrong."""
+"""The checks that every change must pass. Each prints what is wrong."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ WORKFLOW_FILES = ["Snakefile", "workflow/rules"]
         pytest.param(["ruff", "format", "--check"], id="the code is formatted"),
         pytest.param(["mypy"], id="type hints hold"),
         pytest.param(["snakefmt", "--check", *WORKFLOW_FILES], id="the rules are formatted"),
-        pytest.param(["snakemake", "--lint"], id="snakemake has nothing to complain of"),
+        pytest.param(["snakemake", "--lint"], id="snakemake finds nothing"),
     ],
 )
 def test_check(command: list[str]) -> None:

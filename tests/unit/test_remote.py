@@ -1,8 +1,10 @@
-"""The suites' own machinery: a backend in another process is as the backend in this one."""
+"""A backend in another process, as the tests use it, is like a backend in this one."""
 
 from __future__ import annotations
 
 import io
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 from tests.support import probes, wire
 from tests.support.problems import BATCH, DROPOUT, new_oracle, random_batch, same, train
-from tests.support.remote import RemoteBackend, Worker, WorkerError, probe
+from tests.support.remote import ROOT, RemoteBackend, Worker, WorkerError, probe
+
+from ptbench.corpus.batching import Batch
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +30,18 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 @pytest.fixture
 def remote(worker: Worker) -> RemoteBackend:
     return RemoteBackend(worker, "numpy", DROPOUT, seed=3)
+
+
+def test_a_batch_arrives_as_a_batch() -> None:
+    stream = io.BytesIO()
+    batch = random_batch(0)
+    wire.send(stream, [batch, 1])
+    stream.seek(0)
+    arrived, one = wire.receive(stream)
+    assert isinstance(arrived, Batch)
+    assert one == 1
+    for array, expected in zip(arrived, batch, strict=True):
+        np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,19 @@ def test_the_death_of_a_worker_is_reported_with_what_it_said_last(tmp_path: Path
     with pytest.raises(WorkerError, match=r"status 3:\nlast words"):
         worker.ask("create")
     worker.close()
+
+
+def test_children_of_a_test_run_that_ignores_ctrl_c_do_not_ignore_it() -> None:
+    child = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    run = (
+        "import subprocess, sys\n"
+        "from tests.support.interrupts import let_interrupts_through\n"
+        "let_interrupts_through()\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}])\n"
+    )
+    in_background = f'trap "" INT; exec {shlex.join([sys.executable, "-c", run])}'
+    said = subprocess.run(["sh", "-c", in_background], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout == "True\n", said.stderr
 
 
 def test_what_a_framework_prints_does_not_get_between_the_messages(tmp_path: Path) -> None:

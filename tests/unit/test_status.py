@@ -13,15 +13,15 @@ from rich.console import Console
 from tests.support.fake_results import metrics, write_cell, write_diverged
 
 from ptbench.analysis.collect import OUTDATED
-from ptbench.configuration.loading import Study, load_study
 from ptbench.configuration.specification import Cell
+from ptbench.configuration.study import Study, load_study
 from ptbench.errors import InterruptionError
 from ptbench.report.status import (
     after_errors,
-    corpus_failures,
     distinct,
     failures,
     job_errors,
+    preparation_failures,
     show,
     status_json,
     study_status,
@@ -176,11 +176,11 @@ def test_a_corpus_that_failed_is_told_in_the_sentence_of_its_log(tmp_path: Path)
         f"    log: {path} (check log file(s) for error details)\n    shell:\n        python\n"
         for name, path in (("mine", own), ("other", "nowhere.log"))
     )
-    assert corpus_failures(log) == (
+    assert preparation_failures(log) == (
         f"corpus mine failed: corpus mine cannot be had\n  log:   {own}\n"
         "corpus other failed: no reason is known\n  log:   nowhere.log"
     )
-    assert corpus_failures("") == ""
+    assert preparation_failures("") == ""
 
 
 def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_before(

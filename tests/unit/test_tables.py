@@ -12,7 +12,8 @@ from tests.support.fake_results import metrics, plan, write_cell, write_diverged
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import Analysis, analyse
-from ptbench.analysis.plan import ExperimentPlan
+from ptbench.analysis.metrics import METRICS, NOTHING
+from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.report import formatting, tables
 
 
@@ -70,12 +71,31 @@ def test_tables_without_rows_keep_their_header(tmp_path: Path) -> None:
         assert text.startswith("variant,")
 
 
+def test_the_csv_has_every_metric_and_what_diverged(analysis: Analysis) -> None:
+    pytorch, _, jax = records(tables.results_csv(analysis))
+    for name, metric in METRICS.items():
+        assert name + metric.kind.column in pytorch
+    assert float(pytorch["load_seconds_median"]) == 0.4
+    assert float(pytorch["train_perplexity"]) == pytest.approx(math.exp(3.9), rel=1e-12)
+    assert (pytorch["n_diverged"], jax["n_diverged"]) == ("0", "1")
+
+
 def test_the_plus_minus_signs_stand_below_one_another(analysis: Analysis) -> None:
     lines = [line for line in tables.markdown(analysis).splitlines() if line.startswith("|")]
-    places = [[i for i, c in enumerate(line) if c == "±"] for line in lines[2:]]
-    assert len(places[0]) == 2
-    assert places[0] == places[2]
-    assert {len(line) for line in lines} == {len(lines[0])}
+    places = [[i for i, c in enumerate(line) if c == "|"] for line in lines]
+    assert all(place == places[0] for place in places)
+    columns = [text.strip() for text in lines[0].split("|")]
+    for split in ("test", "valid", "train"):
+        texts = [line.split("|")[columns.index(f"± {split}")] for line in lines[2:]]
+        assert texts[0].strip().startswith("± ")
+        assert not texts[1].strip()
+
+
+def test_what_was_recorded_is_printed(analysis: Analysis) -> None:
+    header = tables.markdown(analysis).splitlines()[2]
+    for words in ("Train perplexity", "Time per epoch", "Epochs", "Total time", "Load time"):
+        assert f" {words} " in header
+    assert "GPU" not in header  # no run had one
 
 
 def test_people_see_every_row_its_seeds_and_what_failed(analysis: Analysis) -> None:
@@ -84,6 +104,7 @@ def test_people_see_every_row_its_seeds_and_what_failed(analysis: Analysis) -> N
         assert "0/3" in text
         assert "2/3" in text
         assert "no seed has a result" in text
+        assert "2/3, 1 diverged" in text
         assert "seed 3 diverged" in text
 
 
@@ -93,7 +114,7 @@ def test_an_invalid_row_is_marked(tmp_path: Path) -> None:
     for cell in experiment.cells[:2]:
         write_diverged(tmp_path, cell)
     text = tables.markdown(analysis_of(experiment, tmp_path))
-    assert "1/3 invalid" in text
+    assert "1/3, 2 diverged, invalid" in text
 
 
 def test_one_seed_shows_no_interval(tmp_path: Path) -> None:
@@ -108,18 +129,19 @@ def test_latex_has_booktabs_rules_and_escapes_names(analysis: Analysis) -> None:
     text = tables.latex(analysis)
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
         assert rule in text
-    header, *body = [line for line in text.splitlines() if line.endswith(r"\\")]
-    group, *body = body
-    assert group == r"\multicolumn{7}{l}{\textit{tiny+dropout=0.5, 1 device, stock}} \\"
+    header, group, *body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert group.startswith(r"\rlap{\textit{tiny+dropout=0.5, 1 device, stock}} & ")
     assert len(body) == 3
-    assert {line.count(" & ") for line in [header, *body]} == {6}
+    assert len({line.count(" & ") for line in [header, group, *body]}) == 1
     assert r"95 \% interval" in header
+    assert r"\caption{The demo experiment. Perplexities are" in text
+    assert r"\label{tab:demo}" in text
     # 99.484, 109.947 and 121.510: geometric mean exp(4.7), standard deviation sqrt(242.8 / 2)
-    assert r"109.95 $\pm$ 11.02" in body[0]
+    assert r"PyTorch & 3/3 & 109.95 & $\pm$ 11.02 & " in body[0]
 
 
 def test_latex_escapes_every_special_character() -> None:
-    assert tables.escape_latex(r"a_b & 5% {x} \y ~ ^ # $") == (
+    assert r"a_b & 5% {x} \y ~ ^ # $".translate(tables.LATEX) == (
         r"a\_b \& 5\% \{x\} \textbackslash{}y \textasciitilde{} \textasciicircum{} \# \$"
     )
 
@@ -127,24 +149,25 @@ def test_latex_escapes_every_special_character() -> None:
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (formatting.format_perplexity(118.4567), "118.46"),
-        (formatting.format_perplexity(1234.5), "1,234.50"),
-        (formatting.format_perplexity(31479922593.0), "31,479,922,593"),
-        (formatting.format_perplexity(math.inf), "∞"),
-        (formatting.format_perplexity(None), formatting.NOTHING),
-        (formatting.format_parameters(4_651_600), "4.652 M"),
-        (formatting.format_parameters(52_300), "52,300"),
-        (formatting.format_bytes(663e6), "663 MB"),
-        (formatting.format_bytes(4.83e9), "4.83 GB"),
-        (formatting.format_seconds(3.21), "3.2 s"),
-        (formatting.format_seconds(300), "5 min"),
-        (formatting.format_seconds(17604), "4 h 53 min"),
+        (METRICS["test_perplexity"].text(118.4567), "118.46"),
+        (METRICS["test_perplexity"].text(1234.5), "1,234.50"),
+        (METRICS["test_perplexity"].text(31479922593.0), "31,479,922,593"),
+        (METRICS["test_perplexity"].text(math.inf), "∞"),
+        (METRICS["test_perplexity"].text(None), NOTHING),
+        (METRICS["tokens_per_second"].text(9876.5), "9,876"),
+        (METRICS["parameters"].text(4_651_600), "4.652 M"),
+        (METRICS["parameters"].text(52_300), "52,300"),
+        (METRICS["peak_memory_bytes"].text(663e6), "663 MB"),
+        (METRICS["peak_memory_bytes"].text(4.83e9), "4.83 GB"),
+        (METRICS["seconds_per_epoch"].text(3.21), "3.2 s"),
+        (METRICS["total_seconds"].text(300), "5 min"),
+        (METRICS["total_seconds"].text(17604), "4 h 53 min"),
+        (METRICS["best_epoch"].text(12.5), "12.5"),
         (formatting.format_percent(0.0123), "+1.2 %"),
         (formatting.format_percent(-0.5), "\N{MINUS SIGN}50.0 %"),
         (formatting.format_percent(-0.0001), "0.0 %"),
         (formatting.format_p(0.0004), "< 0.001"),
         (formatting.format_p(0.04947), "0.049"),
-        (formatting.format_epoch(12.5), "12.5"),
     ],
 )
 def test_numbers_are_written_as_people_read_them(written: str, expected: str) -> None:
@@ -153,7 +176,8 @@ def test_numbers_are_written_as_people_read_them(written: str, expected: str) ->
 
 def test_every_table_says_which_implementation_it_shows(tmp_path: Path) -> None:
     variants = ("tiny", "tiny+implementation=tuned")
-    experiment = plan(variants=variants, implementations={variants[1]: "tuned"})
+    tuned = {variants[1]: PlannedVariant(implementation="tuned")}
+    experiment = plan(variants=variants).model_copy(update={"variants": tuned})
     write_results(tmp_path, experiment)
     analysis = analysis_of(experiment, tmp_path)
     for record in records(tables.results_csv(analysis)):

@@ -74,7 +74,7 @@ def test_a_folder_s_name_is_a_name_to_the_trainer_too(hostile: Project) -> None:
 def test_a_mirror_s_address_is_an_address(hostile: Project) -> None:
     said = run(hostile, "results/corpora/lost/corpus.json", expect=1)
     log = (hostile.folder / "results" / "logs" / "corpora" / "lost.log").read_text()
-    assert "corpus lost cannot be had from any of its mirrors" in log, said
+    assert "corpus lost cannot be fetched from any of its mirrors" in log, said
     assert MIRROR in log, "it was tried"
     assert not pwned(hostile)
 

@@ -72,7 +72,9 @@ def test_a_comment_in_code_or_configuration_re_runs_nothing(finished: Project) -
 
 
 def test_an_edited_shell_line_re_runs_nothing(finished: Project) -> None:
-    finished.replace("workflow/rules/training.smk", "--threads {threads}", "--threads  {threads}")
+    finished.replace(
+        "workflow/rules/training.smk", "--cell {params.cell:q}", "--cell  {params.cell:q}"
+    )
     assert finished.planned(*RUN) == []
 
 
@@ -105,12 +107,11 @@ def test_a_missing_cell_is_run_again_alone_by_the_same_command_or_by_its_path(
 
 
 def test_a_new_published_number_is_set_beside_ours_without_training(finished: Project) -> None:
-    with (finished.folder / "workflow/published/zaremba2014.csv").open("a") as file:
-        file.write("tiny,tiny,,1,valid_perplexity,9.5,,a source,Table 1,\n")
-    assert finished.planned(*RUN) == [
-        "results/experiments/tiny/analysis.json",
-        "results/report/index.html",
-    ]
+    with (finished.folder / "workflow/papers/zaremba2014/published.csv").open("a") as file:
+        file.write("tiny,tiny,,1,valid_perplexity,9.5,,Table 1,\n")
+    tables = ("table.csv", "table.md", "table.tex", "comparison.csv", "differences.csv")
+    remade = [f"results/experiments/tiny/{name}" for name in (*tables, "analysis.json", "figures")]
+    assert finished.planned(*RUN) == [*sorted(remade), "results/report/index.html"]
     said = finished.snakemake(*RUN).stdout
     assert said.endswith("The report is at results/report/index.html\n")
     assert said.count("The report is at") == 1
@@ -136,6 +137,16 @@ def test_any_variant_of_any_recipe_can_be_asked_for_by_its_path(project: Project
     assert path in project.planned(path, "--cores", "1")
 
 
+def test_a_cell_that_runs_alone_claims_all_cores(project: Project) -> None:
+    def threads(cell: str) -> str:
+        plan = project.snakemake("-n", f"results/cells/{cell}/metrics.json", "--cores", "7").stdout
+        return "".join(line.strip() for line in plan.splitlines() if "threads: " in line)
+
+    assert threads("speed-small/jax/devices-1/seed-1") == "threads: 7"
+    assert threads("demo-lstm+alone=true/jax/devices-2/seed-1") == "threads: 7"
+    assert threads("demo-lstm/jax/devices-2/seed-1") == "threads: 2"
+
+
 def test_the_default_study_is_the_demo_in_all_frameworks(project: Project) -> None:
     cells = [path for path in project.planned("--cores", "1") if "/cells/" in path]
     assert len(cells) == 5 * 2 * 3
@@ -146,11 +157,13 @@ def test_the_default_study_is_the_demo_in_all_frameworks(project: Project) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["sedes=[1]"], 'sedes: there is no such key for ["1"]; did you mean seeds?'),
+        (["sedes=[1]"], "--config: sedes: there is no such key for [1]; did you mean seeds?"),
         (["seeds=[]"], "seeds: [] is not allowed"),
         (["frameworks=[torch]"], 'frameworks[0]: "torch" is not allowed'),
         (["experiments=dmo"], 'there is no experiment "dmo"; did you mean demo?'),
         (["mirrors={ptb: 'file://data/ptb'}"], "file://data/ptb names a host"),
+        (["seeds=[1"], "--config seeds, line 1: not valid YAML"),
+        (["papers=greatti"], 'papers: there is no paper "greatti"; did you mean greatti2019?'),
     ],
 )
 def test_a_bad_configuration_is_one_sentence_and_no_frames(
@@ -166,7 +179,7 @@ def test_a_bad_configuration_is_one_sentence_and_no_frames(
         (b"seeds: 1\nseeds: 2\n", "config.yaml, line 2: not valid YAML: seeds is there twice"),
         (b"\xff", "config.yaml: not UTF-8 at byte 0"),
         (b"- demo\n", "config.yaml: must be a mapping"),
-        (b"sedes: 1\n", "config.yaml: sedes: there is no such key"),
+        (b"sedes: 1\n", "config.yaml, line 1: sedes: there is no such key"),
         (None, "cannot read config.yaml: No such file"),
     ],
 )
@@ -177,6 +190,33 @@ def test_a_file_that_is_no_configuration_is_refused_by_name_and_line(
     if content is not None:
         configuration.write_bytes(content)
     assert message in refused(project)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"threads: 1\nsedes: 1\n", "mine.yaml, line 2: sedes: there is no such key"),
+        (b"seeds: 1\nseeds: 2\n", "mine.yaml, line 2: not valid YAML: seeds is there twice"),
+        (b"threads: 1:30\n", 'mine.yaml, line 1: threads: "1:30" is not allowed'),
+    ],
+)
+def test_a_configfile_on_the_command_line_is_refused_by_name_and_line_too(
+    project: Project, content: bytes, message: str
+) -> None:
+    (project.folder / "mine.yaml").write_bytes(content)
+    assert message in refused(project, "--configfile", "mine.yaml")
+
+
+def test_of_several_configurations_the_last_one_wins_and_the_command_line_over_all(
+    project: Project,
+) -> None:
+    (project.folder / "a.yaml").write_text("seeds: 7\nframeworks: jax\ndevices: [1]\n")
+    (project.folder / "b.yaml").write_text("seeds: 010\ncorpus: ptb\n")
+    files = ("--configfile", "a.yaml", "b.yaml")
+    cells = project.planned("--cores", "1", *files, "--config", "corpus=null", "devices=[02]")
+    assert [path for path in cells if "/cells/" in path] == [
+        "results/cells/demo-lstm/jax/devices-2/seed-10/metrics.json"
+    ]
 
 
 def test_an_empty_configuration_means_the_defaults(configuration: Path, project: Project) -> None:

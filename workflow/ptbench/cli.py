@@ -1,194 +1,209 @@
-"""`uv run ptbench <command>`: what people can call, and the workflow's rules do.
+"""`uv run ptbench <command>`: the commands that people and the workflow's rules call.
 
-Imports pydantic and the standard library alone until it knows the command: `train` runs in the
-frameworks' environments, the others in the workflow's; `evaluate` and `predict` go from the one to
-the other.
+Until the command is known, this imports the standard library alone. `train` runs in a framework's
+environment, so argparse does the parsing; `evaluate` and `predict` start in the workflow's
+environment and change to a framework's; all other commands run in the workflow's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
+from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
+from ptbench.files import write_atomically
+from ptbench.log import Log
 
 if TYPE_CHECKING:
-    from ptbench.configuration.loading import Study
+    from ptbench.backends.base import Backend
+    from ptbench.configuration.specification import Cell
+    from ptbench.configuration.study import Study
+    from ptbench.corpus.definitions import Split
+    from ptbench.corpus.store import Corpus
+    from ptbench.model.recipe import Accelerator
 
 
-def environments(arguments: argparse.Namespace) -> None:
-    """Build the frameworks' virtual environments from their locks, those that are not current."""
+T = TypeVar("T")
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+Function = Callable[..., None]
+
+
+class Command(NamedTuple):
+    """A command: the function that runs it, and its part of the command line's grammar."""
+
+    function: Function
+    description: str
+    arguments: tuple[Argument, ...]
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def argument(*flags: str, **options: Any) -> Argument:
+    """Declare an argument with the words of `ArgumentParser.add_argument`."""
+    return flags, options
+
+
+def command(description: str, *arguments: Argument) -> Callable[[Function], Function]:
+    """Make a function a command. It is called with its arguments by name.
+
+    The description is no docstring, because `python -OO` has none.
+    """
+
+    def register(function: Function) -> Function:
+        COMMANDS[function.__name__] = Command(function, description, arguments)
+        return function
+
+    return register
+
+
+def positive(text: str) -> int:
+    """Read a whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """Read a whole number from zero."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
+    return int(text)
+
+
+def nonnegative(text: str) -> float:
+    """Read a number from zero."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+
+
+WAIT_HELP = "wait so long if another process trains the cell"
+SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, begun or not"
+
+# Arguments of several commands.
+ACCELERATOR = argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
+ENVIRONMENTS = argument("--environments", type=Path, default=Path("results/environments"))
+LOG = argument("--log", type=Path, help="file for all output; progress is also shown")
+PAPERS = argument(
+    "--papers", type=Path, default=Path("workflow/papers"), help="folder of published numbers"
+)
+
+
+@command(
+    "Build the frameworks' virtual environments from their locks, those that are not current.",
+    argument("frameworks", nargs="+", choices=FRAMEWORKS),
+    ACCELERATOR,
+    argument("--output", type=Path, required=True, help="folder of all environments"),
+    LOG,
+)
+def environments(frameworks: list[str], accelerator: str, output: Path, log: Path | None) -> None:
     from ptbench.environments import build, is_current
 
-    for framework in arguments.frameworks:
-        folder = arguments.output / f"{framework}-{arguments.accelerator}"
-        if not is_current(framework, arguments.accelerator, folder):
-            print(f"Building the environment of {framework} in {folder}", flush=True)
-            build(framework, arguments.accelerator, folder)
+    with Log(log) as opened:
+        for framework in frameworks:
+            folder = output / f"{framework}-{accelerator}"
+            if not is_current(framework, accelerator, folder):
+                opened.say(f"Building the environment of {framework} in {folder}")
+                build(framework, accelerator, folder)
 
 
-def corpus(arguments: argparse.Namespace) -> None:
-    """Fetch or generate a corpus, verify it, and store it as integers."""
-    from ptbench.configuration.loading import read_study
+@command(
+    "Fetch or generate a corpus, verify it, and store it as integers.",
+    argument("--corpus", required=True, help="its name, content and subset, as JSON"),
+    argument("--fetching", default="{}", help="how corpora are fetched, by name, as JSON"),
+    argument("--downloads", type=Path, required=True, help="folder for what is fetched"),
+    argument("--output", type=Path, required=True, help="folder named as the corpus"),
+    LOG,
+)
+def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path | None) -> None:
+    from ptbench.corpus.definitions import definition_from
     from ptbench.corpus.prepare import prepare
 
-    name, definition, subset = read_study(arguments.study).corpus(arguments.output.name)
-    with Log(arguments.log) as log:
-        prepare(name, definition, subset, arguments.downloads, arguments.output, log.terminal)
+    how = from_json("--fetching", fetching, dict)
+    name, definition, subset = from_json(
+        "--corpus", corpus, lambda asked: definition_from(asked, how)
+    )
+    with Log(log) as opened:
+        prepare(name, definition, subset, downloads, output, opened.terminal)
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train and score one cell."""
-    from ptbench.training.signals import Signals, end_children
+@command(
+    "Train and score one cell.",
+    argument("--cell", required=True, help="variant/framework/devices-N/seed-N"),
+    argument("--specification", required=True, help="what to train, as JSON"),
+    argument("--corpus", type=Path, required=True, help="folder of the prepared corpus"),
+    argument("--output", type=Path, required=True, help="folder of the cell's results"),
+    argument("--checkpoints", type=Path, required=True, help="folder of its parameters"),
+    argument("--attempts", type=Path, required=True, help="folder of its attempts' records"),
+    argument("--wait-for-lock", type=float, default=0.0, metavar="SECONDS", help=WAIT_HELP),
+    argument("--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"),
+    argument("--threads", type=int, default=1, help="CPU threads"),
+    LOG,
+)
+def train(
+    cell: str,
+    specification: str,
+    corpus: Path,
+    output: Path,
+    checkpoints: Path,
+    attempts: Path,
+    wait_for_lock: float,
+    checkpoint_minutes: float,
+    threads: int,
+    log: Path | None,
+) -> None:
+    from ptbench.training.signals import ProcessSignals, end_children
 
-    signals = Signals()  # before anything that starts a thread
+    signals = ProcessSignals()  # before anything that starts a thread
+    which = parsed_cell(cell)
+    isolate(which.framework, threads, which.devices)  # before NumPy starts its threads
 
     import faulthandler
 
-    from pydantic import ValidationError
-
-    from ptbench.configuration.specification import parse_cell_path
     from ptbench.training.cell import Paths, attempt_at, read_specification, run_cell
 
+    specified = read_specification(specification)
+    paths = Paths(corpus, output, attempts, checkpoints)
     try:
-        cell = parse_cell_path(arguments.cell)
-    except (ValueError, ValidationError) as error:
-        raise PtbenchError(
-            f"--cell {arguments.cell} is not variant/framework/devices-N/seed-N"
-        ) from error
-    specification = read_specification(arguments.specification)
-    paths = Paths(arguments.corpus, arguments.output, arguments.attempts, arguments.checkpoints)
-    try:
-        with (
-            attempt_at(cell, specification, paths, arguments.log) as attempt,
-            Log(arguments.log) as log,
-        ):
+        with attempt_at(which, specified, paths, log) as attempt, Log(log) as opened:
             faulthandler.enable()
-            signals.say, signals.abandon = log.say, attempt.abandon
+            signals.say, signals.abandon = opened.say, attempt.abandon
             metrics = run_cell(
-                cell,
-                specification,
-                paths,
-                arguments.threads,
-                log.say,
-                arguments.checkpoint_minutes,
-                arguments.wait_for_lock,
-                attempt,
-                signals,
-            )
+                which, specified, paths, max(threads, which.devices), opened.say,
+                checkpoint_minutes, wait_for_lock, attempt, signals,
+            )  # fmt: skip
             test = metrics.test
             shown = f"test perplexity {test.perplexity:.2f}" if test else metrics.reason
             seconds = f"{metrics.seconds.total:.0f} s"
-            log.say(f"[{cell.path}] {metrics.status}: {shown}, {seconds}{cells_done(paths.output)}")
+            opened.say(f"[{cell}] {metrics.status}: {shown}, {seconds}{cells_done(output)}")
     except BaseException:
-        end_children()  # replicas that wait for this one would hold up its end
+        end_children()  # replicas that wait for this process would keep it from ending
         raise
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Score a split with a trained model, in any framework, whichever trained it."""
-    import json
-
-    from ptbench.training import inference
-
-    checkpoint = inference.read_checkpoint(arguments.checkpoint)
-    corpus = inference.open_corpus_of(checkpoint, arguments.corpus)
-    enter_environment(arguments)
-    model = inference.build(
-        checkpoint, arguments.framework, arguments.accelerator, arguments.threads
-    )
-    with contextlib.closing(model):
-        score = inference.evaluate_split(model, corpus, arguments.split)
-    if arguments.json:
-        said = {"framework": arguments.framework, "split": arguments.split}
-        print(json.dumps(said | json.loads(score.model_dump_json())))
-    else:
-        print(
-            f"{arguments.split} perplexity {score.perplexity:.4f}, {score.nll:.6f} nats per token, "
-            f"{score.tokens} tokens, in {arguments.framework}"
-        )
-
-
-def predict(arguments: argparse.Namespace) -> None:
-    """Show true and predicted next words, and text that a trained model makes up."""
-    import json
-
-    from ptbench.training import inference
-
-    checkpoint = inference.read_checkpoint(arguments.checkpoint)
-    corpus = inference.open_corpus_of(checkpoint, arguments.corpus)
-    enter_environment(arguments)
-    model = inference.build(
-        checkpoint, arguments.framework, arguments.accelerator, arguments.threads
-    )
-    with contextlib.closing(model):
-        stretch = inference.predict_next_words(
-            model, corpus, arguments.split, arguments.start, arguments.words
-        )
-        drawn = inference.sample(
-            model, corpus, arguments.sample, arguments.temperature, arguments.seed
-        )
-    text = " ".join(corpus.words[word] for word in drawn)
-    if arguments.json:
-        predictions = [
-            each._asdict()
-            | {name: corpus.words[getattr(each, name)] for name in ("given", "true", "predicted")}
-            for each in stretch
-        ]
-        said = {"framework": arguments.framework, "split": arguments.split}
-        print(json.dumps(said | {"predictions": predictions, "sample": text}))
-        return
-    print(f"{'true next word':20} probability   {'most probable':20} probability")
-    for each in stretch:
-        print(
-            f"{corpus.words[each.true]:20} {each.true_probability:11.4f}   "
-            f"{corpus.words[each.predicted]:20} {each.predicted_probability:11.4f}"
-        )
-    right = sum(each.true == each.predicted for each in stretch)
-    print(f"{right} of {len(stretch)} words predicted, in {arguments.framework}\n")
-    print(f"Drawn at temperature {arguments.temperature:g} with seed {arguments.seed}:\n{text}")
-
-
-def enter_environment(arguments: argparse.Namespace) -> None:
-    """Let the same command in the framework's environment take this one's place.
-
-    Returns if the framework can be imported here.
-    """
-    import os
-
-    from ptbench.backends import backend_class
-    from ptbench.environments import PYTHON
+def parsed_cell(path: str) -> Cell:
+    """Return the cell that `--cell` names."""
+    from ptbench.configuration.specification import parse_cell_path
 
     try:
-        backend_class(arguments.framework, arguments.threads)
-        return
-    except PtbenchError as error:
-        if not isinstance(error.__cause__, ModuleNotFoundError):
-            raise
-        missing = error.__cause__.name
-    folder = arguments.environments / f"{arguments.framework}-{arguments.accelerator}"
-    if not (folder / PYTHON).exists():
-        raise PtbenchError(
-            f"{missing} cannot be imported here, and {folder} is not built; run `uv run ptbench "
-            f"environments {arguments.framework} --accelerator {arguments.accelerator} "
-            f"--output {folder.parent}`"
-        )
-    if Path(sys.prefix).resolve() == folder.resolve():
-        raise PtbenchError(f"{folder} has no {missing}; remove it and build it anew")
-    sys.stdout.flush()
-    package = Path(__file__).parents[1]
-    command = [str(folder / PYTHON), "-m", "ptbench", *sys.argv[1:]]
-    os.execve(command[0], command, os.environ | {"PYTHONPATH": str(package)})
+        return parse_cell_path(path)
+    except ValueError as error:
+        raise PtbenchError(f"--cell {path} is not variant/framework/devices-N/seed-N") from error
 
 
 def cells_done(cell_folder: Path) -> str:
-    """How far the study is, where the workflow wrote down what it plans."""
-    import json
-
+    """Say how far the study is, where the workflow has written down its plan."""
     for results in cell_folder.resolve().parents:
         with contextlib.suppress(OSError, ValueError, KeyError):
             planned = json.loads((results / "study.json").read_text())["cells"]
@@ -198,332 +213,344 @@ def cells_done(cell_folder: Path) -> str:
     return ""
 
 
-def analyse(arguments: argparse.Namespace) -> None:
-    """Tables, figures and verdicts of one experiment, from its cells' results."""
-    from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW, read_study
+MODEL_ARGUMENTS = (
+    argument("--framework", required=True, choices=(*FRAMEWORKS, ORACLE), help="numpy: in float64"),
+    argument("--checkpoint", type=Path, required=True, help="a best.safetensors"),
+    argument("--corpus", type=Path, help="folder of a prepared corpus; default: its own"),
+    argument("--split", choices=("train", "valid", "test"), default="test"),
+    ACCELERATOR,
+    argument("--threads", type=positive, default=1, help="CPU threads"),
+    ENVIRONMENTS,
+    argument("--json", dest="as_json", action="store_true", help="one JSON object"),
+)
+
+
+@command(
+    "Score a split with a trained model, in any framework, whichever trained it.",
+    *MODEL_ARGUMENTS,
+)
+def evaluate(framework: str, split: Split, as_json: bool, **model: Any) -> None:
+    backend, text = open_model(framework, **model)
+
+    from ptbench.training.inference import evaluate_split
+
+    with contextlib.closing(backend):
+        score = evaluate_split(backend, text, split)
+    if as_json:
+        said = {"framework": framework, "split": split}
+        print(json.dumps(said | json.loads(score.model_dump_json())))
+    else:
+        print(
+            f"{split} perplexity {score.perplexity:.4f}, {score.nll:.6f} nats per token, "
+            f"{score.tokens} tokens, in {framework}"
+        )
+
+
+@command(
+    "Show true and predicted next words, and text that a trained model makes up.",
+    *MODEL_ARGUMENTS,
+    argument("--start", type=whole, default=0, help="predictions to leave out"),
+    argument("--words", type=positive, default=20, help="predictions to show"),
+    argument("--sample", type=whole, default=50, help="words to draw"),
+    argument("--temperature", type=nonnegative, default=1.0, help="0: most probable words"),
+    argument("--seed", type=whole, default=0, help="of the draws"),
+)
+def predict(
+    framework: str,
+    split: Split,
+    as_json: bool,
+    start: int,
+    words: int,
+    sample: int,
+    temperature: float,
+    seed: int,
+    **model: Any,
+) -> None:
+    backend, text = open_model(framework, **model)
+
+    from ptbench.training import inference
+
+    with contextlib.closing(backend):
+        stretch = inference.predict_next_words(backend, text, split, start, words)
+        drawn = inference.sample(backend, text, sample, temperature, seed)
+    sampled = " ".join(text.words[word] for word in drawn)
+    predictions = [
+        each._asdict()
+        | {name: text.words[getattr(each, name)] for name in ("given", "true", "predicted")}
+        for each in stretch
+    ]
+    if as_json:
+        said = {"framework": framework, "split": split}
+        print(json.dumps(said | {"predictions": predictions, "sample": sampled}))
+        return
+    print(f"{'true next word':20} probability   {'most probable':20} probability")
+    for each in predictions:
+        print(
+            f"{each['true']:20} {each['true_probability']:11.4f}   "
+            f"{each['predicted']:20} {each['predicted_probability']:11.4f}"
+        )
+    right = sum(each.true == each.predicted for each in stretch)
+    print(f"{right} of {len(stretch)} words predicted, in {framework}\n")
+    print(f"Drawn at temperature {temperature:g} with seed {seed}:\n{sampled}")
+
+
+def open_model(
+    framework: str,
+    checkpoint: Path,
+    corpus: Path | None,
+    accelerator: Accelerator,
+    threads: int,
+    environments: Path,
+) -> tuple[Backend, Corpus]:
+    """Return a trained model in a framework, and its corpus.
+
+    If the framework cannot be imported here, the same command in its environment takes the place
+    of this process.
+    """
+    isolate(framework, threads)  # before NumPy starts its threads
+    if sentence := ignored_sentence():
+        complain(sentence)
+
+    from ptbench.training import inference
+
+    read = inference.read_checkpoint(checkpoint)
+    text = inference.open_corpus_of(read, corpus)
+    enter_environment(framework, threads, environments / f"{framework}-{accelerator}")
+    return inference.build(read, framework, accelerator, threads), text
+
+
+def enter_environment(framework: str, threads: int, folder: Path) -> None:
+    """Run this command in the framework's environment instead, if it cannot be imported here."""
+    from ptbench.environments import PYTHON
+
+    try:
+        backend_class(framework, threads)
+        return
+    except PtbenchError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        missing = error.__cause__.name
+    if not (folder / PYTHON).exists():
+        raise PtbenchError(
+            f"{missing} cannot be imported here, and {folder} is not built; run `uv run ptbench "
+            f"environments {framework} --accelerator {folder.name.rpartition('-')[2]} "
+            f"--output {folder.parent}`"
+        )
+    if Path(sys.prefix).resolve() == folder.resolve():
+        raise PtbenchError(f"{folder} has no {missing}; remove it and build it anew")
+    sys.stdout.flush()
+    package = Path(__file__).parents[1]
+    words = [str(folder / PYTHON), "-m", "ptbench", *sys.argv[1:]]
+    os.execve(words[0], words, os.environ | {"PYTHONPATH": str(package)})
+
+
+@command(
+    "Make the tables, figures and verdicts of one experiment from its cells' results.",
+    argument("--plan", required=True, help="what the experiment asks for, as JSON"),
+    PAPERS,
+    argument("--results", type=Path, required=True, help="the results folder"),
+    argument("--output", type=Path, required=True, help="folder of tables and figures"),
+    LOG,
+)
+def analyse(plan: str, papers: Path, results: Path, output: Path, log: Path | None) -> None:
+    isolate(FIGURES, threads=1)
+
+    from ptbench.analysis.plan import read_plan
     from ptbench.report.experiment import analyse_experiment
 
-    plan = plan_experiment(read_study(arguments.study), arguments.experiment)
-    analyse_experiment(plan, arguments.results, WORKFLOW / "published", arguments.output)
+    planned = from_json("--plan", plan, read_plan)
+    with Log(log):
+        analyse_experiment(planned, results, papers, output)
 
 
-def report(arguments: argparse.Namespace) -> None:
-    """The report on all experiments."""
+@command(
+    "Make the report on all experiments.",
+    argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
+    argument("--output", type=Path, required=True, help="folder of the report"),
+    LOG,
+)
+def report(experiments: list[Path], output: Path, log: Path | None) -> None:
     from ptbench.report.page import RunFacts, render_report
     from ptbench.training.provenance import run_facts
 
-    with Log(arguments.log):
-        render_report(arguments.experiments, arguments.output, RunFacts(**run_facts()))
+    with Log(log):
+        render_report(experiments, output, RunFacts(**run_facts()))
 
 
-def partial(arguments: argparse.Namespace) -> None:
-    """The report on what is there, with what is missing marked."""
+@command(
+    "Make the report on the results that are there, and mark what is missing.",
+    argument("--configuration", required=True, help="of the study, as JSON"),
+    PAPERS,
+    argument("--results", type=Path, default=Path("results")),
+    argument("--output", type=Path, default=Path("results/partial")),
+    LOG,
+)
+def partial(
+    configuration: str, papers: Path, results: Path, output: Path, log: Path | None
+) -> None:
+    isolate(FIGURES, threads=1)
+
     from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.loading import WORKFLOW, read_study
+    from ptbench.configuration.study import load_study
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.page import RunFacts, render_report
     from ptbench.training.provenance import run_facts
 
-    study = read_study(arguments.study)
-    with Log(arguments.log) as log:
+    planned = from_json("--configuration", configuration, load_study)
+    with Log(log) as opened:
         folders, done = [], set()
-        for name, planned in study.experiments.items():
-            folders.append(arguments.output / "experiments" / name)
+        for name, experiment in planned.experiments.items():
+            folders.append(output / "experiments" / name)
             analysis = analyse_experiment(
-                plan_experiment(study, name),
-                arguments.results,
-                WORKFLOW / "published",
+                plan_experiment(planned, name),
+                results,
+                papers,
                 folders[-1],
-                {each.variant: each.fingerprint for each in planned.specifications},
+                {each.variant: each.fingerprint for each in experiment.specifications},
             )
             cells = (cell for row in analysis.rows for cell in row.cells)
             done |= {cell.path for cell in cells if cell.state != "missing"}
-        page = render_report(folders, arguments.output, RunFacts(**run_facts()))
-        log.say(f"The report on {len(done)} of {len(study.cells)} cells is at {page}")
+        page = render_report(folders, output, RunFacts(**run_facts()))
+        opened.say(f"The report on {len(done)} of {len(planned.cells)} cells is at {page}")
 
 
-def status(arguments: argparse.Namespace) -> None:
-    """Say how far the study is: which cells are done, running, failed or missing."""
-    import shlex
-
+@command(
+    "Say how far the study is: which cells are done, running, failed or missing.",
+    argument("--study", type=Path, help="default: results/study.json, if it is there"),
+    argument("--config", type=Path, default=Path("config.yaml"), help="before any run"),
+    argument("--results", type=Path, default=Path("results")),
+    argument("--json", dest="as_json", action="store_true", help="for machines"),
+    argument("--failed", action="store_true", help="only the cells that failed"),
+    argument("--snakemake-log", type=Path, nargs="*", default=[], help=SNAKEMAKE_LOG_HELP),
+    argument("--again", default="uv run snakemake --cores 1", help="what runs the workflow"),
+)
+def status(
+    study: Path | None,
+    config: Path,
+    results: Path,
+    as_json: bool,
+    failed: bool,
+    snakemake_log: list[Path],
+    again: str,
+) -> None:
     from rich.console import Console
 
-    from ptbench.configuration.loading import read_study
-    from ptbench.report.status import (
-        after_errors,
-        corpus_failures,
-        distinct,
-        failures,
-        job_errors,
-        show,
-        status_json,
-        study_status,
-    )
+    from ptbench.configuration.study import read_study
+    from ptbench.report import status as report
 
-    written = arguments.study or Path("results/study.json")
-    study = read_study(written) if arguments.study or written.exists() else load(arguments.config)
-    found = study_status(study, arguments.results)
-    if arguments.json:
-        print(status_json(found))
+    written = study or Path("results/study.json")
+    planned = read_study(written) if study or written.exists() else load(config)
+    found = report.study_status(planned, results)
+    if as_json:
+        print(report.status_json(found))
         return
-    if not arguments.failed:
-        show(found, Console(width=None if sys.stdout.isatty() else 120))
-    log = "".join(log.read_text(errors="replace") for log in arguments.snakemake_log)
-    if text := corpus_failures(log):
+    if not failed:
+        report.show(found, Console(width=None if sys.stdout.isatty() else 120))
+    log = "".join(path.read_text(errors="replace") for path in snakemake_log)
+    if text := report.preparation_failures(log):
         print(text)
-    cells = after_errors(distinct(found), job_errors(log), study, arguments.results)
-    if text := failures(cells, arguments.results, shlex.split(arguments.again)):
+    errors = report.job_errors(log)
+    cells = report.after_errors(report.distinct(found), errors, planned, results)
+    if text := report.failures(cells, results, shlex.split(again)):
         print(text)
 
 
-def schema(arguments: argparse.Namespace) -> None:
-    """Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors."""
+@command(
+    "Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors.",
+    argument("--output", type=Path, required=True, help="folder of the schemas"),
+)
+def schema(output: Path) -> None:
     from ptbench.configuration.schemas import schemas
-    from ptbench.training.records import write_atomically
 
     for name, text in schemas().items():
-        write_atomically(arguments.output / name, text)
+        write_atomically(output / name, text)
 
 
-def validate(arguments: argparse.Namespace) -> None:
-    """Check a configuration and say what it would run."""
-    study = load(arguments.config)
+@command(
+    "Check a configuration and the folders of the papers, and say what would run.",
+    argument("config", type=Path, nargs="?", default=Path("config.yaml")),
+)
+def validate(config: Path) -> None:
+    from ptbench.configuration.experiments import read_papers
+
+    study = load(config)
+    read_papers()
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")
     print(f"{len(study.cells)} cells in all")
 
 
-def features(arguments: argparse.Namespace) -> None:
-    """Write docs/features.md."""
-    from ptbench.report.features import features_markdown
-    from ptbench.training.records import write_atomically
-
-    write_atomically(arguments.output, features_markdown())
-
-
-def benchmark(arguments: argparse.Namespace) -> None:
-    """Measure the training speed of every framework side by side."""
-    from ptbench.measurement.benchmark import all_competitors, run_benchmark, show
-
-    competitors = all_competitors(arguments.frameworks, arguments.implementations)
-    show(
-        run_benchmark(
-            arguments.models, competitors, arguments.environments, arguments.accelerator,
-            arguments.threads, arguments.rounds, arguments.seconds, arguments.output,
-        )
-    )  # fmt: skip
-
-
 def load(path: Path) -> Study:
-    """The study of a configuration file."""
-    from ptbench.configuration.loading import load_study, read_configuration
+    """Return the study of a configuration file."""
+    from ptbench.configuration.config import read_configuration
+    from ptbench.configuration.study import load_study
 
-    return load_study(read_configuration(path), path.name)
-
-
-class Log:
-    """A log file that also catches what frameworks print; progress is said on the terminal too."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def __enter__(self) -> Log:
-        self.terminal: TextIO = sys.stdout
-        self.stack = contextlib.ExitStack()
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.terminal = self.stack.enter_context(redirected(self.path))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stack.__exit__(*exception)  # type: ignore[arg-type]
-
-    def say(self, line: str) -> None:
-        """A line for the log and, where that is elsewhere, for the terminal."""
-        print(line, flush=True)
-        if self.terminal is not sys.stdout:
-            with contextlib.suppress(OSError, ValueError):  # nobody looks any more, or it is closed
-                print(line, file=self.terminal, flush=True)
+    return load_study(read_configuration([path]), path.name)
 
 
-@contextlib.contextmanager
-def redirected(path: Path) -> Iterator[TextIO]:
-    """Send this process's standard output and error to a file; yields the terminal.
+def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:
+    """Return what `make` makes of an option's JSON.
 
-    File descriptors are redirected, not Python's objects alone, because the frameworks' C++ and
-    the replicas' processes write to those.
+    Raises:
+        PtbenchError: if the text is something else than the workflow passes.
     """
-    import os
-    import traceback
-
-    terminal = os.fdopen(os.dup(1), "w")
-    saved = os.dup(2)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    path.unlink(missing_ok=True)  # not truncated: a former attempt keeps its log by another name
-    with path.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
     try:
-        yield terminal
-    except PtbenchError as error:
-        print(f"ptbench: {error}", file=sys.stderr)  # here it is the log; main() tells the user
-        raise
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(terminal.fileno(), 1)
-        os.dup2(saved, 2)
-        os.close(saved)
-        with contextlib.suppress(OSError):  # what nobody could be shown
-            terminal.close()
+        return make(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PtbenchError(f"{option} is not what the workflow passes: {error}") from error
 
 
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+@command(
+    "Write docs/features.md.",
+    argument("--output", type=Path, default=Path("docs/features.md")),
+)
+def features(output: Path) -> None:
+    from ptbench.report.features import features_markdown
+
+    write_atomically(output, features_markdown())
 
 
-def whole(text: str) -> int:
-    """A whole number from zero."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
-    return int(text)
+MODELS, IMPLEMENTATIONS = ("small", "medium", "mos"), ("stock", "tuned")
 
 
-def nonnegative(text: str) -> float:
-    """A number from zero."""
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) < float("inf"):
-            return value
-    raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+@command(
+    "Measure the training speed of every framework side by side.",
+    argument("--models", nargs="+", choices=MODELS, default=MODELS),
+    argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS),
+    argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS),
+    ACCELERATOR,
+    argument("--threads", type=positive, default=2, help="CPU threads of each"),
+    argument("--rounds", type=positive, default=5, help="turns of each"),
+    argument("--seconds", type=float, default=4.0, help="least length of a turn"),
+    ENVIRONMENTS,
+    argument("--output", type=Path, default=Path("results/benchmark")),
+)
+def benchmark(
+    models: list[str], frameworks: list[str], implementations: list[str], **settings: Any
+) -> None:
+    from ptbench.measurement.benchmark import Benchmark, all_competitors, show
+
+    show(Benchmark(**settings).run(models, all_competitors(frameworks, implementations)))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    from ptbench.backends import FRAMEWORKS
-
-    main = argparse.ArgumentParser(prog="ptbench", description=__doc__.split("\n")[0])
+    """Return the command line's grammar."""
+    main = argparse.ArgumentParser(
+        prog="ptbench", description="Train, compare and report on language models."
+    )
     commands = main.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(function: object) -> argparse.ArgumentParser:
-        name, text = function.__name__, function.__doc__  # type: ignore[attr-defined]
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(function=function)
-        return sub
-
-    sub = command(environments)
-    sub.add_argument("frameworks", nargs="+", choices=FRAMEWORKS)
-    sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
-    sub.add_argument("--output", type=Path, required=True, help="folder of all environments")
-
-    sub = command(corpus)
-    sub.add_argument("--study", type=Path, required=True, help="results/study.json")
-    sub.add_argument("--downloads", type=Path, required=True, help="folder for what is fetched")
-    sub.add_argument("--output", type=Path, required=True, help="folder named as the corpus")
-    sub.add_argument("--log", type=Path, help="file for all output")
-
-    sub = command(train)
-    sub.add_argument("--cell", required=True, help="variant/framework/devices-N/seed-N")
-    sub.add_argument("--specification", required=True, help="what to train, as JSON")
-    sub.add_argument("--corpus", type=Path, required=True, help="folder of the prepared corpus")
-    sub.add_argument("--output", type=Path, required=True, help="folder of the cell's results")
-    sub.add_argument("--checkpoints", type=Path, required=True, help="folder of its parameters")
-    sub.add_argument("--attempts", type=Path, required=True, help="folder of its attempts' records")
-    sub.add_argument(
-        "--wait-for-lock", type=float, default=0.0, metavar="SECONDS",
-        help="wait so long if another process is at the cell",
-    )  # fmt: skip
-    sub.add_argument(
-        "--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"
-    )
-    sub.add_argument("--threads", type=int, default=1, help="CPU threads")
-    sub.add_argument("--log", type=Path, help="file for all output; progress is also shown")
-
-    for sub in (command(evaluate), command(predict)):
-        sub.add_argument(
-            "--framework", required=True, choices=(*FRAMEWORKS, "numpy"), help="numpy: in float64"
-        )
-        sub.add_argument("--checkpoint", type=Path, required=True, help="a best.safetensors")
-        sub.add_argument(
-            "--corpus", type=Path, help="folder of a prepared corpus; default: its own"
-        )
-        sub.add_argument("--split", choices=("train", "valid", "test"), default="test")
-        sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
-        sub.add_argument("--threads", type=positive, default=1, help="CPU threads")
-        sub.add_argument("--environments", type=Path, default=Path("results/environments"))
-        sub.add_argument("--json", action="store_true", help="one JSON object")
-    sub.add_argument("--start", type=whole, default=0, help="predictions to leave out")
-    sub.add_argument("--words", type=positive, default=20, help="predictions to show")
-    sub.add_argument("--sample", type=whole, default=50, help="words to draw")
-    sub.add_argument("--temperature", type=nonnegative, default=1.0, help="0: most probable words")
-    sub.add_argument("--seed", type=whole, default=0, help="of the draws")
-
-    sub = command(analyse)
-    sub.add_argument("experiment", help="name of the experiment")
-    sub.add_argument("--study", type=Path, required=True, help="results/study.json")
-    sub.add_argument("--results", type=Path, required=True, help="the results folder")
-    sub.add_argument("--output", type=Path, required=True, help="folder of tables and figures")
-
-    sub = command(report)
-    sub.add_argument("experiments", type=Path, nargs="+", help="folders that analyse wrote")
-    sub.add_argument("--output", type=Path, required=True, help="folder of the report")
-    sub.add_argument("--log", type=Path, help="file for all output")
-
-    sub = command(partial)
-    sub.add_argument("--study", type=Path, default=Path("results/study.json"))
-    sub.add_argument("--results", type=Path, default=Path("results"))
-    sub.add_argument("--output", type=Path, default=Path("results/partial"))
-    sub.add_argument("--log", type=Path, help="file for all output")
-
-    sub = command(status)
-    sub.add_argument("--study", type=Path, help="default: results/study.json, if it is there")
-    sub.add_argument("--config", type=Path, default=Path("config.yaml"), help="before any run")
-    sub.add_argument("--results", type=Path, default=Path("results"))
-    sub.add_argument("--json", action="store_true", help="for machines")
-    sub.add_argument("--failed", action="store_true", help="only the cells that failed")
-    sub.add_argument(
-        "--snakemake-log", type=Path, nargs="*", default=[],
-        help="of a run: the cells whose jobs failed in it are listed, whether begun or not",
-    )  # fmt: skip
-    sub.add_argument("--again", default="uv run snakemake --cores 1", help="what runs the workflow")
-
-    sub = command(schema)
-    sub.add_argument("--output", type=Path, required=True, help="folder of the schemas")
-
-    sub = command(features)
-    sub.add_argument("--output", type=Path, default=Path("docs/features.md"))
-
-    sub = command(benchmark)
-    models, implementations = ("small", "medium", "mos"), ("stock", "tuned")
-    sub.add_argument("--models", nargs="+", choices=models, default=models)
-    sub.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
-    sub.add_argument(
-        "--implementations", nargs="+", choices=implementations, default=implementations
-    )
-    sub.add_argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
-    sub.add_argument("--threads", type=positive, default=2, help="CPU threads of each")
-    sub.add_argument("--rounds", type=positive, default=5, help="turns of each")
-    sub.add_argument("--seconds", type=float, default=4.0, help="least length of a turn")
-    sub.add_argument("--environments", type=Path, default=Path("results/environments"))
-    sub.add_argument("--output", type=Path, default=Path("results/benchmark"))
-
-    sub = command(validate)
-    sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))
+    for name, each in COMMANDS.items():
+        sub = commands.add_parser(name, help=each.description, description=each.description)
+        for flags, options in each.arguments:
+            sub.add_argument(*flags, **options)
     return main
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a PtbenchError is one message on standard error and its exit status."""
-    arguments = parser().parse_args(argv)
+    arguments = vars(parser().parse_args(argv))
     try:
-        arguments.function(arguments)
+        COMMANDS[arguments.pop("command")].function(**arguments)
     except PtbenchError as error:
         complain(str(error))
         sys.exit(error.status)
@@ -535,6 +562,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def complain(sentence: str) -> None:
-    """Say it on standard error, if that is still there."""
+    """Print a sentence to standard error, if that is still open."""
     with contextlib.suppress(OSError):
         print(f"ptbench: {sentence}", file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from ptbench.errors import PtbenchError
@@ -119,6 +121,52 @@ def is_current(framework: str, accelerator: str, folder: Path) -> bool:
         return False
     locked = record.get("lock_sha256") if isinstance(record, dict) else None
     return locked == _lock_sha256(framework, accelerator) and (folder / PYTHON).exists()
+
+
+@cache
+def marker_path(framework: str, accelerator: str) -> str:
+    """Return the file that the workflow makes when an environment is there, built from its lock.
+
+    Its name has the lock's checksum, so a changed lock means another file, which is missing. The
+    lock is read once in a process.
+
+    Raises:
+        BuildError: if there is no such lock.
+    """
+    digest = _lock_sha256(framework, accelerator)[:12]
+    return f"results/environments/{framework}-{accelerator}/lock-{digest}"
+
+
+def lock_of_marker(framework: str, accelerator: str, digest: str) -> str:
+    """Return the lock that a marker was asked of, relative to the project.
+
+    Raises:
+        BuildError: if there is no such lock, or it has another checksum.
+    """
+    marker = marker_path(framework, accelerator)
+    if not marker.endswith(f"-{digest}"):
+        raise BuildError(
+            f"lock-{digest} is not the lock of {framework}-{accelerator}; ask for {marker}"
+        )
+    return str((LOCKS / f"{framework}.{accelerator}.txt").relative_to(LOCKS.parent))
+
+
+def to_wait_for(framework: str, accelerator: str, is_trained: Callable[[], bool]) -> list[str]:
+    """Return what has to be there before a cell is trained: its environment's marker, or nothing.
+
+    Nothing, if the environment is missing and the cell needs none, because it is trained: Snakemake
+    would train it again as soon as another cell has the environment built.
+
+    Raises:
+        BuildError: if the environment was damaged since it was built, and the cell needs it.
+    """
+    marker = Path(marker_path(framework, accelerator))
+    whole = marker.exists() and (marker.parent / PYTHON).exists()
+    if not whole and is_trained():
+        return []
+    if marker.exists() and not whole:
+        raise BuildError(f"{marker.parent} has no {PYTHON}: remove it, and it is built again.")
+    return [str(marker)]
 
 
 def _lock_sha256(framework: str, accelerator: str) -> str:

@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend. What is not here is a bug and shows its traceback."""
+"""Errors that the user can fix. Any other error is a bug and shows its traceback."""
 
 import sys
 from collections.abc import Callable
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 class PtbenchError(Exception):
-    """What is wrong, where, and what would be right, in one sentence.
+    """An error whose message says what is wrong, where, and what would be right.
 
-    The command line prints it without a traceback and exits with `status`.
+    The command line prints the message without a traceback and exits with `status`.
     """
 
     status: ClassVar[int] = 2
@@ -22,22 +22,22 @@ class ConfigurationError(PtbenchError):
 
 
 class InterruptionError(PtbenchError):
-    """A run that was told to end before it had finished. The same command goes on from there."""
+    """A run that was stopped before it finished. The same command continues it."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def in_words(error: PtbenchError | OSError) -> str:
-    """What a user is told of an error: a full disk, say, or a folder that may not be written to."""
+    """Return the message for the user, also of errors such as a full disk."""
     if isinstance(error, PtbenchError) or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def or_exit(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
-    """What a function returns; if its error is the user's to mend, the sentence and the end.
+    """Call a function and return its result; print an error that the user can fix, and exit.
 
-    For the Snakefile: Snakemake would show where in it the error was raised.
+    The Snakefile uses this, because Snakemake would add where the error was raised.
     """
     try:
         return function(*arguments, **keywords)

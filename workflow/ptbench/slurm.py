@@ -1,7 +1,7 @@
-"""What Slurm has in its queue: which jobs at all, and which of an earlier run.
+"""Ask Slurm which jobs are in its queue, and which of them an earlier run submitted.
 
-Snakemake forgets its jobs when it is killed, and they run on. Started again it would submit each a
-second time, and a job begins with the removal of the cell's metrics.json, which the first job may
+When Snakemake is killed it forgets its jobs, but they continue to run. A new Snakemake would submit
+each of them again, and a job begins by removing the cell's metrics.json, which the first job may
 have written by then.
 """
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from ptbench.errors import PtbenchError
 
-SQUEUE = ("squeue", "--noheader", "--all")  # those of hidden partitions too
+SQUEUE = ("squeue", "--noheader", "--all")  # also hidden partitions
 DUPLICATES = "%i %t %k %Z"  # id, state, comment, working directory
 NUMBER = "%A"
 
 
 def queued(folder: Path, squeue: Callable[[], str]) -> dict[str, str]:
-    """Jobs that a Snakemake submitted from a folder: by id, what they are to do.
+    """Return the jobs that Snakemake submitted from a folder: their comments, by job id.
 
     Args:
-        folder: where it ran.
-        squeue: gives a line for each job in the queue, in the format `DUPLICATES`.
+        folder: where Snakemake ran.
+        squeue: returns a line for each job in the queue, in the format `DUPLICATES`.
     """
     jobs = {}
     for line in squeue().splitlines():
@@ -36,10 +36,10 @@ def queued(folder: Path, squeue: Callable[[], str]) -> dict[str, str]:
 
 
 def ask_squeue(fields: str) -> str | None:
-    """The queue as Slurm tells it; None where there is no Slurm, or none that answers.
+    """Return what squeue prints; None where there is no Slurm, or Slurm does not answer.
 
     Args:
-        fields: of the line about each job, as `--format` takes them.
+        fields: of each job's line, in the syntax of squeue's `--format`.
     """
     if shutil.which(SQUEUE[0]) is None:
         return None
@@ -52,7 +52,7 @@ def ask_squeue(fields: str) -> str | None:
 
 
 def job_numbers() -> set[str] | None:
-    """The jobs that Slurm has, waiting or at work; None if that cannot be known."""
+    """Return the ids of all waiting and running jobs; None if Slurm does not answer."""
     answer = ask_squeue(NUMBER)
     return None if answer is None else set(answer.split())
 
@@ -63,13 +63,13 @@ def refuse_duplicates(
     """Refuse to run while jobs of an earlier run are in the queue.
 
     Raises:
-        PtbenchError: if there are; says which, and what to do.
+        PtbenchError: if there are any; it says which, and what to do.
     """
     jobs = queued(folder, squeue)
     if jobs:
         raise PtbenchError(
             f"{'1 job' if len(jobs) == 1 else f'{len(jobs)} jobs'} of an earlier run "
-            f"{'is' if len(jobs) == 1 else 'are'} still in Slurm's queue, and would be submitted a "
-            "second time. Wait until all are done, or cancel them; their cells save what they have "
-            f"and go on from there: scancel {' '.join(jobs)}"
+            f"{'is' if len(jobs) == 1 else 'are'} still in Slurm's queue and would be submitted a "
+            "second time. Wait until all are done, or cancel them (their cells save their progress "
+            f"and continue later): scancel {' '.join(jobs)}"
         )

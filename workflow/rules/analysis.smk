@@ -7,7 +7,16 @@ rule analyse:
         ],
         published=study.published_files,
     output:
-        "results/experiments/{experiment}/analysis.json",
+        multiext(
+            "results/experiments/{experiment}/",
+            "analysis.json",
+            "table.csv",
+            "table.md",
+            "table.tex",
+            "comparison.csv",
+            "differences.csv",
+        ),
+        figures=directory("results/experiments/{experiment}/figures"),
     log:
         "results/logs/experiments/{experiment}.log",
     localrule: True
@@ -15,10 +24,7 @@ rule analyse:
         "../../envs/workflow.yaml"
     params:
         folder=subpath(output[0], parent=True),
-        definition=lambda wildcards: study.experiments[
-            wildcards.experiment
-        ].definition_json,
-        margin=study.config.equivalence_margin,
+        plan=lambda wildcards: study.plan(wildcards.experiment),
     shell:
-        "python -m ptbench analyse {wildcards.experiment:q} --study results/study.json"
-        " --results results --output {params.folder:q} > {log:q} 2>&1"
+        "python -m ptbench analyse --plan {params.plan:q} --papers workflow/papers"
+        " --results results --output {params.folder:q} --log {log:q}"

@@ -6,30 +6,38 @@ from pathlib import Path
 
 from snakemake.settings.types import DeploymentMethod
 
-from ptbench.configuration.loading import load_study, read_configuration
+from ptbench import environments
+from ptbench.configuration.config import read_configuration
+from ptbench.configuration.study import load_study
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
 from ptbench.slurm import refuse_duplicates
 
-# Read twice: our reader's errors name the line, and Snakemake refuses a file that is empty.
-own = Path("config.yaml")
-needed = own.exists() or not workflow.overwrite_configfiles
-if needed and or_exit(read_configuration, own):
-
-    configfile: "config.yaml"
-
-
-changed = workflow.config_settings.overwrite_config
-study = or_exit(load_study, config, "configuration" if changed else own.name)
+# Snakemake's own reader knows YAML 1.1 and not the lines of keys, so files and --config are read again,
+# in its order: config.yaml, every --configfile, --config.
+files = workflow.overwrite_configfiles
+if Path("config.yaml").exists() or not files:
+    if not workflow.config_settings.replace_workflow_config:
+        files = ["config.yaml", *files]
+study = or_exit(
+    load_study,
+    or_exit(
+        read_configuration, map(Path, files), workflow.config_settings.config_args or ()
+    ),
+)
 
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 ACCELERATOR = study.config.accelerator
 USES_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 
 # Rules say `python`: the one that runs Snakemake, unless conda brings another. Training runs in its
-# framework's environment. Environments keep compiled bytecode, whatever the shell's own setting:
-# frameworks start in half the time.
-PYTHON_SETTINGS = "PYTHONPATH=workflow PYTHONDONTWRITEBYTECODE="
+# framework's environment. The user's own settings of Python are overridden: compiled bytecode is kept,
+# because frameworks then start in half the time; MXNet cannot be imported without docstrings (-OO);
+# warnings are no errors; and the packages in the user's home folder are nobody's lock.
+PYTHON_SETTINGS = (
+    "PYTHONPATH=workflow PYTHONDONTWRITEBYTECODE= PYTHONOPTIMIZE= PYTHONWARNINGS="
+    " PYTHONNOUSERSITE=1"
+)
 if USES_CONDA:
     FRAMEWORK_PYTHON = "python"
     shell.prefix(f"export {PYTHON_SETTINGS}; ")
@@ -41,25 +49,53 @@ else:
     shell.prefix(f"export {PYTHON_SETTINGS} PATH={folder}:$PATH; ")
 
 
-# Cores that a cell claims: a replica on the CPU needs one, and a cell on this machine's GPUs all, for
-# the GPUs are not shared out among cells. A cluster shares them out.
-def cell_threads(devices):
-    if ACCELERATOR == "cuda" and workflow.local_exec and not workflow.remote_exec:
+# A text as a shell command has it, where it is no parameter because a change of it re-runs nothing.
+def literal(text):
+    return shlex.quote(text).replace("{", "{{").replace("}", "}}")
+
+
+# Cores that a cell claims: all of this machine's if its recipe says that it runs alone, or if it trains on
+# this machine's GPUs, which are not shared out among cells; a cluster does that. Otherwise one for each
+# replica on the CPU at least.
+def cores_of(path, devices):
+    here = workflow.local_exec and not workflow.remote_exec
+    if here and (ACCELERATOR == "cuda" or study.recipe(path).alone):
         return workflow.cores
     return max(study.config.threads, devices)
+
+
+# Whether a cell has the result that it is to have, and nobody asked for another one.
+def is_trained(path):
+    settings, output = workflow.dag_settings, f"results/cells/{path}/metrics.json"
+    forced = settings.forceall or not {"train", output}.isdisjoint(settings.forcerun)
+    forced = forced or (settings.forcetargets and output in settings.targets)
+    return not forced and study.is_trained(path)
+
+
+# What a cell is trained with: its corpus, and its framework's environment, which only has to be there.
+# With conda, Snakemake makes the environment. One function, because Snakemake is slow to call many.
+def inputs_of(wildcards, path):
+    corpus = or_exit(study.corpus_of_cell, path)
+    inputs = {"corpus": f"results/corpora/{corpus}/corpus.json"}
+    if not USES_CONDA:
+        framework, trained = wildcards.framework, lambda: is_trained(path)
+        waits = or_exit(environments.to_wait_for, framework, ACCELERATOR, trained)
+        inputs["environment"] = ancient(waits)
+    return inputs
 
 
 def modified(file):
     return Path(file).stat().st_mtime_ns if Path(file).exists() else None
 
 
-# Before a time limit Slurm sends USR1 to every process of the job's step, so to Snakemake too, whom it
-# would end. It is for the cell, which handles it; what Snakemake ignores, its children start out with.
+# Before a time limit Slurm sends USR1 to every process of the job's step, so to Snakemake too, which it
+# would end. It is meant for the trainer, which handles it; a child process starts with what its parent
+# ignores.
 if workflow.remote_exec:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-# Whatever is between two slashes; what cannot be is refused in a sentence by the rules' inputs.
+# Anything between two slashes. The rules' inputs refuse what cannot be, in a sentence.
 wildcard_constraints:
     variant="[^/]+",
     framework="[^/]+",

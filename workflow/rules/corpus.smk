@@ -1,6 +1,6 @@
-# A corpus fetched or generated, verified, and stored as integers. Where it is fetched from is read
-# from results/study.json and no parameter here: another mirror is no reason to prepare it anew. The
-# files of a folder of the user's own are inputs: they may change.
+# A corpus fetched or generated, verified, and stored as integers. Where it is fetched from is no
+# parameter: another mirror is no reason to prepare it again. The files of a folder of the user's own
+# are inputs: they may change.
 rule corpus:
     input:
         lambda wildcards: or_exit(study.corpus_files, wildcards.corpus_folder),
@@ -13,7 +13,7 @@ rule corpus:
         "../../envs/workflow.yaml"
     params:
         folder=subpath(output[0], parent=True),
-        content=lambda wildcards: study.corpus_content(wildcards.corpus_folder),
+        corpus=lambda wildcards: study.corpus_content(wildcards.corpus_folder),
     shell:
-        "python -m ptbench corpus --study results/study.json --downloads results/downloads"
-        " --output {params.folder:q} --log {log:q}"
+        "python -m ptbench corpus --corpus {params.corpus:q} --downloads results/downloads"
+        f" --output {{params.folder:q}} --log {{log:q}} --fetching {literal(study.fetching)}"

@@ -5,6 +5,7 @@ rule report:
             "results/experiments/{experiment}/analysis.json",
             experiment=study.experiments,
         ),
+        expand("results/experiments/{experiment}/figures", experiment=study.experiments),
     output:
         "results/report/index.html",
     log:
@@ -22,13 +23,15 @@ rule report:
         " --log {log:q}"
 
 
-# The report on what is there, with what is missing marked. It has no output, so it is made whenever it is
-# asked for.
+# The report on what is there, with what is missing marked. Without an output, so that it is made
+# whenever it is asked for: also if no result is new, but a run has failed since.
 rule partial:
     log:
         "results/logs/partial.log",
     localrule: True
     conda:
         "../../envs/workflow.yaml"
+    params:
+        configuration=study.configuration,
     shell:
-        "python -m ptbench partial --study results/partial/study.json --log {log:q}"
+        "python -m ptbench partial --configuration {params.configuration:q} --log {log:q}"

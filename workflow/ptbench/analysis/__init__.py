@@ -1,4 +1,4 @@
-"""From cells to numbers: collecting runs, statistics, and the comparison with published numbers.
+"""From cells to numbers: metrics, collected runs, statistics, and published numbers beside ours.
 
-Nothing here writes a file or draws; that is `ptbench.report`.
+Nothing here writes a file or draws; `ptbench.report` does.
 """

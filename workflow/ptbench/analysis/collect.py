@@ -1,7 +1,7 @@
-"""Reading what the runs of an experiment left behind, grouped into the rows of its table.
+"""Read what the runs of an experiment left, grouped into the rows of its table.
 
-A row is (variant, framework, devices); its seeds are averaged elsewhere. Cells that have no
-metrics.json are kept, as missing; so are, for a partial report, those whose result cannot count.
+A row is (variant, framework, devices). A cell without metrics.json is kept as missing; so is, in a
+partial report, one whose result cannot count.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ptbench.analysis.plan import ExperimentPlan
+from ptbench.analysis.metrics import METRICS, Result
+from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
-from ptbench.model.recipe import Implementation
-from ptbench.training.records import Epoch, Metrics, Score, perplexity, read_history, read_metrics
+from ptbench.training.records import Metrics, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
 OUTDATED = "outdated: its recipe has changed"  # why a result no longer counts
@@ -44,7 +44,7 @@ class CorpusFacts(BaseModel):
 
     @property
     def best_bigram_perplexity(self) -> float | None:
-        """Perplexity of the best possible bigram model."""
+        """Return the perplexity of the best possible bigram model."""
         return None if self.best_bigram_nll_nats is None else perplexity(self.best_bigram_nll_nats)
 
 
@@ -66,14 +66,19 @@ class CellResult:
     """One planned run and what it left, if it has finished."""
 
     cell: Cell
-    metrics: Metrics | None = None
-    history: tuple[Epoch, ...] = ()
+    result: Result | None = None
     provenance: Provenance = field(default_factory=Provenance)
     unusable: str | None = None  # why what it left does not count
 
     @property
     def state(self) -> State:
-        return "missing" if self.metrics is None else self.metrics.status
+        """Return how it ended."""
+        return self.result.metrics.status if self.result else "missing"
+
+    @property
+    def reason(self) -> str | None:
+        """Return why it diverged or is missing."""
+        return self.result.metrics.reason if self.result else self.unusable
 
 
 @dataclass(frozen=True)
@@ -83,106 +88,108 @@ class Row:
     variant: str
     framework: str
     devices: int
-    implementation: Implementation
+    planned: PlannedVariant
     cells: tuple[CellResult, ...]
 
-    @property
-    def ok(self) -> tuple[CellResult, ...]:
-        """The cells that ended well, which alone are averaged."""
-        return tuple(cell for cell in self.cells if cell.state == "ok")
+    def results(self, state: State = "ok") -> dict[int, Result]:
+        """Return what the cells in a state left, by seed; only those that are ok are averaged."""
+        return {c.cell.seed: c.result for c in self.cells if c.result and c.state == state}
 
-    def metrics(self) -> list[Metrics]:
-        """Metrics of the cells that ended well."""
-        return [cell.metrics for cell in self.ok if cell.metrics is not None]
+    def values(self, metric: str) -> dict[int, float]:
+        """Return a metric of each seed that ended well, as its `read` gives it."""
+        read = METRICS[metric].read
+        found = {seed: read(result) for seed, result in self.results().items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @property
+    def complete(self) -> bool:
+        """Return whether every planned seed ended well."""
+        return all(cell.state == "ok" for cell in self.cells)
 
     @property
     def usable(self) -> bool:
-        """Whether the seeds that ended well stand for the row: at most one other failed."""
-        return bool(self.ok) and len(self.cells) - len(self.ok) <= MAXIMUM_FAILED
+        """Return whether the seeds that ended well stand for the row: at most one other failed."""
+        ok = len(self.results())
+        return ok > 0 and len(self.cells) - ok <= MAXIMUM_FAILED
 
     @property
     def problem(self) -> str | None:
-        """Which seeds failed, in words; None if none did."""
-        words = {"missing": "has no result", "diverged": "diverged"}
-        failed = [
-            f"seed {c.cell.seed} {words[c.state]}" + (f" ({c.unusable})" if c.unusable else "")
-            for c in self.cells
-            if c.state != "ok"
-        ]
-        if not failed:
+        """Return which seeds failed, in words; None if none did."""
+        if self.complete:
             return None
         if all(cell.state == "missing" for cell in self.cells):
             reasons = dict.fromkeys(cell.unusable for cell in self.cells if cell.unusable)
             return "no seed has a result" + (f" ({'; '.join(reasons)})" if reasons else "")
-        listed = ", ".join(failed)
+        words = {"missing": "has no result", "diverged": "diverged"}
+        listed = ", ".join(
+            f"seed {c.cell.seed} {words[c.state]}" + (f" ({c.unusable})" if c.unusable else "")
+            for c in self.cells
+            if c.state != "ok"
+        )
         return listed if self.usable else f"invalid: {listed}"
-
-    def nlls(self, split: Literal["train", "valid", "test"]) -> list[float]:
-        """Mean nll of each seed that ended well [nats per token]."""
-        scores = [getattr(metrics, split) for metrics in self.metrics()]
-        return [score.nll for score in scores if score is not None]
 
 
 def collect_rows(
     plan: ExperimentPlan, results_folder: Path, fingerprints: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """The rows of an experiment, by variant and devices as planned, then by framework.
+    """Return the rows of an experiment, by variant and devices as planned, then by framework.
 
     Args:
         plan: the experiment.
         results_folder: holds cells/.
-        fingerprints: of each variant as it is now, for a report on what is there: a cell of another
-            is missing, and so is one that cannot be read. None: every result must count.
+        fingerprints: of each variant as it is now, for a partial report: a cell with another one
+            counts as missing, and so does one that cannot be read. None: every result must count.
 
     Raises:
-        AnalysisError: if a file cannot be read, or cells that would be averaged or compared were
-            run with different settings, as their fingerprints tell, or scored on other tokens.
+        AnalysisError: if a file cannot be read, or if cells that would be averaged or compared have
+            different fingerprints or were scored on different numbers of tokens.
     """
-    if fingerprints is None:
-        cells = [_read_cell(cell, results_folder) for cell in plan.cells]
-    else:
-        cells = [_usable(cell, results_folder, fingerprints[cell.variant]) for cell in plan.cells]
     rows: dict[tuple[str, int, str], list[CellResult]] = defaultdict(list)
-    for cell in cells:
-        rows[cell.cell.variant, cell.cell.devices, cell.cell.framework].append(cell)
-    variants = list(dict.fromkeys(cell.variant for cell in plan.cells))
-    for variant in variants:
-        finished = [cell for cell in cells if cell.cell.variant == variant and cell.metrics]
+    variants: dict[str, list[CellResult]] = defaultdict(list)
+    for cell in plan.cells:
+        fingerprint = None if fingerprints is None else fingerprints[cell.variant]
+        result = _read_usable(cell, results_folder, fingerprint)
+        rows[cell.variant, cell.devices, cell.framework].append(result)
+        variants[cell.variant].append(result)
+    for variant, cells in variants.items():
         _refuse_mixed(
-            finished,
+            (c for c in cells if c.result),
             lambda metrics: metrics.fingerprint,
-            f"cells of {variant} were run with different settings and must not be averaged, "
+            f"cells of {variant} were run with different settings and must not be averaged; "
             "run the experiment again to renew the outdated ones: fingerprint",
         )
         _refuse_mixed(
-            [cell for cell in finished if cell.state == "ok"],
-            lambda metrics: (_score(metrics.valid).tokens, _score(metrics.test).tokens),
+            (c for c in cells if c.state == "ok"),
+            lambda m: tuple(score and score.tokens for score in (m.valid, m.test)),
             f"cells of {variant} were scored on different numbers of tokens and must not be "
             "compared: valid and test tokens",
         )
-    frameworks = list(FRAMEWORKS)
-    order = sorted(rows, key=lambda k: (variants.index(k[0]), k[1], frameworks.index(k[2])))
+    order, frameworks = list(variants), list(FRAMEWORKS)
     return [
         Row(
             variant,
             framework,
             devices,
-            plan.implementations.get(variant, "stock"),
-            tuple(sorted(rows[key], key=lambda c: c.cell.seed)),
+            plan.variant(variant),
+            tuple(sorted(cells, key=lambda c: c.cell.seed)),
         )
-        for key in order
-        for variant, devices, framework in [key]
+        for (variant, devices, framework), cells in sorted(
+            rows.items(), key=lambda r: (order.index(r[0][0]), r[0][1], frameworks.index(r[0][2]))
+        )
     ]
 
 
-def _usable(cell: Cell, results_folder: Path, fingerprint: str) -> CellResult:
+def _read_usable(cell: Cell, results_folder: Path, fingerprint: str | None) -> CellResult:
+    """Read a cell; given a fingerprint, one whose result cannot count is missing, with a reason."""
+    if fingerprint is None:
+        return _read_cell(cell, results_folder)
     try:
-        result = _read_cell(cell, results_folder)
+        found = _read_cell(cell, results_folder)
     except AnalysisError as error:
         return CellResult(cell, unusable=str(error))
-    if result.metrics and result.metrics.fingerprint != fingerprint:
+    if found.result and found.result.metrics.fingerprint != fingerprint:
         return CellResult(cell, unusable=OUTDATED)
-    return result
+    return found
 
 
 def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
@@ -195,13 +202,12 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
         path = folder / "history.csv"
         history = tuple(read_history(path))
         path = folder / "provenance.json"
-        known = path.read_bytes() if path.exists() else b"{}"
-        provenance = Provenance.model_validate_json(known)
+        provenance = Provenance.model_validate_json(path.read_bytes() if path.exists() else b"{}")
     except FileNotFoundError as error:
         raise AnalysisError(f"{path} is missing although the run has finished") from error
     except (OSError, ValidationError, UnicodeDecodeError, csv.Error) as error:
         raise AnalysisError(
-            f"{path} cannot be read ({_first_line(error)}); delete the cell's metrics.json and run "
+            f"{path} cannot be read ({first_line(error)}); delete the cell's metrics.json and run "
             "the workflow again to renew the cell"
         ) from error
     if metrics.cell != cell:
@@ -213,41 +219,37 @@ def _read_cell(cell: Cell, results_folder: Path) -> CellResult:
             f"{folder / 'history.csv'} has {len(history)} epochs where metrics.json has "
             f"{metrics.epochs}; delete the cell's metrics.json and run the workflow again"
         )
-    if metrics.status == "ok":
-        scores = (metrics.train, metrics.valid, metrics.test)
-        if any(score is None or not math.isfinite(score.nll) for score in scores):
-            raise AnalysisError(
-                f"{folder / 'metrics.json'} says ok but lacks a finite score of a split"
-            )
-    return CellResult(cell, metrics, history, provenance)
+    scores = (metrics.train, metrics.valid, metrics.test)
+    if metrics.status == "ok" and any(s is None or not math.isfinite(s.nll) for s in scores):
+        raise AnalysisError(
+            f"{folder / 'metrics.json'} says ok but lacks a finite score of a split"
+        )
+    return CellResult(cell, Result(metrics, history), provenance)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first problem that an error tells of, in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
     return str(error).splitlines()[0]
 
 
-def _score(value: Score | None) -> Score:
-    assert value is not None  # `_read_cell` let no ok cell through without it
-    return value
-
-
 def _refuse_mixed(
     cells: Iterable[CellResult], key: Callable[[Metrics], Hashable], message: str
 ) -> None:
+    """Raise AnalysisError if the finished cells do not all have the same key."""
     groups: dict[Hashable, list[str]] = defaultdict(list)
     for cell in cells:
-        assert cell.metrics is not None
-        groups[key(cell.metrics)].append(cell.cell.path)
+        assert cell.result is not None
+        groups[key(cell.result.metrics)].append(cell.cell.path)
     if len(groups) > 1:
         listed = "; ".join(f"{value} in {', '.join(paths)}" for value, paths in groups.items())
         raise AnalysisError(f"{message} {listed}")
 
 
 def read_corpus_facts(results_folder: Path, corpus_folder: str) -> CorpusFacts:
-    """What corpus.json says of the corpus' floor; nothing where the corpus is not there.
+    """Return what corpus.json says about the corpus' floor; nothing where there is no such file.
 
     Raises:
         AnalysisError: if corpus.json is there but cannot be read.
@@ -258,4 +260,4 @@ def read_corpus_facts(results_folder: Path, corpus_folder: str) -> CorpusFacts:
     try:
         return CorpusFacts.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise AnalysisError(f"{path} cannot be read ({_first_line(error)})") from error
+        raise AnalysisError(f"{path} cannot be read ({first_line(error)})") from error

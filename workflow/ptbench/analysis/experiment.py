@@ -1,6 +1,6 @@
 """The analysis of one experiment: all numbers of its tables, figures and page, from its cells.
 
-Values in, values out; files are read by `collect.py` and written by `ptbench.report`.
+Values in, values out; `collect.py` reads files, `ptbench.report` writes them.
 """
 
 from __future__ import annotations
@@ -8,78 +8,61 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import Literal
 
 from pydantic import Field
 
-from ptbench.analysis.collect import CorpusFacts, Provenance, Row, State
-from ptbench.analysis.plan import ExperimentPlan, Metric
-from ptbench.analysis.published import PublishedMetric, PublishedValue
-from ptbench.analysis.statistics import (
-    Difference,
-    PerplexitySummary,
-    Quartiles,
-    compare_pairs,
-    quartiles,
-    summarise_perplexity,
-)
+from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, State
+from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
+from ptbench.analysis.plan import Compared, ExperimentPlan
+from ptbench.analysis.published import PublishedValue
+from ptbench.analysis.statistics import Difference, Pair, compare_pairs, joint_equivalence_p
 from ptbench.backends import Framework
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model
-from ptbench.training.records import Seconds
-
-Split = Literal["train", "valid", "test"]
 
 
 class CellLine(Model):
     """One planned run in the list of runs."""
 
     cell: Cell = Field(description="Which run.")
-    path: str = Field(description="Its folder, relative to results/cells.")
     state: State = Field(description="ok, diverged or missing.")
     reason: str | None = Field(None, description="Why it counts as diverged or missing.")
-    best_epoch: int | None = Field(None, description="Epoch of the lowest validation nll.")
-    epochs: int | None = Field(None, description="Epochs trained.")
-    valid_perplexity: float | None = Field(None, description="After the best epoch.")
-    test_perplexity: float | None = Field(None, description="With the best epoch's parameters.")
-    tokens_per_second: float | None = Field(None, description="Median over epochs [tokens/s].")
-    total_seconds: float | None = Field(None, description="Wall-clock of the process [s].")
+    values: dict[str, float] = Field({}, description="Its metrics by name, where it has them.")
+
+    @property
+    def path(self) -> str:
+        """Return its folder, relative to results/cells."""
+        return self.cell.path
 
 
 class RowResult(Model):
-    """One row of the results table. Averages are over the seeds that ended well."""
+    """One row of the results table. Summaries are over the seeds that ended well."""
 
     variant: str = Field(description="Name of the variant.")
     framework: Framework = Field(description="Framework.")
     devices: int = Field(description="Data-parallel replicas.")
     implementation: Implementation = Field(description="stock or tuned, as the recipe says.")
     n_ok: int = Field(description="Seeds that ended well.")
+    n_diverged: int = Field(description="Seeds that diverged.")
     n_planned: int = Field(description="Seeds planned.")
     usable: bool = Field(description="False if two or more seeds failed, or all did.")
     problem: str | None = Field(description="Which seeds failed.")
     fingerprint: str | None = Field(description="Of the specification that was run.")
-    train: PerplexitySummary | None = Field(description="Training split, last epoch, as it ran.")
-    valid: PerplexitySummary | None = Field(description="Validation split.")
-    test: PerplexitySummary | None = Field(description="Test split.")
-    best_epoch: Quartiles | None = Field(description="Epoch of the lowest validation nll.")
-    tokens_per_second: Quartiles | None = Field(description="Training speed [tokens/s].")
-    seconds_per_epoch: Quartiles | None = Field(description="Training and validation [s].")
-    training_seconds: Quartiles | None = Field(description="Training steps after the first [s].")
-    total_seconds: Quartiles | None = Field(description="Wall-clock of the process [s].")
-    epochs: Quartiles | None = Field(description="Epochs trained.")
-    seconds: Seconds | None = Field(description="Mean over seeds, so that the clocks add up [s].")
-    parameters: int | None = Field(description="Trainable numbers in the model.")
-    peak_memory_bytes: int | None = Field(description="Largest of the seeds [bytes].")
-    peak_device_memory_bytes: int | None = Field(description="Largest of the seeds [bytes].")
+    metrics: dict[str, Summary] = Field(description="By name, those that its seeds have.")
     framework_versions: tuple[str, ...] = Field(description="Of the framework, in its runs.")
     machines: tuple[str, ...] = Field(description="Processors and GPUs of its runs.")
     cells_at_once: int | None = Field(description="Most cells that a machine trained at once.")
     commits: tuple[str, ...] = Field(description="Commits of its runs; `+changes` if not clean.")
     cells: tuple[CellLine, ...] = Field(description="Its runs, missing ones too.")
 
-    def perplexity(self, metric: Metric) -> PerplexitySummary | None:
-        """The summary of the split that the metric names."""
-        return self.valid if metric == "valid_perplexity" else self.test
+    def value(self, metric: str) -> float | None:
+        """Return the number that stands for the row's seeds, if there is one."""
+        summary = self.metrics.get(metric)
+        return summary.value if summary else None
+
+    def seeds(self, metric: str) -> list[float]:
+        """Return the number of each seed that ended well."""
+        return [c.values[metric] for c in self.cells if c.state == "ok" and metric in c.values]
 
 
 class PairResult(Model):
@@ -117,23 +100,24 @@ class FigureFile(Model):
 
 
 class Analysis(Model):
-    """`analysis.json`: everything the report says of one experiment."""
+    """`analysis.json`: everything the report says about one experiment."""
 
     name: str = Field(description="Name of the experiment.")
     title: str = Field(description="Heading.")
     description: str = Field(description="One paragraph.")
     corpus_folder: str = Field(description="Prepared corpus.")
-    metric: Metric = Field(description="What the frameworks are compared by.")
+    metric: Compared = Field(description="What the frameworks are compared by.")
     equivalence_margin: float = Field(description="Largest difference that does not matter [nats].")
     floor_perplexity: float | None = Field(description="No model can be better on average.")
     best_bigram_perplexity: float | None = Field(description="Best possible bigram model.")
     rows: tuple[RowResult, ...] = Field(description="The results table.")
     pairs: tuple[PairResult, ...] = Field(description="Frameworks against one another.")
+    all_equivalent_p: float | None = Field(description="p that some pair is not equivalent.")
     published: tuple[PublishedResult, ...] = Field(description="Ours against published numbers.")
     figures: tuple[FigureFile, ...] = Field((), description="What was drawn.")
 
     def count(self, state: State) -> int:
-        """Number of cells in the state."""
+        """Return the number of cells in the state."""
         return sum(cell.state == state for row in self.rows for cell in row.cells)
 
 
@@ -143,7 +127,7 @@ def analyse(
     corpus: CorpusFacts,
     published: Sequence[PublishedValue],
 ) -> Analysis:
-    """All numbers of one experiment.
+    """Return all numbers of one experiment.
 
     Args:
         plan: the experiment.
@@ -152,6 +136,7 @@ def analyse(
         published: published numbers of all experiments; those of this one are taken.
     """
     results = tuple(_row_result(row) for row in rows)
+    pairs = _pairs(plan, rows)
     return Analysis(
         name=plan.name,
         title=plan.title,
@@ -162,64 +147,39 @@ def analyse(
         floor_perplexity=corpus.floor_perplexity,
         best_bigram_perplexity=corpus.best_bigram_perplexity,
         rows=results,
-        pairs=_pairs(plan, rows),
+        pairs=pairs,
+        all_equivalent_p=joint_equivalence_p([pair.outcome.p_equivalence for pair in pairs]),
         published=tuple(
             _beside(value, row)
             for value in published
             for row in results
             if value.experiment == plan.name
-            and value.variant == row.variant
+            and (value.variant, value.devices) == (row.variant, row.devices)
             and value.framework in (None, row.framework)
-            and value.devices == row.devices
         ),
     )
 
 
 def _row_result(row: Row) -> RowResult:
-    metrics = row.metrics()
-
-    def summary(split: Split) -> PerplexitySummary | None:
-        nlls = row.nlls(split)
-        return summarise_perplexity(nlls) if nlls else None
-
-    device_memory = [
-        m.peak_device_memory_bytes for m in metrics if m.peak_device_memory_bytes is not None
-    ]
+    values = {name: list(row.values(name).values()) for name in METRICS}
+    at_once = [c.provenance.cells_at_once for c in row.cells if c.provenance.cells_at_once]
     return RowResult(
         variant=row.variant,
         framework=row.framework,
         devices=row.devices,
-        implementation=row.implementation,
-        n_ok=len(row.ok),
+        implementation=row.planned.implementation,
+        n_ok=len(row.results()),
+        n_diverged=len(row.results("diverged")),
         n_planned=len(row.cells),
         usable=row.usable,
         problem=row.problem,
-        fingerprint=next((c.metrics.fingerprint for c in row.cells if c.metrics), None),
-        train=summary("train"),
-        valid=summary("valid"),
-        test=summary("test"),
-        best_epoch=quartiles([m.best_epoch for m in metrics if m.best_epoch is not None]),
-        tokens_per_second=quartiles(
-            [m.tokens_per_second for m in metrics if m.tokens_per_second is not None]
-        ),
-        seconds_per_epoch=quartiles(
-            [m.seconds_per_epoch for m in metrics if m.seconds_per_epoch is not None]
-        ),
-        training_seconds=quartiles([m.seconds.training for m in metrics]),
-        total_seconds=quartiles([m.seconds.total for m in metrics]),
-        epochs=quartiles([m.epochs for m in metrics]),
-        seconds=_mean_seconds([m.seconds for m in metrics]) if metrics else None,
-        parameters=max((m.parameters for m in metrics), default=None),
-        peak_memory_bytes=max((m.peak_memory_bytes for m in metrics), default=None),
-        peak_device_memory_bytes=max(device_memory, default=None),
+        fingerprint=next((c.result.metrics.fingerprint for c in row.cells if c.result), None),
+        metrics={n: METRICS[n].kind.summarise(found) for n, found in values.items() if found},
         framework_versions=_distinct(cell.provenance.framework_version for cell in row.cells),
         machines=_distinct(_machine(cell.provenance) for cell in row.cells),
-        cells_at_once=max(
-            (c.provenance.cells_at_once for c in row.cells if c.provenance.cells_at_once),
-            default=None,
-        ),
+        cells_at_once=max(at_once, default=None),
         commits=_distinct(_commit(cell.provenance) for cell in row.cells),
-        cells=tuple(_cell_line(row, index) for index in range(len(row.cells))),
+        cells=tuple(_cell_line(cell) for cell in row.cells),
     )
 
 
@@ -238,45 +198,30 @@ def _commit(provenance: Provenance) -> str | None:
     return provenance.git_commit[:12] + ("+changes" if provenance.git_dirty else "")
 
 
-def _mean_seconds(seconds: Sequence[Seconds]) -> Seconds:
-    return Seconds(
-        **{
-            clock: sum(getattr(each, clock) for each in seconds) / len(seconds)
-            for clock in Seconds.model_fields
-        }
-    )
-
-
-def _cell_line(row: Row, index: int) -> CellLine:
-    result = row.cells[index]
-    metrics = result.metrics
-    if metrics is None:
-        return CellLine(
-            cell=result.cell, path=result.cell.path, state="missing", reason=result.unusable
-        )
-    return CellLine(
-        cell=result.cell,
-        path=result.cell.path,
-        state=result.state,
-        reason=metrics.reason,
-        best_epoch=metrics.best_epoch,
-        epochs=metrics.epochs,
-        valid_perplexity=metrics.valid.perplexity if metrics.valid else None,
-        test_perplexity=metrics.test.perplexity if metrics.test else None,
-        tokens_per_second=metrics.tokens_per_second,
-        total_seconds=metrics.seconds.total,
-    )
+def _cell_line(found: CellResult) -> CellLine:
+    values = {}
+    for name, metric in METRICS.items():
+        value = metric.read(found.result) if found.result else None
+        if value is not None:
+            values[name] = metric.shown(value)
+    return CellLine(cell=found.cell, state=found.state, reason=found.reason, values=values)
 
 
 def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
-    """Every two frameworks of a variant and number of devices; one family of tests in all."""
-    split: Split = "valid" if plan.metric == "valid_perplexity" else "test"
+    """Compare every two frameworks of a variant and number of devices; one family of tests."""
     groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.variant, row.devices].append(row)
     couples = [couple for group in groups.values() for couple in combinations(group, 2)]
+
+    def sample(row: Row) -> dict[int, float]:
+        return row.values(plan.metric) if row.usable else {}
+
     outcomes = compare_pairs(
-        [tuple(row.nlls(split) if row.usable else [] for row in couple) for couple in couples],  # type: ignore[misc]
+        [
+            Pair(sample(a), sample(b), a.planned.paired, a.complete and b.complete)
+            for a, b in couples
+        ],
         plan.equivalence_margin,
     )
     return tuple(
@@ -288,35 +233,21 @@ def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
 
 
 def _beside(value: PublishedValue, row: RowResult) -> PublishedResult:
-    ours, low, high = _our_number(value.metric, row) if row.usable else (None, None, None)
+    """Set a published number beside our summary of its metric, if the row is usable."""
+    ours = row.metrics.get(value.metric) if row.usable else None
+    low, high = (ours.low, ours.high) if ours else (None, None)
+    is_interval = METRICS[value.metric].kind is PERPLEXITY
     return PublishedResult(
         published=value,
         framework=row.framework,
         n_ok=row.n_ok,
-        ours=ours,
+        ours=ours.value if ours else None,
         low=low,
         high=high,
-        relative_gap=None if ours is None else ours / value.value - 1,
+        relative_gap=ours.value / value.value - 1 if ours else None,
         inside=(
             low <= value.value <= high
-            if value.metric.endswith("perplexity") and low is not None and high is not None
+            if is_interval and low is not None and high is not None
             else None
         ),
     )
-
-
-def _our_number(
-    metric: PublishedMetric, row: RowResult
-) -> tuple[float | None, float | None, float | None]:
-    """Our value and its spread.
-
-    A perplexity has its 95 % interval, a speed, a time or a number of epochs is a median with
-    quartiles, and a size has no spread.
-    """
-    if metric in ("parameters", "peak_device_memory_bytes"):
-        return getattr(row, metric), None, None
-    ours: PerplexitySummary | Quartiles | None = getattr(row, metric.removesuffix("_perplexity"))
-    if ours is None:
-        return None, None, None
-    middle = ours.median if isinstance(ours, Quartiles) else ours.perplexity
-    return middle, ours.low, ours.high

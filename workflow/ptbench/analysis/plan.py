@@ -1,65 +1,76 @@
-"""What an experiment asks for, as the analysis needs it: the planned cells and how to compare them.
+"""The plan of an experiment: its runs, and how their results are compared.
 
-The configuration makes it; the cells that exist are read by `collect.py`.
+The configuration makes it; `collect.py` reads the runs that exist.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+import itertools
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ptbench.analysis.statistics import DEFAULT_MARGIN
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model, Name
 
 if TYPE_CHECKING:
-    from ptbench.configuration.loading import Study
+    from ptbench.configuration.study import Study
 
-Metric = Literal["valid_perplexity", "test_perplexity"]
+Compared = Literal["valid_perplexity", "test_perplexity"]
+
+
+class PlannedVariant(Model):
+    """What the analysis must know about a variant."""
+
+    implementation: Implementation = Field("stock", description="As the recipe says.")
+    paired: bool = Field(
+        False, description="Whether runs of one seed differ by framework alone: no dropout."
+    )
 
 
 class ExperimentPlan(Model):
-    """One experiment: its words, its cells, and what its frameworks are compared by."""
+    """One experiment: its words, its cells, and how its frameworks are compared."""
 
     name: Name = Field(description="Name of the experiment.")
     title: str = Field(min_length=1, description="Heading in the report.")
     description: str = Field("", description="One paragraph on what is compared and why.")
     corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
-    cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs.")
-    implementations: dict[str, Implementation] = Field(
-        {}, description="Of each variant whose implementation is not stock."
-    )
-    metric: Metric = Field("test_perplexity", description="What the frameworks are compared by.")
+    cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs, each once.")
+    variants: dict[str, PlannedVariant] = Field({}, description="What is known of variants.")
+    metric: Compared = Field("test_perplexity", description="What frameworks are compared by.")
     equivalence_margin: float = Field(
-        DEFAULT_MARGIN, gt=0, description="Largest difference that does not matter [nats/token]."
+        gt=0, description="Largest difference that does not matter [nats/token]."
     )
 
-    @model_validator(mode="after")
-    def _cells_are_distinct(self) -> Self:
-        if len(set(self.cells)) != len(self.cells):
-            raise ValueError("a cell is planned twice")
-        return self
+    def variant(self, name: str) -> PlannedVariant:
+        """Return what is known about a variant."""
+        return self.variants.get(name, PlannedVariant())
+
+
+def read_plan(content: Mapping[str, Any]) -> ExperimentPlan:
+    """Return a plan from plain values: its own fields, with the cells' axes in place of cells.
+
+    Args:
+        content: has `variants`, `frameworks`, `devices` and `seeds`, whose product are the cells.
+
+    Raises:
+        KeyError, ValueError: if it is not such a plan.
+    """
+    axes = {name: content[name] for name in ("variants", "frameworks", "devices", "seeds")}
+    cells = tuple(
+        Cell(variant=variant, framework=framework, devices=devices, seed=seed)
+        for variant, framework, devices, seed in itertools.product(*axes.values())
+    )
+    given = {name: value for name, value in content.items() if name not in axes}
+    return ExperimentPlan(cells=cells, variants=axes["variants"], **given)
 
 
 def plan_experiment(study: Study, name: str) -> ExperimentPlan:
-    """The plan of one of a study's experiments.
+    """Return the plan of one of a study's experiments.
 
     Raises:
         ConfigurationError: if the study has no experiment of this name.
     """
-    planned = study.experiment(name)
-    return ExperimentPlan(
-        name=name,
-        title=planned.definition.title,
-        description=planned.definition.description,
-        corpus_folder=planned.specifications[0].recipe.corpus_folder,
-        cells=planned.cells,
-        implementations={
-            specification.variant: specification.recipe.implementation
-            for specification in planned.specifications
-            if specification.recipe.implementation != "stock"
-        },
-        metric=planned.definition.metric,
-        equivalence_margin=study.config.equivalence_margin,
-    )
+    return read_plan(json.loads(study.plan(name)))

@@ -1,4 +1,4 @@
-"""Reading the published numbers, `workflow/published/*.csv`.
+"""Reading the published numbers, `workflow/papers/<document>/published.csv`.
 
 Setting ours beside them lives in `experiment.py`.
 """
@@ -7,27 +7,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from ptbench.analysis.collect import AnalysisError
+from ptbench.analysis.metrics import MetricName
 from ptbench.backends import Framework
 from ptbench.configuration.specification import VARIANT_PATTERN
 from ptbench.model.recipe import Model, Name
-
-PublishedMetric = Literal[
-    "train_perplexity",
-    "valid_perplexity",
-    "test_perplexity",
-    "tokens_per_second",
-    "seconds_per_epoch",
-    "training_seconds",
-    "total_seconds",
-    "epochs",
-    "parameters",
-    "peak_device_memory_bytes",
-]
 
 
 class PublishedValue(Model):
@@ -37,10 +24,10 @@ class PublishedValue(Model):
     variant: str = Field(pattern=f"^{VARIANT_PATTERN}$", description="Variant that answers it.")
     framework: Framework | None = Field(description="Only framework it is set beside; empty: any.")
     devices: int = Field(ge=1, description="Data-parallel replicas that it was measured with.")
-    metric: PublishedMetric = Field(description="What was measured, in our words and units.")
+    metric: MetricName = Field(description="What was measured, in our words and units.")
     value: float = Field(gt=0, allow_inf_nan=False, description="The number.")
     std: float | None = Field(ge=0, description="Its standard deviation, if printed.")
-    source: str = Field(min_length=1, description="Short name of the document.")
+    source: str = Field(min_length=1, description="Short name of the document: its folder.")
     locator: str = Field(min_length=1, description="Table, figure or section within it.")
     note: str = Field(description="What a reader must know to judge it.")
 
@@ -51,23 +38,23 @@ class PublishedValue(Model):
 
 
 def read_published(folder: Path) -> list[PublishedValue]:
-    """All rows of all CSV files in the folder, by file name.
+    """Return all rows of `*/published.csv` in a folder; each document has a folder of its name.
 
     Raises:
         AnalysisError: naming file, line and column, if a row is malformed or there twice.
     """
     values: list[PublishedValue] = []
     seen: dict[tuple[object, ...], str] = {}
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(folder.glob("*/published.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = list(PublishedValue.model_fields)
+            columns = [name for name in PublishedValue.model_fields if name != "source"]
             if reader.fieldnames != columns:
                 raise AnalysisError(f"{path}: the first line must be {','.join(columns)}")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 try:
-                    value = PublishedValue.model_validate(row)
+                    value = PublishedValue.model_validate({**row, "source": path.parent.name})
                 except ValidationError as error:
                     first = error.errors()[0]
                     column = ".".join(map(str, first["loc"]))

@@ -1,17 +1,17 @@
 """The frameworks that are compared, one row each. Nothing here imports one of them.
 
-`base.py` says what a framework's backend must do, `oracle.py` does it in float64 for the tests, and
-the folder of each framework does it with that framework. `features.yaml` says what each framework
-has built in.
+`base.py` defines what a backend must do, `oracle.py` does it in float64 for the tests, and each
+framework's folder does it with that framework. `isolation.py` keeps the user's shell out of the
+results. `features.yaml` lists what each framework has built in.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ptbench.backends.isolation import isolate
 from ptbench.errors import PtbenchError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """What the rest of the program knows about a framework."""
+    """What the rest of the program needs to know about a framework."""
 
     title: str  # as its authors write it
     backend: str  # module and class
@@ -53,17 +53,18 @@ else:
     Framework = Literal[tuple(FRAMEWORKS)]
 
 
-def backend_class(framework: str, threads: int) -> type[Backend]:
-    """Import a framework and return its backend; only the framework's own environment can.
+def backend_class(framework: str, threads: int, devices: int = 1) -> type[Backend]:
+    """Import a framework, isolated from the user's settings, and return its backend.
 
     Args:
         framework: a key of `FRAMEWORKS`, or `ORACLE`.
-        threads: CPU threads of each replica. OpenMP reads its count once, before the import.
+        threads: CPU threads of all replicas together.
+        devices: replicas.
 
     Raises:
         PtbenchError: if this is not the framework's environment.
     """
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    isolate(framework, threads, devices)
     where = "ptbench.backends.oracle:Oracle"
     if framework != ORACLE:
         where = FRAMEWORKS[framework].backend
@@ -87,10 +88,10 @@ def create(framework: str, setup: Setup) -> Backend:
         PtbenchError: if this is not the framework's environment, or if there are not exactly as
             many devices as the setup asks for.
     """
-    from ptbench.model.initialization import initial_parameters  # loads NumPy: after the threads
+    backend = backend_class(framework, setup.threads, setup.devices)(setup)
 
-    threads = max(setup.threads // setup.devices, 1)  # OpenMP has a team of threads per replica
-    backend = backend_class(framework, threads)(setup)
+    from ptbench.model.initialization import initial_parameters  # loads NumPy: after the isolation
+
     drawn = initial_parameters(setup.recipe, setup.vocabulary_size, setup.seed)
     backend.load_parameters(drawn)
     return backend

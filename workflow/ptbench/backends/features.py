@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field
 
 from ptbench.model.recipe import Model
+from ptbench.yaml import read_yaml
 
 FILE = Path(__file__).with_suffix(".yaml")
 
@@ -23,8 +23,7 @@ class Feature(Model):
 
 def read_features() -> dict[str, dict[str, Feature]]:
     """Return every framework's features by name, all in the same order."""
-    content = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return {
         framework: {name: Feature.model_validate(given) for name, given in features.items()}
-        for framework, features in content.items()
+        for framework, features in read_yaml(FILE).items()
     }

@@ -275,7 +275,7 @@ class Oracle(Backend):
         return self.arrays[kind]
 
     def write(self, kind: str, arrays: Parameters) -> None:
-        self.arrays[kind] = dict(arrays)
+        self.arrays[kind] = {name: np.asarray(a, np.float64) for name, a in arrays.items()}
 
     def read_state(self, state: State) -> Arrays:
         return state

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ptbench.configuration.loading import Config, CorpusFile, ExperimentFile
+from ptbench.configuration.config import Config, CorpusFile
+from ptbench.configuration.experiments import ExperimentFile, Paper
 from ptbench.model.recipe import Model, Recipe
 
 
@@ -14,6 +15,7 @@ def schemas() -> dict[str, str]:
     return {
         "config.schema.json": schema(Config),
         "corpora.schema.json": schema(CorpusFile),
+        "paper.schema.json": schema(Paper),
         "experiments.schema.json": json.dumps(experiments_schema(), indent=2) + "\n",
     }
 

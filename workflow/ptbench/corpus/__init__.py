@@ -1,7 +1,7 @@
-"""Corpora: fetching and verifying them, vocabulary, synthetic text, storage and batching.
+"""Corpora: fetch, verify, generate and prepare them; open them; make batches.
 
-`store` and `batching` run in every framework's environment and import NumPy and the standard
-library alone; `fetch` and `prepare` run in the workflow's environment.
+`store`, `sources` and `batching` are imported in every framework's environment and need NumPy and
+the standard library alone. `fetch` and `prepare` run in the workflow's environment.
 """
 
 from ptbench.errors import PtbenchError

@@ -1,9 +1,9 @@
-"""Tokens as batches. Imports NumPy alone: runs in every framework's environment.
+"""Batches of tokens. Every framework's environment imports this, so it needs NumPy alone.
 
-Three ways to feed a model, one class each, and one that prepares another's batches ahead. All are
-deterministic in the epoch's number, hold no more of the text than the batch they make needs, yield
-arrays that are new and the reader's own to keep, and fill up what is incomplete with masked tokens,
-so that shapes repeat and compiled frameworks compile once for each.
+There are three ways to feed a model, one class each, and one class that prepares the batches of
+another ahead of time. All depend on the epoch's number and nothing random. They hold no more text
+than the current batch needs, yield new arrays that the reader may keep, and pad what is incomplete
+with masked tokens, so shapes repeat and compiled frameworks compile once for each shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ptbench.corpus.sources import Integers, Source, Tokens
 
 
 class Batch(NamedTuple):
-    """What one step reads."""
+    """The tokens of one step."""
 
     inputs: npt.NDArray[np.int32]  # [time, batch]
     targets: npt.NDArray[np.int32]  # [time, batch]
@@ -43,15 +43,15 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
 
     @abc.abstractmethod
     def epoch(self, number: int, start: int = 0) -> Batches:
-        """The batches of an epoch, counted from 1, without the first `start` of them."""
+        """Yield the batches of an epoch, counted from 1, without the first `start` of them."""
 
     @abc.abstractmethod
     def shapes(self) -> list[Batch]:
-        """A batch of every shape there is, to compile with; its words mean nothing."""
+        """Return a batch of every shape that occurs, to compile with; its words mean nothing."""
 
 
 def _source(tokens: Tokens | Source) -> Source:
@@ -62,7 +62,7 @@ def _source(tokens: Tokens | Source) -> Source:
 
 
 def _batch(steps: int, before: Tokens, rows: Sequence[Tokens]) -> Batch:
-    """The batch that predicts each row's tokens, the first of them from the one `before` it.
+    """Return the batch that predicts each row's tokens, the first of them from `before`.
 
     Args:
         steps: at least the length of the longest row.
@@ -88,10 +88,9 @@ def _blank(steps: int, batch_size: int) -> Batch:
 class ParallelStreams(Feed):
     """The split as `batch_size` contiguous streams, read in successive windows.
 
-    The batching of Zaremba et al. 2014 and the TensorFlow PTB tutorial, with state carried from
-    window to window, save that nothing is dropped: the split's tokens but the first are each
-    predicted exactly once. The last stream may be shorter than the others and the last window
-    incomplete.
+    This is the batching of Zaremba et al. 2014 and the TensorFlow PTB tutorial, with the state
+    carried from window to window. Unlike there, no text is left out: every token except the first
+    is predicted exactly once. The last stream may be shorter, and the last window incomplete.
     """
 
     carries_state = True
@@ -129,12 +128,12 @@ class ParallelStreams(Feed):
 class Windows(Feed):
     """Successive windows of the text, each from a zero state; a batch is `batch_size` of them.
 
-    For evaluation, every token but the first is predicted once, the last window and the last
-    batch filled up.
+    In evaluation, every token except the first is predicted once; the last window and the last
+    batch are padded.
 
-    For training (`wraps`), as Singh 2018's generator does it: whole windows only, back to the
-    beginning of the text when fewer than a window is left, tokens // (batch_size x length) batches
-    in an epoch, and the next epoch goes on where the last one ended.
+    In training (`wraps`), it does what the generator of Singh 2018 does: it yields whole windows
+    only, returns to the beginning of the text when less than a window is left, and makes
+    tokens // (batch_size x length) batches an epoch. The next epoch continues where the last ended.
     """
 
     carries_state = False
@@ -177,7 +176,7 @@ class Windows(Feed):
             yield _batch(self.sequence_length, padded, rows)
 
     def _read(self, number: int) -> Iterator[tuple[int, Tokens]]:
-        """Windows from that number on, counted over all epochs; each with the token before it."""
+        """Yield windows, each with the token before it, from that number on (over all epochs)."""
         while self.wraps or number < self._windows:
             place = number % self._windows
             reader = self._source.reader(place * self.sequence_length)
@@ -194,11 +193,11 @@ class Windows(Feed):
 class Sentences(Feed):
     """One sentence a row, from `<eos>` to `<eos>`, each from a zero state (SparseLang 2018).
 
-    Sentences of similar length share a batch: their lengths are rounded up to a multiple of
-    `BUCKET`, and batches come in the order in which they fill up, incomplete ones at the end.
-    Every token is predicted once, the first of the split after an `<eos>` too.
+    Sentences of similar length share a batch: lengths are rounded up to a multiple of `BUCKET`, and
+    batches come in the order in which they fill up, the incomplete ones at the end. Every token is
+    predicted once, the first of the split included (from an `<eos>`).
 
-    Their number follows from all the lengths, so the split is read through once beforehand.
+    The number of batches depends on all lengths, so the split is read once before the first epoch.
     """
 
     carries_state = False
@@ -221,7 +220,7 @@ class Sentences(Feed):
             yield _batch(steps, before, rows)
 
     def _rows(self) -> Iterator[tuple[int, list[Tokens]]]:
-        """The steps and the sentences of each batch."""
+        """Yield the number of steps and the sentences of each batch."""
         filling: dict[int, list[Tokens]] = {}
         for sentence in self._sentences():
             steps = self._steps(sentence)
@@ -232,7 +231,7 @@ class Sentences(Feed):
         yield from sorted(filling.items(), key=lambda item: item[0])
 
     def _sentences(self) -> Iterator[Tokens]:
-        """The tokens of each sentence with the `<eos>` that ends it, if the last one has it."""
+        """Yield the tokens of each sentence with its `<eos>`, which the last one may lack."""
         reader = self._source.reader()
         begun = np.zeros(0, np.int32)
         while len(tokens := reader.read(4096)):
@@ -252,10 +251,10 @@ class Sentences(Feed):
 
 
 class Prefetched(Feed):
-    """Another feed, whose batches a thread prepares ahead of the one in use."""
+    """Another feed, whose batches a thread prepares ahead of time."""
 
     def __init__(self, feed: Feed, ahead: int) -> None:
-        """Args: ahead: the most batches that wait to be used."""
+        """Args: ahead: how many batches may wait at most."""
         self._feed, self._ahead = feed, ahead
         self.carries_state = feed.carries_state
         self.batch_size, self.predicted_tokens = feed.batch_size, feed.predicted_tokens
@@ -264,9 +263,9 @@ class Prefetched(Feed):
         return len(self._feed)
 
     def epoch(self, number: int, start: int = 0) -> Batches:
-        """As the feed's own, whose errors it raises.
+        """Yield the feed's own batches and raise its errors.
 
-        The thread ends with the epoch, or once the iterator is closed.
+        The thread ends with the epoch, or when the iterator is closed.
         """
         places = threading.Semaphore(self._ahead)
         ready: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
@@ -279,7 +278,7 @@ class Prefetched(Feed):
                     ready.put(batch := next(batches, None))
                     if batch is None:
                         return
-            except BaseException as error:  # whatever it is, the reader must not wait for ever
+            except BaseException as error:  # any error: the reader must not wait forever
                 ready.put(error)
 
         thread = threading.Thread(target=prepare, name="prefetch", daemon=True)

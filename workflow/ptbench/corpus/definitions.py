@@ -1,13 +1,13 @@
-"""What a corpus is: the pydantic models of its definition.
+"""Pydantic models of a corpus' definition: where its text comes from.
 
-A definition says where text comes from; it is discriminated by `kind`, and a synthetic one further
-by `process`. Reading `corpora.yaml` and merging the user's own definitions over it live in
-`loading.py`; fetching, generating and preparing live in `ptbench.corpus`.
+Definitions differ by `kind`, and synthetic ones also by `process`. The configuration package reads
+`corpora.yaml` and the user's own definitions; the other modules here fetch, generate and prepare.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -19,17 +19,17 @@ from ptbench.model.recipe import Model
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
-# The stationary law of a markov process is a dense linear system of this size at most: 130 MB.
+# The stationary law of a markov process is a dense linear system, of at most this size: 130 MB.
 MAXIMUM_STATES = 4000
 
 ADDRESS_PATTERN = r"^(https?://[^/\s]+\S*|file:.+)$"
 
 
 def address_of_a_mirror(value: Any) -> Any:
-    """`value`, if it is an address that files can be had from, or no text at all.
+    """Return `value` if files can be fetched from that address, or if it is not text.
 
     Raises:
-        ValueError: what to write instead.
+        ValueError: it says what to write instead.
     """
     if not isinstance(value, str):
         return value
@@ -96,9 +96,9 @@ class DownloadedCorpus(Model):
     )
 
     def with_first(self, address: MirrorAddress) -> Self:
-        """This corpus with a folder of plain files to try before the other mirrors.
+        """Return this corpus with a folder of plain files as its first mirror.
 
-        The files there have the names that they have in the first of the others.
+        The files there must have the names that they have in what was the first mirror.
         """
         first = self.mirrors[0].paths
         paths = SplitPaths(**{split: getattr(first, split).rpartition("/")[2] for split in SPLITS})
@@ -107,7 +107,7 @@ class DownloadedCorpus(Model):
 
 
 class FolderCorpus(Model):
-    """A folder of the user's own with train.txt, valid.txt and test.txt."""
+    """A local folder with train.txt, valid.txt and test.txt."""
 
     kind: Literal["folder"] = Field(description="A corpus in a local folder.")
     folder: Path = Field(
@@ -127,7 +127,7 @@ class FolderCorpus(Model):
 
 
 class _GeneratedCorpus(Model):
-    """What both synthetic processes need."""
+    """The settings that both synthetic processes have."""
 
     kind: Literal["synthetic"] = Field(description="A corpus that is generated.")
     seed: int = Field(0, ge=0, description="Seed of the process and of the text drawn from it.")
@@ -182,14 +182,44 @@ class HighRankCorpus(_GeneratedCorpus):
     )
 
 
-SyntheticCorpus = Annotated[MarkovCorpus | HighRankCorpus, Field(discriminator="process")]
+class ZipfCorpus(_GeneratedCorpus):
+    """Independent words with the frequencies of Zipf's law: nothing to learn, and many words."""
+
+    process: Literal["zipf"] = Field(description="Independent words, with Zipf's frequencies.")
+    words: int = Field(ge=2, le=100_000, description="Words besides <eos>.")
+    sentence_tokens: float = Field(
+        20.0, gt=1, description="Mean length of a sentence, <eos> counted [tokens]."
+    )
+
+
+Generated = MarkovCorpus | HighRankCorpus | ZipfCorpus
+SyntheticCorpus = Annotated[Generated, Field(discriminator="process")]
 CorpusDefinition = Annotated[
     DownloadedCorpus | FolderCorpus | SyntheticCorpus, Field(discriminator="kind")
 ]
 CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
+# Keys that say where and how a corpus is fetched, not what is in it.
+TRANSPORT = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
+
+
 def content_of(definition: CorpusDefinition) -> dict[str, Any]:
-    """What decides what is in a corpus: its definition without where and how it is fetched."""
-    transport = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
-    return definition.model_dump(mode="json", exclude_defaults=True, exclude=transport)
+    """Return what decides what is in a corpus: its definition without `TRANSPORT`."""
+    return definition.model_dump(mode="json", exclude_defaults=True, exclude=TRANSPORT)
+
+
+def definition_from(
+    asked: Mapping[str, Any], fetching: Mapping[str, Any]
+) -> tuple[str, CorpusDefinition, int | None]:
+    """Return name, definition and subset of a corpus.
+
+    Args:
+        asked: its `name`, its `content` as `content_of` has it, and its `subset`.
+        fetching: by corpus, the keys of `TRANSPORT`.
+
+    Raises:
+        KeyError, ValueError: if something is missing or wrong.
+    """
+    content = {**asked["content"], **fetching.get(asked["name"], {})}
+    return asked["name"], CORPUS_DEFINITION.validate_python(content), asked["subset"]

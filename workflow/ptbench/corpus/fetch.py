@@ -1,12 +1,11 @@
-"""The raw text of a corpus: downloaded, verified, extracted; or found in a folder.
+"""Download, verify and extract the raw text of a corpus, or find it in a folder.
 
-Only whole and verified files appear under their own names. Reading text is `prepare.py`'s.
+Only complete, verified files get their final names. `prepare.py` reads them.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import lzma
 import shutil
 import sys
@@ -36,8 +35,9 @@ from ptbench.corpus.definitions import (
     Split,
     SplitChecksums,
 )
+from ptbench.files import publish, sha256
 
-pooch.get_logger().setLevel("WARNING")  # errors here say it in one sentence
+pooch.get_logger().setLevel("WARNING")  # the errors raised here already say it
 
 # Some hosts refuse the default name of Python's libraries.
 HEADERS = {"User-Agent": f"ptbench/{ptbench.__version__}"}
@@ -54,7 +54,7 @@ DAMAGED = (
 
 
 class MirrorError(Exception):
-    """Why a mirror cannot be used; the next one is tried."""
+    """A mirror that cannot be used; the next one is tried."""
 
 
 def fetch(
@@ -63,17 +63,17 @@ def fetch(
     downloads_folder: Path,
     terminal: TextIO = sys.stderr,
 ) -> dict[Split, Path]:
-    """Paths of the three raw files, verified.
+    """Return the paths of the three raw files, after verifying them.
 
     Args:
-        name: the corpus', for messages and as the folder's name within `downloads_folder`.
+        name: of the corpus, for messages and as the name of its folder in `downloads_folder`.
         definition: where the files are.
-        downloads_folder: keeps what is downloaded; files that are there already are used if their
-            checksums are right.
-        terminal: shows a progress bar, if it is one.
+        downloads_folder: where downloads are kept; files already there are used if their checksums
+            are right.
+        terminal: where a progress bar is shown, if it is a terminal.
 
     Raises:
-        CorpusError: if they cannot be had; nothing but whole and verified files is left behind.
+        CorpusError: if they cannot be fetched; only complete, verified files are left behind.
     """
     if isinstance(definition, FolderCorpus):
         return _find(name, definition)
@@ -91,7 +91,7 @@ def fetch(
                 _verify(staged, definition.files, mirror.url)
                 folder.mkdir(exist_ok=True)
                 for split, path in staged.items():
-                    path.replace(paths[split])
+                    publish(path, paths[split])
             return paths
         except MirrorError as error:
             reasons.append(str(error))
@@ -101,20 +101,14 @@ def fetch(
                 f"corpus {name} cannot be stored in {downloads_folder}: {error.strerror or error}"
             ) from error
     raise CorpusError(
-        f"corpus {name} cannot be had from any of its mirrors ({'; '.join(reasons)}); mend the "
-        "network, or say where else the three files are: "
+        f"corpus {name} cannot be fetched from any of its mirrors ({'; '.join(reasons)}); check "
+        "the network, or say where else the three files are: "
         f"--config 'mirrors={{{name}: \"file:/folder/with/the/three/files\"}}'"
     )
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _find(name: str, definition: FolderCorpus) -> dict[Split, Path]:
-    """The files of a folder corpus, where they are."""
+    """Return the paths of a folder corpus' files."""
     folder = definition.folder
     if not folder.is_dir():
         raise CorpusError(f"corpus {name}: there is no folder {folder}")
@@ -133,7 +127,7 @@ def _find(name: str, definition: FolderCorpus) -> dict[Split, Path]:
 
 
 def _verify(paths: Mapping[Split, Path], checksums: SplitChecksums, source: str) -> None:
-    """Raises MirrorError if a file is not the one that is pinned."""
+    """Raise MirrorError if a file has another checksum than the pinned one."""
     for split, path in paths.items():
         found, expected = sha256(path), getattr(checksums, split)
         if found != expected:
@@ -146,7 +140,7 @@ def _verify(paths: Mapping[Split, Path], checksums: SplitChecksums, source: str)
 def _from_mirror(
     mirror: Mirror, definition: DownloadedCorpus, folder: Path, terminal: TextIO
 ) -> dict[Split, Path]:
-    """Downloads into `folder` what a mirror has, and extracts it; not verified yet."""
+    """Download into `folder` what a mirror has, and extract it, without verifying it."""
     within: dict[Split, str] = {split: getattr(mirror.paths, split) for split in SPLITS}
     paths: dict[Split, Path] = {split: folder / f"{split}.txt" for split in SPLITS}
     if mirror.format == "plain":
@@ -164,7 +158,7 @@ def _from_mirror(
 
 
 def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: TextIO) -> None:
-    """One file to `path`, tried again after failures that may pass."""
+    """Download one file to `path`; try again after failures that may be temporary."""
     pauses = [definition.backoff_seconds * 2**attempt for attempt in range(definition.retries)]
     for pause in [*pauses, None]:
         try:
@@ -195,7 +189,7 @@ def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: Text
 
 
 def _copy(url: str, output_file: str, _: object) -> None:
-    """pooch's downloader for file: addresses."""
+    """Copy the file of a file: address; pooch calls this as a downloader."""
     source = Path(url2pathname(urlsplit(url).path))
     try:
         opened = source.open("rb")
@@ -206,7 +200,7 @@ def _copy(url: str, output_file: str, _: object) -> None:
 
 
 def _may_pass(error: requests.RequestException) -> bool:
-    """Whether a further try makes sense."""
+    """Return whether it makes sense to try again."""
     if isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
         return status in (requests.codes.request_timeout, requests.codes.too_many) or status >= 500
@@ -215,7 +209,7 @@ def _may_pass(error: requests.RequestException) -> bool:
 
 
 def _explain(error: requests.RequestException, url: str, timeout_seconds: float) -> str:
-    """What went wrong with a download, as a clause."""
+    """Return what went wrong with a download, as part of a sentence."""
     silent = isinstance(error, requests.Timeout) or any(
         isinstance(cause, urllib3.exceptions.ReadTimeoutError) for cause in error.args
     )
@@ -231,10 +225,10 @@ def _explain(error: requests.RequestException, url: str, timeout_seconds: float)
 
 
 def _extract(archive: Path, wanted: Mapping[str, Path], source: str) -> None:
-    """Copies the wanted members, by name, to the paths given: no other path is ever written.
+    """Copy the wanted members, by name, to the given paths; no other path is ever written.
 
     Raises:
-        MirrorError: if it is no archive, lacks one of them, or holds a path that leaves it.
+        MirrorError: if it is not an archive, lacks a member, or has a path that leads outside.
     """
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
@@ -248,7 +242,7 @@ def _extract(archive: Path, wanted: Mapping[str, Path], source: str) -> None:
         with tarfile.open(archive) as opened_tar:
             members = {member.name: member for member in opened_tar if not member.isdir()}
             regular = {name: member for name, member in members.items() if member.isreg()}
-            _refuse_escapes(members, source)  # links and the like, too
+            _refuse_escapes(members, source)  # also links and other special members
             _copy_members(regular, opened_tar.extractfile, wanted, source)
     else:
         raise MirrorError(f"{source} is neither a tar nor a zip archive")
@@ -261,7 +255,7 @@ def _copy_members(
     source: str,
 ) -> None:
     _refuse_escapes(members, source)
-    # ./a/b and a/b are one: PurePosixPath drops the dot.
+    # ./a/b and a/b are the same: PurePosixPath drops the dot.
     by_path = {PurePosixPath(name): member for name, member in members.items()}
     if missing := [name for name in wanted if PurePosixPath(name) not in by_path]:
         raise MirrorError(f"{source} is an archive without {' and without '.join(missing)}")
@@ -276,4 +270,4 @@ def _refuse_escapes(names: Mapping[str, Any], source: str) -> None:
     for name in names:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts:
-            raise MirrorError(f"{source} is an archive with a path that leaves it, {name!r}")
+            raise MirrorError(f"{source} is an archive with a path that leads outside it, {name!r}")

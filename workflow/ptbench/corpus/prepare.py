@@ -1,9 +1,9 @@
-"""From a corpus' definition to its prepared form: integers, vocabulary and facts.
+"""Prepare a corpus from its definition: integers, vocabulary and facts.
 
 A prepared corpus is a folder with `train.npy`, `valid.npy` and `test.npy` (int32 [tokens], to be
-memory-mapped), the text they were made of (`train.txt` and so on, with `train.index.npy` to begin
-reading it anywhere), `vocabulary.txt` (one word a line; the line's number, from 0, is the word's
-identifier) and `corpus.json`, which is written last. `store.py` opens it.
+memory-mapped), the text they were made from (`train.txt` and so on, with `train.index.npy`, which
+allows reading from any place), `vocabulary.txt` (one word a line; the line's number, from 0, is the
+word's identifier) and `corpus.json`, which is written last. `store.py` opens it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -28,23 +27,28 @@ from ptbench.corpus.definitions import (
     CorpusDefinition,
     DownloadedCorpus,
     FolderCorpus,
+    Generated,
     HighRankCorpus,
-    MarkovCorpus,
     Split,
 )
-from ptbench.corpus.fetch import fetch, sha256
+from ptbench.corpus.fetch import fetch
 from ptbench.corpus.sources import index_text
 from ptbench.corpus.vocabulary import (
+    ADVICE,
     END_OF_SENTENCE,
     Encoder,
     Identifiers,
     build_vocabulary,
     tokenize,
 )
+from ptbench.files import publish, sha256
+
+# A text with fewer words a line is probably in a script that writes no spaces.
+WORDS_PER_LINE = 1.5
 
 
 class Text(NamedTuple):
-    """The text of a split, of its first lines if a subset is wanted."""
+    """The text of a split, or of its first lines if a subset is wanted."""
 
     source: str  # what errors call it
     content: str  # ends in a newline
@@ -59,23 +63,23 @@ def prepare(
     output_folder: Path,
     terminal: TextIO = sys.stderr,
 ) -> dict[str, Any]:
-    """Prepares a corpus and returns what corpus.json says of it.
+    """Prepare a corpus and return the content of its corpus.json.
 
-    Three clocks: `load` reads and checks the raw text, or generates it; `preprocess` makes words,
-    vocabulary and integers of it; `index` is what `source: stream` alone needs besides the
-    vocabulary. Downloading and writing count in none.
+    There are three clocks. `load` reads and checks the raw text, or generates it. `preprocess`
+    turns it into words, vocabulary and integers. `index` is the extra work for `source: stream`.
+    Downloading and writing are on none of them.
 
     Args:
-        name: the corpus', for messages and corpus.json.
+        name: of the corpus, for messages and corpus.json.
         definition: where the text comes from.
-        subset: keep only so many first lines of each split, the vocabulary with them; None: all.
-        downloads_folder: keeps what is downloaded.
-        output_folder: is made if it is not there.
-        terminal: shows the progress of downloads.
+        subset: use only this many lines at the start of each split; None: all.
+        downloads_folder: where downloads are kept.
+        output_folder: created if it does not exist.
+        terminal: where the progress of downloads is shown.
 
     Raises:
-        CorpusError: if the text cannot be had, is not as it must be, or cannot be stored. A corpus
-            prepared there before stays as it was.
+        CorpusError: if the text cannot be fetched, read or stored. A corpus that was prepared there
+            before stays as it was.
     """
     facts: dict[str, Any] = {}
     known_words: tuple[str, ...] = ()
@@ -89,12 +93,15 @@ def prepare(
     loaded = time.perf_counter()
 
     words = {split: _checked_words(text) for split, text in texts.items()}
+    if isinstance(definition, FolderCorpus):
+        _warn_of_unspaced_text(name, texts["train"], words["train"])
     vocabulary = build_vocabulary(words["train"], known_words)
     encoder = Encoder(vocabulary)
+    advice = ADVICE if subset is None else f"use more lines than subset={subset}"
     tokens: dict[Split, Identifiers] = {}
     outside: dict[Split, int] = {}
     for split in SPLITS:
-        tokens[split], outside[split] = encoder.encode(words[split], texts[split].source)
+        tokens[split], outside[split] = encoder.encode(words[split], texts[split].source, advice)
     preprocessed = time.perf_counter()
     raw = {split: text.content.encode() for split, text in texts.items()}
     indices = {split: index_text(content) for split, content in raw.items()}
@@ -129,7 +136,7 @@ def prepare(
 
 
 def read(path: Path, subset: int | None) -> Text:
-    """The text of a raw file, checked.
+    """Read a raw file and check it.
 
     Raises:
         CorpusError: if it cannot be read, is empty, is not UTF-8 or does not end in a newline.
@@ -141,7 +148,8 @@ def read(path: Path, subset: int | None) -> Text:
     if not raw:
         raise CorpusError(f"{path} is empty; it must hold text, one sentence a line")
     try:
-        content = raw.decode("utf-8-sig")  # a byte order mark is no part of the first word
+        content = raw.decode("utf-8-sig")  # a byte order mark is not part of the first word
+        content = content.replace("\r\n", "\n").replace("\r", "\n")  # Windows, old Mac
     except UnicodeDecodeError as error:
         at = len(raw) - len(error.object) + error.start  # a byte order mark is not in the object
         line = 1 + raw.count(b"\n", 0, at)
@@ -159,9 +167,9 @@ def read(path: Path, subset: int | None) -> Text:
 
 
 def generate(
-    definition: MarkovCorpus | HighRankCorpus, subset: int | None
+    definition: Generated, subset: int | None
 ) -> tuple[tuple[str, ...], dict[Split, Text], dict[str, Any]]:
-    """A synthetic corpus: the process' words, the text of each split, and what is known exactly."""
+    """Generate a synthetic corpus: its words, the text of each split, and its exact facts."""
     process = synthetic.build(definition)
     minimum: dict[Split, int] = {
         "train": definition.train_tokens,
@@ -194,7 +202,7 @@ def generate(
 
 
 def first_lines(content: str, count: int | None) -> str:
-    """The first lines of a text, or all of it if it has fewer; None: all."""
+    """Return the first lines of a text, or all of it if it has fewer; None: all."""
     if count is None:
         return content
     lines = content.split("\n", count)  # of no other line separator than a newline
@@ -202,27 +210,41 @@ def first_lines(content: str, count: int | None) -> str:
 
 
 def entropy(counts: np.ndarray[Any, Any]) -> float:
-    """Entropy of the distribution of some counts [nats]."""
+    """Return the entropy of a distribution given by counts [nats]."""
     shares = counts[counts > 0] / counts.sum()
     return float(-np.sum(shares * np.log(shares)))
 
 
 def _checked_words(text: Text) -> list[str]:
-    """The words of a text.
+    """Return the words of a text.
 
     Raises:
-        CorpusError: if there are none, or if `<eos>` is among them before newlines become it.
+        CorpusError: if there are none, or if `<eos>`, which replaces newlines, is one of them.
     """
     if END_OF_SENTENCE in text.content:
         for number, line in enumerate(text.content.split("\n"), start=1):
             if END_OF_SENTENCE in line.split():
                 raise CorpusError(
                     f"{text.source}, line {number}: the text has the word {END_OF_SENTENCE}, which "
-                    "is what a newline becomes; take it out"
+                    "stands for the end of a line; remove it"
                 )
     if not text.content.strip():
         raise CorpusError(f"{text.source} has no words; it must hold text, one sentence a line")
     return tokenize(text.content)
+
+
+def _warn_of_unspaced_text(name: str, text: Text, words: list[str]) -> None:
+    """Warn if almost every line is a single word, as in a script that writes no spaces."""
+    lines = text.content.count("\n")
+    found = len(words) - words.count(END_OF_SENTENCE)
+    if lines >= 10 and found < WORDS_PER_LINE * lines:
+        print(
+            f"[{name}] warning: {text.source} has {found} words of {len(set(words)) - 1} kinds in "
+            f"{lines} lines. Words are separated by spaces: if the text has none, separate its "
+            "words first.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _store(
@@ -233,7 +255,7 @@ def _store(
     vocabulary: list[str],
     description: dict[str, Any],
 ) -> None:
-    """Writes all files whole, then renames them into place, corpus.json last."""
+    """Write all files to a temporary folder, then rename them into place, corpus.json last."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as name:
         partial = Path(name)
@@ -248,8 +270,6 @@ def _store(
         with (partial / "corpus.json").open("w", encoding="utf-8") as file:
             json.dump({**description, "sha256": sums}, file, indent=2, ensure_ascii=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
         (folder / "corpus.json").unlink(missing_ok=True)  # never beside files of another corpus
         for path in [*files, partial / "corpus.json"]:
-            path.replace(folder / path.name)
+            publish(path, folder / path.name)

@@ -1,8 +1,8 @@
-"""The tokens of a split, wherever they are: integers in memory or in their file, or the text.
+"""Sources of a split's tokens: integers in memory, integers mapped from a file, or the text itself.
 
-A source is read forwards from anywhere, by as many readers as there are streams; all sources of a
-split give the same integers. Runs in every framework's environment: NumPy and the standard library
-alone. `batching.py` makes batches of what is read.
+A source is read forwards from any place, by as many readers as there are streams; all sources of a
+split give the same integers. Every framework's environment imports this, so it needs NumPy and the
+standard library alone. `batching.py` makes batches of what is read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CHUNK_BYTES = 8192  # of text that is tokenised at a time: about 1,600 words of 
 
 
 class Reader(abc.ABC):
-    """A place in a split that moves on as it is read."""
+    """A position in a split that advances as tokens are read."""
 
     @abc.abstractmethod
     def read(self, count: int) -> Tokens:
-        """The next tokens [count], fewer at the end of the split; not to be written to."""
+        """Return the next tokens [count], fewer at the end of the split; do not write to them."""
 
 
 class Source(abc.ABC):
@@ -35,11 +35,11 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Tokens in the split."""
+        """Return the number of tokens in the split."""
 
     @abc.abstractmethod
     def reader(self, start: int = 0) -> Reader:
-        """A reader of its own, at the token of that number, from 0."""
+        """Return a new reader, positioned at the token with that number, from 0."""
 
 
 class Integers(Source):
@@ -47,7 +47,7 @@ class Integers(Source):
 
     def __init__(self, tokens: Tokens) -> None:
         """Args: tokens: [tokens]."""
-        self.tokens = np.asarray(tokens)  # a view of the file, whose slices are quick to take
+        self.tokens = np.asarray(tokens)  # a view of the file: its slices are cheap
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,10 +80,10 @@ class Text(Source):
         return _TextReader(self, number, start - int(self._index[number, 1]))
 
     def chunk(self, number: int) -> Tokens:
-        """Identifiers of a chunk [tokens]; none after the last.
+        """Return the identifiers of a chunk [tokens].
 
         Raises:
-            CorpusError: if the file is no longer the one that the index is of.
+            CorpusError: if the file no longer fits its index.
         """
         (begin, first), (end, after) = self._index[number : number + 2].tolist()
         with self._path.open("rb") as file:
@@ -91,20 +91,20 @@ class Text(Source):
             raw = file.read(end - begin)
         words = tokenize(raw.decode("utf-8", errors="replace"))
         if len(raw) != end - begin or len(words) != after - first:
-            raise CorpusError(f"{self._path} has changed since it was prepared; prepare it anew")
+            raise CorpusError(f"{self._path} has changed since it was prepared; prepare it again")
         return self._encoder.encode(words, str(self._path))[0]
 
     @property
     def chunks(self) -> int:
-        """Parts into which the text is cut."""
+        """Number of chunks of the text."""
         return len(self._index) - 1
 
 
 class _TextReader(Reader):
     def __init__(self, text: Text, chunk: int, skipped: int) -> None:
-        """Args: skipped: tokens of that chunk to leave out."""
+        """Args: skipped: how many tokens of that chunk to leave out."""
         self._text, self._next_chunk, self._skipped = text, chunk, skipped
-        self._tokens: Tokens = np.zeros(0, np.int32)  # read of the file and not yet given out
+        self._tokens: Tokens = np.zeros(0, np.int32)  # read from the file and not returned yet
 
     def read(self, count: int) -> Tokens:
         parts = [self._tokens[:count]]
@@ -120,7 +120,7 @@ class _TextReader(Reader):
 
 
 def index_text(raw: bytes, chunk_bytes: int = CHUNK_BYTES) -> npt.NDArray[np.int64]:
-    """Where the chunks of a text begin, each of about `chunk_bytes` and cut between two words.
+    """Return where the chunks of a text begin, each about `chunk_bytes` long, cut between words.
 
     Args:
         raw: the text in UTF-8.
@@ -132,7 +132,7 @@ def index_text(raw: bytes, chunk_bytes: int = CHUNK_BYTES) -> npt.NDArray[np.int
     while begin < len(raw):
         end = begin + chunk_bytes
         if end < len(raw):
-            # After a space or newline: no word of several bytes is cut, and no part of a letter.
+            # Cut after a space or newline, so that no word and no multi-byte letter is split.
             cut = max(raw.rfind(b" ", begin, end), raw.rfind(b"\n", begin, end))
             after = [at for at in (raw.find(b" ", end), raw.find(b"\n", end)) if at >= 0]
             end = 1 + (cut if cut >= 0 else min(after, default=len(raw) - 1))

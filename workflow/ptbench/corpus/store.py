@@ -1,7 +1,7 @@
-"""A prepared corpus, opened: its tokens and what is known of them.
+"""Open a prepared corpus: its tokens, its vocabulary and its facts.
 
-Runs in every framework's environment: NumPy and the standard library alone. `prepare.py` writes
-what is read here.
+Every framework's environment imports this, so it needs NumPy and the standard library alone.
+`prepare.py` writes what is read here.
 """
 
 from __future__ import annotations
@@ -35,22 +35,26 @@ class Corpus:
 
     @property
     def vocabulary_size(self) -> int:
-        """Word types."""
+        """Number of word types."""
         return len(self.words)
 
     @property
     def vocabulary_sha256(self) -> str:
-        """What two corpora have in common if their identifiers mean the same words."""
+        """Checksum of the vocabulary: equal where identifiers mean the same words."""
         return hashlib.sha256("".join(f"{word}\n" for word in self.words).encode()).hexdigest()
 
 
 def open_corpus(folder: Path, source: TokenSource = "memory") -> Corpus:
-    """The corpus that was prepared in a folder, its tokens read from where the recipe says.
+    """Open the corpus that was prepared in a folder.
+
+    Args:
+        folder: holds corpus.json.
+        source: where tokens are read from, as the recipe says.
 
     Raises:
-        CorpusError: if it is not there, or its parts do not belong together.
+        CorpusError: if it does not exist, or its parts do not fit together.
     """
-    again = f"remove {folder / 'corpus.json'} and run the workflow again to prepare it anew"
+    again = f"remove {folder / 'corpus.json'} and run the workflow again to prepare it"
     try:
         description = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
         size, tokens = description["vocabulary_size"], description["tokens"]
@@ -93,5 +97,5 @@ def _text(folder: Path, split: str, tokens: int, encoder: Encoder) -> Text:
 
 
 def read_vocabulary(folder: Path) -> list[str]:
-    """Words of a prepared corpus by identifier."""
+    """Return the words of a prepared corpus by identifier."""
     return (folder / "vocabulary.txt").read_text(encoding="utf-8").split("\n")[:-1]

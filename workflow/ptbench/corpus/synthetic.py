@@ -1,12 +1,12 @@
-"""Seeded generators of PTB-like text whose entropy rate is known exactly.
+"""Generate text like Penn Treebank's from a seed, with an entropy rate that is known exactly.
 
-Two processes. `markov` has a long-range dependency that a recurrent network learns and a bigram
+Three processes. `markov` has a long-range dependency that a recurrent network learns and a bigram
 model cannot; `high-rank` is a process of order one whose log-probabilities one softmax of a small
-hidden size cannot express. Both are finite unifilar sources: the state after a word follows from
-the state before it and the word, so entropy rate, best bigram model and the probability of a text
-are finite sums, not estimates.
+hidden size cannot express; `zipf` is of order zero and has as many words as one likes. All are
+finite unifilar sources: the state after a word follows from the state before it and the word, so
+entropy rate, best bigram model and the probability of a text are finite sums, not estimates.
 
-NumPy and the standard library only. Turning text into arrays and files is `prepare.py`'s.
+It needs NumPy and the standard library alone. `prepare.py` turns the text into files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.corpus.definitions import SPLITS, HighRankCorpus, MarkovCorpus
+from ptbench.corpus.definitions import SPLITS, Generated, HighRankCorpus, MarkovCorpus, ZipfCorpus
 from ptbench.corpus.vocabulary import END_OF_SENTENCE
 
 Float = npt.NDArray[np.float64]
@@ -48,7 +48,7 @@ class Process:
 
     @cached_property
     def stationary(self) -> Float:
-        """Long-run share of each state [state]: the solution of pi T = pi, sum(pi) = 1."""
+        """The long-run share of each state [state]: the solution of pi T = pi, sum(pi) = 1."""
         states = len(self.probabilities)
         transition = np.zeros((states, states))
         rows = np.broadcast_to(np.arange(states)[:, None], self.probabilities.shape)
@@ -60,25 +60,28 @@ class Process:
         return np.asarray(np.linalg.solve(system, right), dtype=np.float64)
 
     def entropy_rate(self) -> float:
-        """Exact entropy rate [nats per token]: Shannon (1948), section 7, H = sum_i pi_i H_i.
+        """Return the exact entropy rate [nats per token].
 
-        It is the smallest expected negative log-likelihood that any model can reach.
+        H = sum_i pi_i H_i (Shannon 1948, section 7). It is the smallest expected negative
+        log-likelihood that any model can reach.
         """
         return float(self.stationary @ _entropy(self.probabilities))
 
     def bigram_entropy(self) -> float:
-        """Entropy of a word given the word before it alone [nats per token].
+        """Return the entropy of a word given only the word before it [nats per token].
 
         It is what the best possible bigram model reaches, one that knows the process and not the
-        history. It equals the entropy rate if the process is of order one.
+        history. It equals the entropy rate if the process is of order one or zero.
         """
+        if len(self.probabilities) == 1:  # independent words: the word before tells nothing
+            return self.entropy_rate()
         joint = np.zeros((len(self.words), len(self.words)))
         np.add.at(joint, self.previous, self.stationary[:, None] * self.probabilities)
         share = joint.sum(axis=1)
         return float(share @ _entropy(joint / share[:, None]))
 
     def log_probability_rank(self) -> int:
-        """Rank of the matrix of log-probabilities [state, word], each row centred.
+        """Return the rank of the matrix of log-probabilities [state, word], each row centred.
 
         Centring removes the row's log-normaliser. A softmax of hidden size d with a bias vector
         reaches rank d + 1 at most (Yang et al. 2018, arXiv:1711.03953, section 2.2). Meaningful
@@ -91,27 +94,28 @@ class Process:
 
 @dataclass(frozen=True)
 class Sample:
-    """Sentences drawn from a process, and what the process itself thinks of each."""
+    """Sentences drawn from a process, with the probability that the process gives to each."""
 
     lines: tuple[str, ...]  # one sentence each, words separated by one space, `<eos>` left out
     nll: Float  # [sentence], negative log-likelihood, `<eos>` counted [nats]
     tokens: Integer  # [sentence], tokens, `<eos>` counted
 
     def first(self, lines: int | None) -> Sample:
-        """The first sentences alone; None: all."""
+        """Return only the first sentences; None: all."""
         return Sample(self.lines[:lines], self.nll[:lines], self.tokens[:lines])
 
     def mean_nll(self) -> float:
-        """Negative log-likelihood of the true process on this very sample [nats per token].
+        """Return the negative log-likelihood of the true process on this sample [nats per token].
 
-        The floor of this sample is here, not at the entropy rate. A model chosen without it can be
-        lower by more than t nats per token only with a probability of at most exp(-t * tokens): the
-        likelihood ratio of the model to the truth has mean one (Markov's inequality).
+        This is the floor of the sample; the entropy rate is the floor of the process. A model that
+        was chosen without the sample can be lower by more than t nats per token only with a
+        probability of at most exp(-t * tokens): the likelihood ratio of the model to the truth has
+        mean one (Markov's inequality).
         """
         return float(self.nll.sum() / self.tokens.sum())
 
     def standard_error(self) -> float:
-        """Standard error of `mean_nll` about the entropy rate [nats per token].
+        """Return the standard error of `mean_nll` about the entropy rate [nats per token].
 
         Sentences are independent, so it is that of a ratio of means (Cochran, Sampling Techniques,
         3rd edition, section 2.11). Not a number for fewer than two sentences.
@@ -123,18 +127,20 @@ class Sample:
         return float(np.sqrt(variance) / self.tokens.sum())
 
 
-def build(corpus: MarkovCorpus | HighRankCorpus) -> Process:
-    """Returns the process that a definition describes."""
+def build(corpus: Generated) -> Process:
+    """Return the process that a definition describes."""
     if isinstance(corpus, MarkovCorpus):
         return _markov(corpus)
+    if isinstance(corpus, ZipfCorpus):
+        return _independent(corpus)
     return _high_rank(corpus)
 
 
 def sample(process: Process, minimum_tokens: int, seed: int, stream: int) -> Sample:
-    """Draws whole sentences until there are at least `minimum_tokens` tokens, `<eos>` counted.
+    """Draw whole sentences until there are at least `minimum_tokens` tokens, `<eos>` included.
 
-    Equal arguments give equal text whatever the platform and the NumPy: each word is one number of
-    `Generator.random` through the inverse of a cumulative distribution.
+    Equal arguments give equal text on every platform and with every NumPy: each word is one number
+    from `Generator.random`, put through the inverse of a cumulative distribution.
     """
     random = np.random.default_rng([seed, stream])
     cumulative = np.cumsum(process.probabilities, axis=1)
@@ -165,7 +171,7 @@ def sample(process: Process, minimum_tokens: int, seed: int, stream: int) -> Sam
 
 
 def _markov(corpus: MarkovCorpus) -> Process:
-    """Sentences with a topic, and a last word that agrees with the first.
+    """Return a process of sentences with a topic, whose last word agrees with the first.
 
     `opener (function content)+ closer <eos>`. The opener fixes the topic, and with it which content
     words are likely; the closer belongs to the opener, whatever stands between. A function word
@@ -231,7 +237,7 @@ def _markov(corpus: MarkovCorpus) -> Process:
 
 
 def _high_rank(corpus: HighRankCorpus) -> Process:
-    """A process of order one whose logits are independent Gaussian numbers.
+    """Return a process of order one whose logits are independent Gaussian numbers.
 
     The matrix of its log-probabilities has full rank, with no direction that could be left out. A
     softmax of hidden size d reaches rank d + 1 at most, so that it stays above the entropy rate
@@ -249,20 +255,28 @@ def _high_rank(corpus: HighRankCorpus) -> Process:
     return Process(words, probabilities, np.broadcast_to(identifiers, (size, size)), identifiers)
 
 
+def _independent(corpus: ZipfCorpus) -> Process:
+    """Independent words by Zipf's law; a sentence ends after each with the same probability."""
+    ending = 1.0 / corpus.sentence_tokens
+    words = (END_OF_SENTENCE, *itertools.islice(_pronounceable(), corpus.words))
+    probabilities = np.concatenate([[ending], (1.0 - ending) * _zipf(corpus.words)])[None]
+    return Process(words, probabilities, np.zeros_like(probabilities, np.int64), np.zeros(1, int))
+
+
 def _zipf(size: int) -> Float:
-    """Zipf's law [rank]: the probability of rank r is proportional to 1 / r."""
+    """Return Zipf's law [rank]: the probability of rank r is proportional to 1 / r."""
     weights = 1.0 / np.arange(1, size + 1)
     return weights / weights.sum()
 
 
 def _entropy(probabilities: Float) -> Float:
-    """Entropy of each row [nats]; zero times the logarithm of zero is zero."""
+    """Return the entropy of each row [nats]; zero times the logarithm of zero counts as zero."""
     logarithms = np.log(np.where(probabilities > 0, probabilities, 1.0))
     return -np.sum(probabilities * logarithms, axis=1)
 
 
 def _gaussian(random: np.random.Generator, shape: tuple[int, ...]) -> Float:
-    """Standard normal numbers by the inverse distribution function of uniform ones.
+    """Draw standard normal numbers by the inverse distribution function of uniform ones.
 
     `Generator.normal` may change with NumPy's version; `Generator.random` does not.
     """
@@ -273,8 +287,9 @@ def _gaussian(random: np.random.Generator, shape: tuple[int, ...]) -> Float:
 
 
 def _pronounceable() -> Iterator[str]:
-    """70 words of one syllable, then 4,900 of two: distinct, and neighbours unlike each other."""
+    """Yield 70 words of one syllable, then 4,900 of two; all differ, and neighbours differ most."""
     syllables = [consonant + vowel for vowel in "aeiou" for consonant in "bdfgklmnprstvz"]
-    yield from syllables
-    for shift, first in itertools.product(range(len(syllables)), repeat=2):
-        yield syllables[first] + syllables[(first + shift) % len(syllables)]
+    for length in (1, 2, 3):
+        for *shifts, first in itertools.product(range(len(syllables)), repeat=length):
+            places = itertools.accumulate(shifts, initial=first)
+            yield "".join(syllables[place % len(syllables)] for place in places)

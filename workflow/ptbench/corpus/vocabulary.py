@@ -1,6 +1,6 @@
-"""Text to words and words to integers: tokens, the vocabulary and its order.
+"""Split text into words, order the vocabulary, and turn words into integers and back.
 
-Values in, values out; `prepare.py` reads and writes the files.
+Nothing here reads or writes files; `prepare.py` does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ UNKNOWN = "<unk>"
 
 Identifiers = npt.NDArray[np.int32]
 
+ADVICE = f"write {UNKNOWN} for rare words in all three files, or remove the word"
+
 
 def tokenize(text: str) -> list[str]:
     """The words of a text, each newline a word of its own, `<eos>`.
@@ -30,7 +32,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def build_vocabulary(train: Iterable[str], known: Iterable[str] = ()) -> list[str]:
-    """Words by identifier: sorted by (-count in train, word).
+    """Return the words by identifier: the most frequent first, equals in alphabetical order.
 
     Args:
         train: tokens of the training split.
@@ -42,18 +44,21 @@ def build_vocabulary(train: Iterable[str], known: Iterable[str] = ()) -> list[st
 
 
 class Encoder:
-    """Words to identifiers and back, under one vocabulary."""
+    """Translates words to identifiers and back, for one vocabulary."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self.vocabulary = vocabulary
         self._identifiers = {word: identifier for identifier, word in enumerate(vocabulary)}
 
-    def encode(self, words: Sequence[str], source: str) -> tuple[Identifiers, int]:
-        """Identifiers of the words [tokens], and how many words were outside the vocabulary.
+    def encode(
+        self, words: Sequence[str], source: str, advice: str = ADVICE
+    ) -> tuple[Identifiers, int]:
+        """Return the identifiers of the words [tokens], and how many were outside the vocabulary.
 
         Args:
             words: tokens as `tokenize` gives them.
-            source: what errors call the text, such as the path of its file.
+            source: name of the text in errors, such as the path of its file.
+            advice: what errors tell the user to do.
 
         Raises:
             CorpusError: for a word outside a vocabulary that has no `<unk>`.
@@ -69,12 +74,11 @@ class Encoder:
             line = 1 + words[:first].count(END_OF_SENTENCE)
             raise CorpusError(
                 f"{source}, line {line}: the word {words[first]!r} is not in the training text, "
-                f"and neither is {UNKNOWN} to stand for it; use {UNKNOWN} for rare words in all "
-                "three files, or leave the word out"
+                f"which has no {UNKNOWN} either; {advice}"
             )
         identifiers[outside] = self._identifiers[UNKNOWN]
         return identifiers, int(outside.sum())
 
     def decode(self, identifiers: Iterable[int]) -> list[str]:
-        """Words of the identifiers."""
+        """Return the words of the identifiers."""
         return [self.vocabulary[identifier] for identifier in identifiers]

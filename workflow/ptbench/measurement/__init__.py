@@ -1,1 +1,1 @@
-"""Clocks, memory and the facts about a run's surroundings."""
+"""How fast models train: all frameworks side by side, and what the machine would allow."""

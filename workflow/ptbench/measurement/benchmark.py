@@ -1,34 +1,33 @@
-"""Training speed of every framework, measured side by side and against this machine's products.
+"""Training speed of every framework, side by side, and as a share of what the machine allows.
 
-All that is compared runs in the same minutes: each round gives every competitor and every product a
-turn, in an order that rotates, while the others wait. As the machine's speed drifts, a fraction of
-the bound is taken within each round; what is printed are medians over the rounds.
+All competitors run in the same minutes: in each round every competitor, and every matrix product,
+has a turn while the others wait, in an order that rotates. As the machine's speed drifts, the share
+of the bound is taken within each round. Printed are medians over the rounds.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from ptbench.backends import FRAMEWORKS, Framework
+from ptbench.backends import Framework
 from ptbench.environments import PYTHON
 from ptbench.errors import PtbenchError
+from ptbench.files import write_atomically
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.work import Product, bound, flops_per_token, training_products
 from ptbench.training.provenance import provenance
-from ptbench.training.records import write_atomically
 
 VOCABULARY_SIZE = 10_000  # PTB's
 PRODUCT_SECONDS = 0.15  # for each shape and round
@@ -45,12 +44,13 @@ MODELS = {
         dropout=0.5, mixtures=10,
     ),
 }  # fmt: skip
-# What multiplies matrices: the framework whose environment has it, and the class that does it.
+# The product classes, and the frameworks in whose environments they run.
 PRODUCTS = {
-    "NumPy": ("jax", "ptbench.model.work:NumpyProducts"),
-    "PyTorch": ("pytorch", "ptbench.backends.pytorch.products:TorchProducts"),
+    "NumPy": ("jax", "ptbench.measurement.products:NumPyProducts"),
+    "PyTorch": ("pytorch", "ptbench.measurement.products:PyTorchProducts"),
 }
-YARDSTICK = ("keras", "ptbench.backends.keras.fit:KerasFit")
+BACKEND = "ptbench.measurement.backend_speed:BackendSpeed"
+KERAS_FIT = "ptbench.measurement.keras_fit:KerasFit"
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,41 @@ class Competitor:
 
     @property
     def label(self) -> str:
+        """Its name in messages."""
         return f"{self.framework} {self.implementation}"
 
     def can_train(self, recipe: Recipe) -> bool:
-        """Whether it has the model: Keras' own `fit` has what Keras has layers for."""
+        """Return whether it has the model: Keras' own `fit` has what Keras has layers for."""
         return self.implementation != "fit" or not recipe.mixtures
+
+    def task(self, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+        """Return what its worker is asked to make."""
+        task: dict[str, Any] = {
+            "framework": self.framework,
+            "vocabulary_size": VOCABULARY_SIZE,
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        if self.implementation == "fit":
+            return task | {"class": KERAS_FIT}
+        task["recipe"]["implementation"] = self.implementation
+        return task | {"class": BACKEND, "accelerator": accelerator}
+
+
+def all_competitors(
+    frameworks: Sequence[Framework], implementations: Sequence[str]
+) -> list[Competitor]:
+    """Return each implementation of each framework, and Keras' own `fit` if Keras is there."""
+    competitors = [Competitor(f, i) for f in frameworks for i in implementations]
+    if "keras" in frameworks:
+        competitors.append(Competitor("keras", "fit"))
+    return competitors
 
 
 class Worker:
-    """A process that measures when told to; see `speed_worker.py`."""
+    """A process that measures when asked to; see `speed_worker.py`."""
 
     def __init__(self, python: Path, task: dict[str, Any], log: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        threads = str(task["threads"])
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            environment[name] = threads
+        """Start it; the first `answer` is its settings, once it is ready."""
         self.log = log
         self.task = task
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +104,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [python, "-m", "ptbench.measurement.speed_worker", json.dumps(task)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
             )  # fmt: skip
 
     def __enter__(self) -> Worker:
@@ -95,18 +115,24 @@ class Worker:
         self.process.wait()
 
     def answer(self) -> Any:
+        """Return the next answer.
+
+        Raises:
+            PtbenchError: if the process has ended.
+        """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
             said = self.log.read_text(errors="replace").strip().splitlines()[-1:]
             raise PtbenchError(
-                f"the benchmark of {self.task.get('framework', self.task['kind'])} ended with "
-                f"status {status}: {''.join(said)} (its output is in {self.log})"
+                f"the benchmark of {self.task['framework']} ended with status {status}: "
+                f"{''.join(said)} (its output is in {self.log})"
             )
         return json.loads(line)
 
     def ask(self, **request: Any) -> Any:
+        """Return the answer to a request."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -119,20 +145,23 @@ class Result:
 
     model: str
     competitor: Competitor
-    tokens_per_second: list[float]  # by round
-    bounds: list[float]  # what the products alone would allow, by round [tokens/s]; none on GPUs
-    peak_memory_bytes: int
     settings: dict[str, str]
+    tokens_per_second: list[float] = field(default_factory=list)  # by round
+    bounds: list[float] = field(default_factory=list)  # of the products alone; none on GPUs
+    peak_memory_bytes: int = 0
 
     @property
     def fraction_of_bound(self) -> float | None:
+        """Median over rounds of speed / bound; None on GPUs."""
         if not self.bounds:
             return None
         pairs = zip(self.tokens_per_second, self.bounds, strict=True)
         return statistics.median(speed / bound for speed, bound in pairs)
 
     def row(self) -> dict[str, Any]:
+        """Return its row of `speed.csv`."""
         rates = sorted(self.tokens_per_second)
+        fraction = self.fraction_of_bound
         return {
             "model": self.model,
             "framework": self.competitor.framework,
@@ -140,168 +169,140 @@ class Result:
             "tokens_per_second": round(statistics.median(rates), 1),
             "lowest": round(rates[0], 1),
             "highest": round(rates[-1], 1),
-            "fraction_of_bound": (
-                None if self.fraction_of_bound is None else round(self.fraction_of_bound, 3)
-            ),
+            "fraction_of_bound": None if fraction is None else round(fraction, 3),
             "peak_memory_mb": round(self.peak_memory_bytes / 1e6),
             "rounds": len(rates),
         }
 
+    def content(self) -> dict[str, Any]:
+        """Return its part of `speed.json`."""
+        return self.row() | {
+            "tokens_per_second_by_round": self.tokens_per_second,
+            "bound_by_round": self.bounds,
+            "settings": self.settings,
+        }
 
-def run_benchmark(
-    models: Sequence[str],
-    competitors: Sequence[Competitor],
-    environments: Path,
-    accelerator: Accelerator,
-    threads: int,
-    rounds: int,
-    seconds: float,
-    output: Path,
-    say: Callable[[str], None] = print,
-) -> list[Result]:
-    """Measure and write `speed.csv` and `speed.json` into `output`.
 
-    Args:
-        models: names in `MODELS`.
-        environments: folder of the frameworks' environments.
-        threads: CPU threads of each competitor.
-        rounds: turns of each competitor.
-        seconds: least length of a turn [s].
+@dataclass(frozen=True)
+class Benchmark:
+    """How speeds are measured, and where."""
 
-    Raises:
-        PtbenchError: if an environment is missing or a framework fails.
-    """
-    needed = {competitor.framework for competitor in competitors}
-    if accelerator == "cpu":
-        needed |= {framework for framework, _ in PRODUCTS.values()}  # type: ignore[misc]
-    for framework in sorted(needed):
-        if not (environments / f"{framework}-{accelerator}" / PYTHON).exists():
+    environments: Path  # folder of the frameworks' environments
+    accelerator: Accelerator
+    threads: int  # CPU threads of each competitor
+    rounds: int  # turns of each competitor
+    seconds: float  # least length of a turn
+    output: Path
+    say: Callable[[str], None] = print
+
+    def run(self, models: Sequence[str], competitors: Sequence[Competitor]) -> list[Result]:
+        """Measure, and write `speed.csv` and `speed.json` into the output folder.
+
+        Args:
+            models: names in `MODELS`.
+
+        Raises:
+            PtbenchError: if an environment is missing or a framework fails.
+        """
+        self.check_environments(competitors)
+        results: list[Result] = []
+        for model in models:
+            able = [each for each in competitors if each.can_train(MODELS[model])]
+            for each in competitors:
+                if each not in able:
+                    self.say(f"{model}: without {each.label}, as Keras has no layer for mixtures")
+            if able:
+                results += self.measure(model, able)
+        table = pd.DataFrame([result.row() for result in results])
+        facts = {"accelerator": self.accelerator, "threads": self.threads}
+        content = {
+            "facts": provenance("numpy") | facts,
+            "results": [result.content() for result in results],
+        }
+        write_atomically(self.output / "speed.csv", table.to_csv(index=False))
+        text = json.dumps(content, indent=2, default=str) + "\n"
+        write_atomically(self.output / "speed.json", text)
+        return results
+
+    def check_environments(self, competitors: Sequence[Competitor]) -> None:
+        """Raise PtbenchError if an environment that is needed is missing."""
+        needed = {str(competitor.framework) for competitor in competitors}
+        if self.accelerator == "cpu":
+            needed |= {framework for framework, _ in PRODUCTS.values()}
+        for framework in sorted(needed):
+            if not self.python(framework).exists():
+                raise PtbenchError(
+                    f"{self.environments} has no environment {framework}-{self.accelerator}: build "
+                    f"it with `uv run ptbench environments {framework} --accelerator "
+                    f"{self.accelerator} --output {self.environments}`"
+                )
+
+    def python(self, framework: str) -> Path:
+        """Return the interpreter of a framework's environment."""
+        return (self.environments / f"{framework}-{self.accelerator}" / PYTHON).absolute()
+
+    def start(self, task: dict[str, Any], name: str) -> Worker:
+        """Start a worker in the environment of its task's framework."""
+        log = self.output / "logs" / f"{name}.log"
+        return Worker(self.python(task["framework"]), {"threads": self.threads} | task, log)
+
+    def measure(self, model: str, competitors: Sequence[Competitor]) -> list[Result]:
+        """Measure all competitors on one model, taking turns."""
+        recipe = MODELS[model]
+        with ExitStack() as stack:
+            measured: list[tuple[Worker, Result]] = []
+            for each in competitors:
+                name = f"{model}-{each.label.replace(' ', '-')}"
+                task = each.task(recipe, self.accelerator)
+                worker = stack.enter_context(self.start(task, name))
+                # Waits for its answer, so that one at a time compiles.
+                measured.append((worker, Result(model, each, worker.answer())))
+            engines = self.start_products(stack, model) if self.accelerator == "cpu" else []
+            for number in range(self.rounds):
+                shift = number % len(measured)
+                for worker, result in [*measured[shift:], *measured[:shift]]:
+                    self.take_turn(worker, result)
+                if engines:
+                    limit = bound(recipe, VOCABULARY_SIZE, product_rates(recipe, engines))
+                    for _, result in measured:
+                        result.bounds.append(limit)
+                self.say(f"{model}: round {number + 1} of {self.rounds} done")
+        results = [result for _, result in measured]
+        if engines:
+            flops = flops_per_token(recipe, VOCABULARY_SIZE) / 1e6
+            limit = statistics.median(results[0].bounds)
+            self.say(
+                f"{model}: {flops:.1f} MFLOP a token; the products alone allow {limit:,.0f} "
+                "tokens/s"
+            )
+        return results
+
+    def start_products(self, stack: ExitStack, model: str) -> list[Worker]:
+        """Start the workers that multiply matrices."""
+        engines = []
+        for engine, (framework, name) in PRODUCTS.items():
+            task = {"framework": framework, "class": name}
+            engines.append(stack.enter_context(self.start(task, f"{model}-products-{engine}")))
+            engines[-1].answer()
+        return engines
+
+    def take_turn(self, worker: Worker, result: Result) -> None:
+        """Let one competitor train, and add its speed to its result."""
+        answer = worker.ask(seconds=self.seconds)
+        result.tokens_per_second.append(answer["tokens"] / answer["seconds"])
+        result.peak_memory_bytes = answer["peak_memory_bytes"]
+        if not 0 < answer["nll"] < 100:
             raise PtbenchError(
-                f"{environments} has no environment {framework}-{accelerator}: build it with "
-                f"`uv run ptbench environments {framework} --accelerator {accelerator} "
-                f"--output {environments}`"
+                f"{result.competitor.label} trained to a loss of {answer['nll']} nats per token"
             )
-    results: list[Result] = []
-    for model in models:
-        able = [each for each in competitors if each.can_train(MODELS[model])]
-        for each in competitors:
-            if each not in able:
-                say(f"{model}: without {each.label}, as Keras has no layer for its softmaxes")
-        if able:
-            results += benchmark_model(
-                model, able, environments, accelerator, threads, rounds, seconds, output, say
-            )
-    rows = [result.row() for result in results]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    facts = provenance("numpy") | {"accelerator": accelerator, "threads": threads}
-    content = {
-        "facts": facts,
-        "results": [
-            result.row()
-            | {
-                "tokens_per_second_by_round": result.tokens_per_second,
-                "bound_by_round": result.bounds,
-                "settings": result.settings,
-            }
-            for result in results
-        ],
+
+
+def product_rates(recipe: Recipe, engines: Sequence[Worker]) -> dict[Product, float]:
+    """Return the speed of each product of a training step, by the fastest engine [FLOP/s]."""
+    return {
+        product: max(engine.ask(product=product, seconds=PRODUCT_SECONDS) for engine in engines)
+        for product in training_products(recipe, VOCABULARY_SIZE)
     }
-    write_atomically(output / "speed.csv", text.getvalue())
-    write_atomically(output / "speed.json", json.dumps(content, indent=2, default=str) + "\n")
-    return results
-
-
-def benchmark_model(
-    model: str,
-    competitors: Sequence[Competitor],
-    environments: Path,
-    accelerator: Accelerator,
-    threads: int,
-    rounds: int,
-    seconds: float,
-    output: Path,
-    say: Callable[[str], None],
-) -> list[Result]:
-    """All competitors on one model, interleaved."""
-    recipe = MODELS[model]
-    products = training_products(recipe, VOCABULARY_SIZE)
-
-    def start(framework: str, task: dict[str, Any], name: str) -> Worker:
-        python = environments / f"{framework}-{accelerator}" / PYTHON
-        return Worker(
-            python.absolute(), {"threads": threads} | task, output / "logs" / f"{name}.log"
-        )
-
-    with ExitStack() as stack:
-        workers: dict[Competitor, Worker] = {}
-        settings: dict[Competitor, dict[str, str]] = {}
-        for competitor in competitors:
-            task: dict[str, Any] = {
-                "recipe": recipe.model_dump(mode="json"), "vocabulary_size": VOCABULARY_SIZE
-            }  # fmt: skip
-            if competitor.implementation == "fit":
-                task |= {"kind": "fit", "framework": competitor.framework, "class": YARDSTICK[1]}
-            else:
-                task["recipe"]["implementation"] = competitor.implementation
-                task |= {
-                    "kind": "backend",
-                    "framework": competitor.framework,
-                    "accelerator": accelerator,
-                }
-            name = f"{model}-{competitor.label.replace(' ', '-')}"
-            workers[competitor] = stack.enter_context(start(competitor.framework, task, name))
-            settings[competitor] = workers[competitor].answer()  # one at a time compiles
-        engines: list[Worker] = []
-        if accelerator == "cpu":
-            for engine, (framework, made) in PRODUCTS.items():
-                task = {"kind": "products", "class": made}
-                worker = stack.enter_context(start(framework, task, f"{model}-products-{engine}"))
-                worker.answer()
-                engines.append(worker)
-
-        speeds: dict[Competitor, list[float]] = {c: [] for c in competitors}
-        memory: dict[Competitor, int] = {}
-        bounds: list[float] = []
-        for number in range(rounds):
-            shift = number % len(competitors)
-            for competitor in [*competitors[shift:], *competitors[:shift]]:
-                measured = workers[competitor].ask(seconds=seconds)
-                speeds[competitor].append(measured["tokens"] / measured["seconds"])
-                memory[competitor] = measured["peak_memory_bytes"]
-                if not 0 < measured["nll"] < 100:
-                    raise PtbenchError(
-                        f"{competitor.label} trained to a loss of {measured['nll']} nats per token"
-                    )
-            if engines:
-                rates: dict[Product, float] = {
-                    product: max(
-                        engine.ask(product=product, seconds=PRODUCT_SECONDS) for engine in engines
-                    )
-                    for product in products
-                }
-                bounds.append(bound(recipe, VOCABULARY_SIZE, rates))
-            say(f"{model}: round {number + 1} of {rounds} done")
-    if bounds:
-        flops = flops_per_token(recipe, VOCABULARY_SIZE) / 1e6
-        allowed = statistics.median(bounds)
-        say(f"{model}: {flops:.1f} MFLOP a token; the products alone allow {allowed:,.0f} tokens/s")
-    return [
-        Result(model, each, speeds[each], bounds, memory[each], settings[each])
-        for each in competitors
-    ]
-
-
-def all_competitors(
-    frameworks: Sequence[Framework], implementations: Sequence[str]
-) -> list[Competitor]:
-    """Each implementation of each framework, and Keras' own `fit` where Keras is among them."""
-    competitors = [Competitor(f, i) for f in frameworks for i in implementations]
-    if "keras" in frameworks:
-        competitors.append(Competitor("keras", "fit"))
-    return competitors
 
 
 def show(results: Sequence[Result]) -> None:
@@ -310,13 +311,10 @@ def show(results: Sequence[Result]) -> None:
                   "of bound", "peak memory", title="Medians over rounds")  # fmt: skip
     for result in results:
         row = result.row()
+        fraction = result.fraction_of_bound
         table.add_row(
             row["model"], row["framework"], row["implementation"],
             f"{row['tokens_per_second']:,.0f}", f"{row['lowest']:,.0f} to {row['highest']:,.0f}",
-            "" if result.fraction_of_bound is None else f"{result.fraction_of_bound:.2f}",
-            f"{row['peak_memory_mb']:,} MB",
+            "" if fraction is None else f"{fraction:.2f}", f"{row['peak_memory_mb']:,} MB",
         )  # fmt: skip
     Console().print(table)
-
-
-assert set(FRAMEWORKS) >= {framework for framework, _ in [*PRODUCTS.values(), YARDSTICK]}

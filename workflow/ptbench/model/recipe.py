@@ -79,6 +79,11 @@ class Recipe(Model):
         description="stock: the framework's layers as its documentation would have them written; "
         "tuned: the fastest that its public means allow.",
     )
+    alone: bool = Field(
+        False,
+        description="Whether a run has its machine to itself, for measuring speed: no other run of "
+        "the study beside it, and under Slurm, if its recipe is called speed-..., its node.",
+    )
     layers: int = Field(2, ge=1, le=64, description="Recurrent layers.")
     embedding_size: int = Field(200, ge=1, description="Width of the word embedding [units].")
     hidden_size: int = Field(200, ge=1, description="Width of every recurrent layer [units].")

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
-from ptbench.model.parameters import GATES, kept_count, parameter_shapes
 from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.shapes import GATES, kept_count, parameter_shapes
 
 # Multiplications and additions a second that a cell reaches at least. On one thread of a busy
 # processor zaremba-small reached 20e9 to 50e9 (README); a GTX 1060 of 2016 has a peak of 4e12.
@@ -193,35 +190,3 @@ def bound(recipe: Recipe, vocabulary_size: int, rates: Mapping[Product, float]) 
     products = training_products(recipe, vocabulary_size)
     seconds = sum(count * product.flops / rates[product] for product, count in products.items())
     return recipe.batch_size * recipe.sequence_length / seconds
-
-
-def measured_rate(product: Product, multiply: Callable[[], object], seconds: float) -> float:
-    """Speed of `multiply`, which computes the product once [FLOP/s]: the best of short runs.
-
-    The best, because a ceiling is asked for, and whatever else runs only takes away from it.
-    """
-    multiply()
-    count = max(1, math.ceil(2e8 / product.flops))
-    best, end = math.inf, time.perf_counter() + seconds
-    while True:
-        start = time.perf_counter()
-        for _ in range(count):
-            multiply()
-        now = time.perf_counter()
-        best = min(best, (now - start) / count)
-        if now >= end:
-            return product.flops / best
-
-
-class NumpyProducts:
-    """Products by NumPy's BLAS."""
-
-    def __init__(self, threads: int) -> None:
-        """Args: threads: for information; BLAS reads its own setting before the import."""
-
-    def rate(self, product: Product, seconds: float) -> float:
-        rng = np.random.default_rng(0)
-        a = rng.random((product.m, product.k), np.float32)
-        b = rng.random((product.k, product.n), np.float32)
-        out = np.empty((product.m, product.n), np.float32)
-        return measured_rate(product, lambda: np.matmul(a, b, out=out), seconds)

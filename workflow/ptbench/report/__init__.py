@@ -1,5 +1,5 @@
-"""What people read: tables, figures and the page. The numbers are made in `ptbench.analysis`.
+"""What people read: tables, figures and the page. `ptbench.analysis` makes the numbers.
 
-pandas, matplotlib and seaborn are imported here and nowhere else, so a command that draws nothing
-must not import this package.
+`figures.py` and `tables.py` import matplotlib and pandas, which takes seconds; a command that draws
+nothing must not import them.
 """

@@ -8,14 +8,13 @@ from pathlib import Path
 
 
 def command_without_targets(argv: Sequence[str], targets: Collection[str]) -> str:
-    """The command line that runs this workflow as it was run, but for its targets.
+    """Return the command line that runs this workflow as it was run, without its targets.
 
     Args:
-        argv: of the Snakemake that runs.
-        targets: that it was asked for.
+        argv: arguments of the running Snakemake.
+        targets: what it was asked for.
     """
-    program = Path(argv[0])
-    words = [word for word in argv[1:] if word not in targets and word != "--"]
-    # `uv run` uses the project's own environment
-    start = ["uv", "run", "snakemake"] if ".venv" in program.parts else ["snakemake"]
-    return shlex.join([*start, *words])
+    program, *words = argv
+    # `uv run` uses the project's own environment.
+    start = ["uv", "run", "snakemake"] if ".venv" in Path(program).parts else ["snakemake"]
+    return shlex.join([*start, *(word for word in words if word not in {*targets, "--"})])

@@ -1,4 +1,4 @@
-"""From the cells of one experiment to its folder of tables, figures and analysis.json."""
+"""Write the folder of one experiment: tables, figures and analysis.json, from its cells."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ptbench.analysis.collect import collect_rows, read_corpus_facts
 from ptbench.analysis.experiment import Analysis, analyse
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.analysis.published import read_published
+from ptbench.files import write_atomically
 from ptbench.report import tables
 from ptbench.report.figures import write_figures
-from ptbench.training.records import write_atomically
 
 
 def analyse_experiment(
@@ -23,8 +23,8 @@ def analyse_experiment(
 ) -> Analysis:
     """Analyse the planned cells that exist and write everything the report needs of them.
 
-    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, figures/*.svg and *.png,
-    and last, as it tells that the others are there, analysis.json.
+    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, figures/*.svg and *.png.
+    Writes analysis.json last, because it tells that the others are there.
 
     Args:
         plan: the experiment.

@@ -42,8 +42,7 @@ def overview(every: dict[str, dict[str, Feature]], names: list[str]) -> str:
     """Return a table with ● where a feature is built in and ○ where it is written here."""
     titles = [framework_name(framework) for framework in every]
     rows = [["Feature", *titles], ["---", *[":-:"] * len(titles)]]
-    for name in names:
-        rows.append([name, *("●" if f[name].built_in else "○" for f in every.values())])
+    rows += [[name, *("●" if f[name].built_in else "○" for f in every.values())] for name in names]
     counts = [str(sum(f.built_in for f in features.values())) for features in every.values()]
     rows.append([f"**built in, of {len(names)}**", *counts])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -54,8 +53,10 @@ def kernels() -> str:
     """Return a table of the kernels that each framework's LSTM has."""
     every = list(dict.fromkeys(kernel for row in FRAMEWORKS.values() for kernel in row.kernels))
     rows = [["Framework", *every], ["---", *[":-:"] * len(every)]]
-    for own in FRAMEWORKS.values():
-        rows.append([own.title, *("✓" if k in own.kernels else "–" for k in every)])
+    rows += [
+        [own.title, *("✓" if kernel in own.kernels else "–" for kernel in every)]
+        for own in FRAMEWORKS.values()
+    ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         "## Kernels of the LSTM (`kernel` in a recipe)\n\n"

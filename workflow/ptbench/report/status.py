@@ -1,6 +1,6 @@
-"""How far a study is: the state of every planned cell, and what became of those that failed.
+"""How far a study is: the state of every planned cell, and why cells failed.
 
-Reads only, so it can be asked while the workflow runs.
+It only reads, so it can be asked while the workflow runs.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ptbench.analysis.collect import OUTDATED
-from ptbench.configuration.loading import Study
 from ptbench.configuration.specification import Cell, parse_cell_path
-from ptbench.model.recipe import Model
+from ptbench.configuration.study import Study
 from ptbench.report.formatting import framework_name
 from ptbench.slurm import job_numbers
 from ptbench.training.attempts import Seen, look
@@ -37,39 +35,37 @@ STATES: dict[State, str] = {  # and the colour of each
     "missing": "dim",
 }
 
-# What Snakemake's log has of a failed job: its output and its logs.
-JOB_ERROR = re.compile(
-    r"^Error in rule train:\n(?:.*\n)*?"
-    r" {4}output: results/cells/(.+)/metrics\.json\n"
-    r"(?: {4}log: (.+) \(check )?",
-    re.MULTILINE,
-)
 
-CORPUS_ERROR = re.compile(
-    r"^Error in rule corpus:\n(?: .*\n)*?"
-    r" {4}output: results/corpora/(.+)/corpus\.json\n"
-    r" {4}log: (\S+)",
-    re.MULTILINE,
-)
+def _job_error(rule: str, output: str) -> re.Pattern[str]:
+    """Match a failed job in Snakemake's log: what its output is about, and its logs."""
+    return re.compile(
+        rf"^Error in rule {rule}:\n(?:.*\n)*?"
+        rf" {{4}}output: {output}\n(?: {{4}}log: (.+?)(?: \(check .*)?\n)?",
+        re.MULTILINE,
+    )
 
 
-class CellStatus(Model):
+JOB_ERROR = _job_error("train", r"results/cells/(.+)/metrics\.json")
+PREPARATION_ERROR = _job_error("(corpus|environment)", r"results/(?:corpora|environments)/(.+)/\S+")
+
+
+class CellStatus(NamedTuple):
     """One planned cell as it is now."""
 
-    path: str = Field(description="Its folder, relative to results/cells.")
-    cell: Cell = Field(description="Which run.")
-    state: State = Field(description="missing: no result of its recipe is there yet.")
-    attempts: int = Field(0, description="How often it was begun.")
-    reason: str | None = Field(None, description="Why it is in this state.")
-    log: str | None = Field(None, description="Log of its newest attempt.")
-    since: str | None = Field(None, description="When its newest attempt began (UTC).")
-    host: str | None = Field(None, description="Where that ran, or runs.")
+    path: str  # its folder, relative to results/cells
+    cell: Cell
+    state: State  # missing: no result of its present recipe is there
+    attempts: int = 0  # how often it was begun
+    reason: str | None = None  # why it is in this state
+    log: str | None = None  # of its newest attempt
+    since: str | None = None  # when its newest attempt began (UTC)
+    host: str | None = None  # where that ran, or runs
 
 
 def cell_status(
     cell: Cell, study: Study, results: Path, jobs: Collection[str] | None = None
 ) -> CellStatus:
-    """The state of a cell, from its metrics.json and its newest attempt.
+    """Return the state of a cell, from its metrics.json and its newest attempt.
 
     Args:
         cell: which.
@@ -79,53 +75,60 @@ def cell_status(
     """
     folder = results / "attempts" / cell.path
     seen = look(folder)
-    if seen and jobs is not None and without_job(seen, jobs):
+    if seen and jobs is not None and _without_job(seen, jobs):
         seen = seen._replace(lives=False)
-    facts = {}
-    if seen is not None:
-        log = folder / f"attempt-{seen.record.attempt}.log"
-        facts = {
-            "attempts": seen.record.attempt,
-            "reason": seen.record.reason,
-            "log": str(log) if log.exists() else None,
-            "since": seen.record.started or None,
-            "host": seen.record.holder.host,
-        }
-    metrics_path = results / "cells" / cell.path / "metrics.json"
-    state: State
-    if metrics_path.exists() and not (seen and seen.status == "running"):
+    state, reason = _state(cell, study, results / "cells" / cell.path / "metrics.json", seen)
+    status = CellStatus(cell.path, cell, state, reason=reason)
+    if seen is None:
+        return status
+    log = folder / f"attempt-{seen.record.attempt}.log"
+    return status._replace(
+        attempts=seen.record.attempt,
+        log=str(log) if log.exists() else None,
+        since=seen.record.started or None,
+        host=seen.record.holder.host,
+    )
+
+
+def _state(cell: Cell, study: Study, result: Path, seen: Seen | None) -> tuple[State, str | None]:
+    """Return the state of a cell and the reason for it.
+
+    Args:
+        cell: which.
+        study: knows its recipe.
+        result: its metrics.json.
+        seen: its newest attempt.
+    """
+    if result.exists() and not (seen and seen.status == "running"):
         try:
-            metrics = read_metrics(metrics_path)
-            if metrics.fingerprint != study.specification(cell.variant).fingerprint:
-                state, facts["reason"] = "missing", OUTDATED
-            else:
-                state = "done" if metrics.status == "ok" else "diverged"
-                facts["reason"] = metrics.reason
+            metrics = read_metrics(result)
         except (OSError, ValueError):
-            state = "failed"
-            facts["reason"] = f"{metrics_path} cannot be read"
-    elif seen is None or seen.status == "finished":
-        state = "missing"  # its result was removed, so it is to be run anew
-    elif seen.status == "killed":
-        state = "failed"
-        facts["reason"] = seen.record.reason or "its process is gone without a word: killed"
-    else:
-        state = seen.status
-    return CellStatus(path=cell.path, cell=cell, state=state, **facts)
+            return "failed", f"{result} cannot be read"
+        if metrics.fingerprint != study.specification(cell.variant).fingerprint:
+            return "missing", OUTDATED
+        return ("done" if metrics.status == "ok" else "diverged"), metrics.reason
+    if seen is None:
+        return "missing", None
+    reason = seen.record.reason
+    if seen.status == "finished":
+        return "missing", reason  # its result was removed, so it must run again
+    if seen.status == "killed":
+        return "failed", reason or "its process was killed and left no message"
+    return seen.status, reason
 
 
-def without_job(seen: Seen, jobs: Collection[str]) -> bool:
-    """Whether an attempt was made under a Slurm job that Slurm no longer has."""
+def _without_job(seen: Seen, jobs: Collection[str]) -> bool:
+    """Return whether an attempt was made in a Slurm job that Slurm no longer has."""
     job = seen.record.holder.slurm_job
     return job is not None and job.rpartition(" ")[2] not in jobs
 
 
 def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
-    """The cells of every experiment; those that experiments share are in each of them."""
+    """Return the cells of every experiment; cells that experiments share are in each of them."""
     known = {cell.path: cell_status(cell, study, results) for cell in study.cells}
     running = [status.cell for status in known.values() if status.state == "running"]
-    # Asked after the first look, or a job that has just begun would seem gone; then looked again,
-    # for one that has just ended may have said how.
+    # Slurm is asked after the first look, or a job that has just begun would seem gone. Then the
+    # cells are looked at again, because a job that has just ended may have recorded how.
     jobs = job_numbers() if running else None
     known |= {cell.path: cell_status(cell, study, results, jobs) for cell in running}
     return {
@@ -134,83 +137,80 @@ def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
     }
 
 
-def distinct(status: dict[str, list[CellStatus]]) -> list[CellStatus]:
-    """Every cell once."""
+def distinct(status: Mapping[str, Sequence[CellStatus]]) -> list[CellStatus]:
+    """Return every cell once."""
     return list({cell.path: cell for cells in status.values() for cell in cells}.values())
 
 
 def job_errors(log: str) -> dict[str, str]:
-    """The cells whose jobs failed, by path, and where to read of it; from Snakemake's own log."""
+    """Return the cells whose jobs failed, by path, with their logs; from Snakemake's own log."""
     return dict(JOB_ERROR.findall(log))
 
 
-def corpus_failures(log: str) -> str:
-    """Of each corpus whose job failed: why, as its own log has it, and that log.
+def preparation_failures(log: str) -> str:
+    """Return, of each corpus or environment whose job failed, why, and its own log.
 
     Args:
         log: Snakemake's own.
     """
     paragraphs = []
-    for name, path in dict(CORPUS_ERROR.findall(log)).items():
+    for kind, name, path in dict.fromkeys(PREPARATION_ERROR.findall(log)):
         own = Path(path).read_text(errors="replace") if Path(path).exists() else ""
         reasons = re.findall(r"^ptbench: (.*)$", own, re.MULTILINE)
         reason = reasons[-1] if reasons else "no reason is known"
-        paragraphs.append(f"corpus {name} failed: {reason}\n  log:   {path}")
+        paragraphs.append(f"{kind} {name} failed: {reason}\n  log:   {path}")
     return "\n".join(paragraphs)
 
 
 def after_errors(
     cells: Iterable[CellStatus], errors: Mapping[str, str], study: Study, results: Path
 ) -> list[CellStatus]:
-    """The cells and those of failed jobs, where a job may have failed before it began an attempt.
+    """Return the cells, with those failed whose job failed before it began an attempt.
 
-    Then the cell's files tell of no attempt or of an older one.
+    The files of such a cell show no attempt, or an older one.
 
     Args:
-        cells: as their files tell.
+        cells: as their files show them.
         errors: as `job_errors` returns them.
         study: knows the recipes.
         results: the results folder.
     """
     known = {cell.path: cell for cell in cells}
-    run_began = touched(results / "study.json")
+    run_began = _touched(results / "study.json")
     for path, log in errors.items():
         cell = known.setdefault(path, cell_status(parse_cell_path(path), study, results))
         record = results / "attempts" / path / f"attempt-{cell.attempts}.json"
+        old = cell.state in ("failed", "interrupted") and _touched(record) < run_began
         if cell.state == "running":
             reason = f"its job failed, though a process on {cell.host} seems to be at it"
-        elif cell.state == "missing" or (
-            cell.state in ("failed", "interrupted") and touched(record) < run_began
-        ):
+        elif cell.state == "missing" or old:
             reason = "its job ended before its trainer began"
         else:
             continue
-        known[path] = CellStatus(
-            path=path, cell=cell.cell, state="failed", reason=reason, log=log or None
-        )
+        known[path] = CellStatus(path, cell.cell, "failed", reason=reason, log=log or None)
     return list(known.values())
 
 
-def touched(path: Path) -> float:
-    """When a file was last written or touched [s since 1970]; 0 if it is not there."""
+def _touched(path: Path) -> float:
+    """Return when a file was last written or touched [s since 1970]; 0 if it is not there."""
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def status_json(status: dict[str, list[CellStatus]]) -> str:
-    """For machines: how many cells are in each state, and each cell."""
+def status_json(status: Mapping[str, Sequence[CellStatus]]) -> str:
+    """Return for machines how many cells are in each state, and each cell."""
     cells = distinct(status)
     counts = Counter(cell.state for cell in cells)
     content = {
         "planned": len(cells),
         "states": {state: counts[state] for state in STATES},
-        "experiments": {name: [c.path for c in cells] for name, cells in status.items()},
-        "cells": [cell.model_dump(mode="json", exclude={"cell"}) for cell in cells],
+        "experiments": {name: [cell.path for cell in own] for name, own in status.items()},
+        "cells": [{k: v for k, v in c._asdict().items() if k != "cell"} for c in cells],
     }
     return json.dumps(content, indent=2)
 
 
-def show(status: dict[str, list[CellStatus]], console: Console) -> None:
-    """The grid by experiment and framework, and what is to be said of single cells."""
+def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
+    """Print the grid by experiment and framework, the running cells, and how many are outdated."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("experiment", overflow="fold")
     table.add_column("framework", no_wrap=True)
@@ -218,35 +218,31 @@ def show(status: dict[str, list[CellStatus]], console: Console) -> None:
     for state, style in STATES.items():
         table.add_column(state, justify="right", style=style, no_wrap=True)
     for name, cells in status.items():
-        frameworks = list(dict.fromkeys(cell.cell.framework for cell in cells))
-        for index, framework in enumerate(frameworks):
+        for index, framework in enumerate(dict.fromkeys(c.cell.framework for c in cells)):
             own = [cell for cell in cells if cell.cell.framework == framework]
             table.add_row("" if index else name, framework_name(framework), *_counts(own))
         table.add_section()
-    table.add_row("all", "", *_counts(distinct(status)), style="bold")
+    every = distinct(status)
+    table.add_row("all", "", *_counts(every), style="bold")
     console.print(table)
-    for cell in distinct(status):
-        if cell.state == "running":
-            console.print(
-                f"[cyan]running[/] {cell.path}: attempt {cell.attempts}, on {cell.host} "
-                f"since {cell.since}",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
-    if outdated := sum(cell.reason == OUTDATED for cell in distinct(status)):
-        console.print(
-            f"{outdated} of the missing have a result that is {OUTDATED}",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+    lines = [
+        f"[cyan]running[/] {c.path}: attempt {c.attempts}, on {c.host} since {c.since}"
+        for c in every
+        if c.state == "running"
+    ]
+    if outdated := sum(cell.reason == OUTDATED for cell in every):
+        lines.append(f"{outdated} of the missing have a result that is {OUTDATED}")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
-def _counts(cells: Iterable[CellStatus]) -> list[str]:
-    cells = list(cells)
+def _counts(cells: Sequence[CellStatus]) -> list[str]:
     counts = Counter(cell.state for cell in cells)
     return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in STATES)]
 
 
 def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str]) -> str:
-    """Of each cell that failed or was interrupted: why, its log, and how to run it alone.
+    """Return for each failed or interrupted cell why, its log, and how to run it alone.
 
     Args:
         cells: each once.
@@ -258,13 +254,12 @@ def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str])
         if cell.state not in ("failed", "interrupted"):
             continue
         target = results / "cells" / cell.path / "metrics.json"
-        # Snakemake sees no reason to make a file anew that is there, though it cannot be read.
+        # Snakemake sees no reason to make a file again that is there but cannot be read.
         again = [*command, *(["--force"] if target.exists() else []), "--", str(target)]
         times = "" if cell.attempts < 2 else f" (attempt {cell.attempts})"
-        lines = [
-            f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}",
-            f"  log:   {cell.log or 'none'}",
-            f"  again: {shlex.join(again)}",
-        ]
-        paragraphs.append("\n".join(lines))
+        paragraphs.append(
+            f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}\n"
+            f"  log:   {cell.log or 'none'}\n"
+            f"  again: {shlex.join(again)}"
+        )
     return "\n".join(paragraphs)

@@ -1,16 +1,17 @@
-"""The attempts at a cell: who is at it, who was, and how each ended.
+"""The attempts at a cell: which process trains it, which did before, and how each attempt ended.
 
 A cell's folder under `results/attempts` keeps for its N-th attempt
 
-- `attempt-N.json`, opened at its start with status `running` and closed at its end,
+- `attempt-N.json`, written at its start with status `running` and again at its end,
 - `attempt-N.log`, all that it printed,
 - `attempt-N.failure.json`, if it failed or was killed.
 
-The newest record is also the cell's lock. Who wants to run the cell makes the next one, which one
-process alone can do, and may do so only if the newest is closed or its process dead; numbers are
-never used again, so that nobody can mistake a new holder for the dead one. Since Snakemake
-deletes `metrics.json` before it runs a job, be it a duplicate of one that has just finished, the
-record of a finished attempt keeps the metrics too; see `Attempt.finished`.
+The newest record is also the cell's lock. A process that wants the cell makes the next record,
+which only one process can do, and may do so only if the newest attempt has ended or its process is
+dead. Numbers are never used again, so that a new holder cannot be mistaken for a dead one.
+
+Snakemake deletes `metrics.json` before it runs a job, even if the job repeats one that has just
+finished. The record of a finished attempt therefore keeps the metrics too; see `Attempt.finished`.
 """
 
 from __future__ import annotations
@@ -21,35 +22,24 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from ptbench.errors import InterruptionError, PtbenchError
+from ptbench.files import write_atomically, write_new
 from ptbench.model.recipe import Model
 from ptbench.training import holders
+from ptbench.training.failures import reason_of, reason_of_death, tail_of
 from ptbench.training.holders import Holder, this_process
-from ptbench.training.records import Metrics, write_atomically
+from ptbench.training.records import Metrics
 
-TAIL_LINES = 40  # of the log that a failure quotes
-TAIL_BYTES = 32_768  # and no more than this, for a line may be long
-POLL_SECONDS = 5.0  # between two looks at another's attempt
-KILLED = "killed (signal 9, out of memory, or its machine failed): it left no word of its own"
+POLL_SECONDS = 5.0  # between two looks at another process's attempt
+UNKNOWN = "an unknown host"
 
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
-
-# What frameworks, CUDA, NumPy and C++ say when memory is short: kinds of error, and messages.
-OUT_OF_MEMORY_KINDS = {"MemoryError", "OutOfMemoryError", "ResourceExhaustedError"}
-OUT_OF_MEMORY_MESSAGES = re.compile(
-    r"out of memory|RESOURCE_EXHAUSTED|can(?:not|'t) allocate memory|unable to allocate"
-    r"|failed to allocate|OOM when allocating|bad_alloc|cudaErrorMemoryAllocation"
-    r"|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED",
-    re.IGNORECASE,
-)
-UNKNOWN = "an unknown host"
-FATAL = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)  # as faulthandler writes it
 
 
 class Record(Model):
@@ -93,19 +83,13 @@ class Seen(NamedTuple):
 
     @property
     def status(self) -> Status:
-        """As in the record, save that `running` without a living process is `killed`."""
-        return (
-            "killed" if self.record.status == "running" and not self.lives else self.record.status
-        )
-
-
-def newest(folder: Path) -> int:
-    """Number of a cell's newest attempt; 0 if there is none."""
-    return max(numbers(folder), default=0)
+        """As in the record, but `killed` if that says `running` and the process is gone."""
+        dead = self.record.status == "running" and not self.lives
+        return "killed" if dead else self.record.status
 
 
 def numbers(folder: Path) -> list[int]:
-    """The attempts that have a record."""
+    """Return the numbers of the attempts that have a record, in ascending order."""
     pattern = re.compile(r"attempt-(\d+)\.json")
     try:
         names = [path.name for path in folder.iterdir()]
@@ -114,15 +98,25 @@ def numbers(folder: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
 
 
+def newest(folder: Path) -> int:
+    """Return the number of a cell's newest attempt; 0 if there is none."""
+    return max(numbers(folder), default=0)
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """Return where an attempt's record is."""
+    return folder / f"attempt-{number}.json"
+
+
 def look(folder: Path, number: int | None = None) -> Seen | None:
-    """An attempt at a cell, changing nothing; None if there is none.
+    """Look at an attempt, changing nothing; return None if there is none.
 
     Args:
         folder: the cell's, under `results/attempts`.
         number: of the attempt; None: the newest.
     """
     number = newest(folder) if number is None else number
-    path = folder / f"attempt-{number}.json"
+    path = record_path(folder, number)
     try:
         record = Record.model_validate_json(path.read_bytes())
         if record.status != "running":
@@ -131,7 +125,8 @@ def look(folder: Path, number: int | None = None) -> Seen | None:
         record = Record.model_validate_json(path.read_bytes())  # it may have ended meanwhile
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError:  # a damaged disk, or another version: who touched it last may live
+    except ValidationError:
+        # A damaged disk, or another version of ptbench: whoever touched it last may be alive.
         nobody = Holder(host=UNKNOWN, pid=0, machine=None, started=None)
         record = Record(
             attempt=number, cell="", fingerprint="", corpus="", status="running", holder=nobody,
@@ -143,25 +138,25 @@ def look(folder: Path, number: int | None = None) -> Seen | None:
 
 
 class Attempt:
-    """This process's attempt at a cell. As a context it is closed as its block ends."""
+    """This process's attempt at a cell. Used as a context, it is closed when its block ends."""
 
     def __init__(
         self, folder: Path, cell: str, fingerprint: str, corpus: str, log: Path | None = None
     ) -> None:
-        """Changes nothing; see `open`.
+        """Change nothing on disk; see `open`.
 
         Args:
             folder: the cell's, under `results/attempts`.
             cell: its path.
             fingerprint: of the specification.
             corpus: of the corpus' tokens.
-            log: being written by this process; kept as the attempt's own.
+            log: the file that this process writes its output to; kept as the attempt's own.
         """
         self.folder, self.cell, self.fingerprint, self.corpus = folder, cell, fingerprint, corpus
         self.record: Record | None = None  # once it is open
         self.log: Path | None = None  # the attempt's own
         self.waited = 0.0  # for another process [s]
-        self._written = log
+        self._written = log  # until it has a second name
         self._ended = threading.Event()
         self._lock = threading.Lock()
 
@@ -176,41 +171,32 @@ class Attempt:
         self._ended.set()
 
     @property
-    def path(self) -> Path:
+    def opened(self) -> Record:
+        """The record of the attempt, which has been opened."""
         assert self.record is not None
-        return self.folder / f"attempt-{self.record.attempt}.json"
+        return self.record
 
-    def finished(self, output: Path) -> Metrics | None:
-        """The result of this very run if it is there, or was and Snakemake has deleted it since.
+    @property
+    def path(self) -> Path:
+        """Where its record is."""
+        return record_path(self.folder, self.opened.attempt)
 
-        Snakemake deletes `metrics.json` before it runs a job. If the cell was finished after this
-        Snakemake had planned the job, by another's, then it is deleted in error and the record's
-        copy counts. If it was finished before, somebody has removed it to have it made again.
-        """
-        seen = look(self.folder)
-        record = seen.record if seen and seen.record.status == "finished" else None
-        if record and record.corpus != self.corpus:
-            return None
-        metrics = None
-        with contextlib.suppress(OSError, ValueError):
-            metrics = Metrics.model_validate_json((output / "metrics.json").read_bytes())
-        if metrics is None and record and self._finished_since_planned(record, output):
-            with contextlib.suppress(ValueError):
-                metrics = Metrics.model_validate(record.metrics)
-        ours = metrics and (metrics.cell.path, metrics.fingerprint) == (self.cell, self.fingerprint)
-        return metrics if ours else None
+    @property
+    def count(self) -> int:
+        """Attempts at this very run so far, this one counted."""
+        count = 1
+        for number in reversed(numbers(self.folder)):
+            if number >= self.opened.attempt:
+                continue
+            seen = look(self.folder, number)
+            if seen is None or seen.record.status == "finished":
+                break
+            if (seen.record.fingerprint, seen.record.corpus) != (self.fingerprint, self.corpus):
+                break
+            count += 1
+        return count
 
-    def _finished_since_planned(self, record: Record, output: Path) -> bool:
-        """Whether an attempt ended after the study that this process belongs to had begun."""
-        others = ("history.csv", "recipe.yaml", "provenance.json")
-        if not all((output / name).exists() for name in others):
-            return False
-        if self.waited:
-            return True
-        ended = (self.folder / f"attempt-{record.attempt}.json").stat().st_mtime
-        studies = (folder / "study.json" for folder in output.resolve().parents)
-        planned = next((study for study in studies if study.exists()), None)
-        return planned is not None and planned.stat().st_mtime < ended
+    # ------------------------------------------------------------------------------- its beginning
 
     def open(
         self,
@@ -219,19 +205,20 @@ class Attempt:
         say: Callable[[str], None] = print,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Metrics | None:
-        """Begin, if nobody else is at it.
+        """Begin, unless another process has the cell.
 
         Args:
             output: the cell's folder of results.
             wait: longest time to wait for another process [s].
-            say: is told whom this waits for.
-            interrupted: whether this process has been told to end.
+            say: called with a line that says which process this one waits for.
+            interrupted: returns whether this process has been told to end.
 
         Returns:
-            The metrics, if there is nothing to do: another attempt at this run has finished.
+            The metrics if there is nothing to do: another attempt at this run has finished.
 
         Raises:
-            PtbenchError: if another process is at it, and was not done in time.
+            InterruptionError: if this process was told to end while it waited.
+            PtbenchError: if another process had the cell for all that time.
         """
         began, told = time.monotonic(), False
         while True:
@@ -239,10 +226,7 @@ class Attempt:
             if seen is None or not seen.lives:
                 if metrics := self.finished(output):
                     return metrics
-                if self._make(seen.record.attempt + 1 if seen else 1):
-                    self._keep_log()
-                    self._bury()
-                    threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+                if self._begin(seen.record.attempt + 1 if seen else 1):
                     return None
                 continue  # another process was faster: look again
             holder = seen.record.holder
@@ -260,53 +244,100 @@ class Attempt:
                 )
             time.sleep(min(POLL_SECONDS, wait - self.waited))
 
-    def _make(self, number: int) -> bool:
+    def finished(self, output: Path) -> Metrics | None:
+        """Return the result of this very run if it is there, or was until Snakemake deleted it.
+
+        Snakemake deletes `metrics.json` before it runs a job. If another process finished the cell
+        after this Snakemake had planned the job, the file was deleted in error and the record's
+        copy counts. If it finished before, the user removed the file to have it made again.
+        """
+        seen = look(self.folder)
+        record = seen.record if seen and seen.record.status == "finished" else None
+        if record and record.corpus != self.corpus:
+            return None
+        metrics = None
+        with contextlib.suppress(OSError, ValueError):
+            metrics = Metrics.model_validate_json((output / "metrics.json").read_bytes())
+        if metrics is None and record and self._finished_since_planned(record, output):
+            with contextlib.suppress(ValueError):
+                metrics = Metrics.model_validate(record.metrics)
+        ours = metrics and (metrics.cell.path, metrics.fingerprint) == (self.cell, self.fingerprint)
+        return metrics if ours else None
+
+    def _finished_since_planned(self, record: Record, output: Path) -> bool:
+        """Return whether an attempt ended after this process's study had begun."""
+        others = ("history.csv", "recipe.yaml", "provenance.json")
+        if not all((output / name).exists() for name in others):
+            return False
+        if self.waited:
+            return True
+        ended = record_path(self.folder, record.attempt).stat().st_mtime
+        studies = (folder / "study.json" for folder in output.resolve().parents)
+        planned = next((study for study in studies if study.exists()), None)
+        return planned is not None and planned.stat().st_mtime < ended
+
+    def _begin(self, number: int) -> bool:
+        """Take the cell by making the record of that number; return False if there is one."""
         record = Record(
             attempt=number, cell=self.cell, fingerprint=self.fingerprint, corpus=self.corpus,
             status="running", holder=this_process(), started=now(),
         )  # fmt: skip
         try:
-            made = holders.write_new(self.folder / f"attempt-{number}.json", text_of(record))
+            if not write_new(record_path(self.folder, number), text_of(record)):
+                return False
         except OSError as error:
             raise PtbenchError(
                 f"{self.folder}: attempts at {self.cell} cannot be recorded there: {error.strerror}"
             ) from error
-        if made:
-            self.record = record
-        return made
+        self.record = record
+        self._keep_log()
+        self._close_killed()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        return True
 
-    def _bury(self) -> None:
-        """Close the records of those that could not do it themselves."""
-        assert self.record is not None
+    def _keep_log(self) -> None:
+        """Give the log a second name, which stays when the first is deleted for the next attempt.
+
+        Where it cannot have one, on another file system, it is copied when the attempt is closed.
+        """
+        if self._written:
+            self.log = self.folder / f"attempt-{self.opened.attempt}.log"
+            with contextlib.suppress(OSError):
+                self.log.hardlink_to(self._written)
+                self._written = None
+
+    def _close_killed(self) -> None:
+        """Close the records of attempts whose processes could not do it themselves."""
         for number in numbers(self.folder):
-            seen = look(self.folder, number) if number < self.record.attempt else None
-            if seen and seen.record.status == "running" and seen.record.holder.host != UNKNOWN:
-                ended = datetime.datetime.fromtimestamp(time.time() - seen.silence, datetime.UTC)
-                log = self.folder / f"attempt-{number}.log"
-                tail = tail_of(log)
-                fatal = FATAL.findall("\n".join(tail))
-                record = seen.record.model_copy(
-                    update={
-                        "status": "killed",
-                        "reason": f"Fatal Python error: {fatal[-1]}" if fatal else KILLED,
-                        "ended": ended.isoformat(timespec="seconds"),
-                    }
-                )
-                write_failure(self.folder, record, log, tail)
-                write_atomically(self.folder / f"attempt-{number}.json", text_of(record))
+            seen = look(self.folder, number) if number < self.opened.attempt else None
+            if not seen or seen.record.status != "running" or seen.record.holder.host == UNKNOWN:
+                continue
+            ended = datetime.datetime.fromtimestamp(time.time() - seen.silence, datetime.UTC)
+            log = self.folder / f"attempt-{number}.log"
+            update = {
+                "status": "killed",
+                "reason": reason_of_death(tail_of(log)),
+                "ended": ended.isoformat(timespec="seconds"),
+            }
+            record = seen.record.model_copy(update=update)
+            write_failure(self.folder, record, log)
+            write_atomically(record_path(self.folder, number), text_of(record))
 
     def _beat(self) -> None:
+        """Touch the record now and then, so that other machines see that this process lives."""
         while not self._ended.wait(holders.HEARTBEAT_SECONDS):
-            with self._lock:  # or it would make the record look younger than its end
+            with self._lock:  # a touch after the end would make the record look younger
                 if not self._ended.is_set():
                     holders.touch(self.path)
+
+    # ------------------------------------------------------------------------------------- its end
 
     def check(self) -> None:
         """Make sure that this process may still write the cell's files.
 
         Raises:
-            PtbenchError: if another has taken over, after this one seemed dead: stopped, or cut off
-                from the file system for minutes.
+            PtbenchError: if another process has taken over because this one seemed dead: stopped,
+                or cut off from the file system for minutes.
         """
         if self.record is not None and newest(self.folder) > self.record.attempt:
             seen = look(self.folder)
@@ -315,17 +346,6 @@ class Attempt:
                 f"{self.cell} was taken over{by} after this process had given no sign of life for "
                 f"{holders.SILENCE_SECONDS:.0f} s; this one ends, the other goes on"
             )
-
-    def _keep_log(self) -> None:
-        """Give the log a second name, which stays when the first is deleted for the next attempt.
-
-        Where it cannot have one, on another file system, it is copied as the attempt is closed.
-        """
-        if self._written and self.record:
-            self.log = self.folder / f"attempt-{self.record.attempt}.log"
-            with contextlib.suppress(OSError):
-                self.log.hardlink_to(self._written)
-                self._written = None
 
     def abandon(self, reason: str) -> None:
         """Close the record of an attempt that is about to end without a chance to save."""
@@ -338,7 +358,7 @@ class Attempt:
     def close(
         self, status: Status, reason: str | None = None, metrics: Metrics | None = None
     ) -> None:
-        """Close the record, once; says on the terminal what cannot be written, and goes on."""
+        """Close the record, once. If it cannot be written, print why and go on."""
         with self._lock:
             if self.record is None or self._ended.is_set():
                 return
@@ -348,62 +368,27 @@ class Attempt:
             self.record = self.record.model_copy(update=update)
             try:
                 if newest(self.folder) > self.record.attempt:
-                    return  # taken over, and closed by who did
+                    return  # taken over, and closed by the process that did
                 if self.log and self._written:
                     shutil.copyfile(self._written, self.log)
                 if status == "failed":
-                    write_failure(self.folder, self.record, self.log, tail_of(self.log))
+                    write_failure(self.folder, self.record, self.log)
                 write_atomically(self.path, text_of(self.record))
             except OSError as error:
                 print(f"ptbench: {self.path} cannot be written: {error.strerror}", flush=True)
 
-    @property
-    def count(self) -> int:
-        """Attempts at this very run so far, this one counted."""
-        assert self.record is not None
-        count = 1
-        for number in reversed(numbers(self.folder)):
-            if number >= self.record.attempt:
-                continue
-            seen = look(self.folder, number)
-            if seen is None or seen.record.status == "finished":
-                break
-            if (seen.record.fingerprint, seen.record.corpus) != (self.fingerprint, self.corpus):
-                break
-            count += 1
-        return count
-
 
 def now() -> str:
+    """Return the time (UTC)."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def text_of(model: Model) -> str:
+    """Return the text of a record's file."""
     return model.model_dump_json(indent=1) + "\n"
 
 
-def reason_of(error: BaseException) -> str:
-    """Why an attempt failed, in one line."""
-    message = " ".join(str(error).split())[:500]
-    if isinstance(error, PtbenchError):
-        return message
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    if kinds & OUT_OF_MEMORY_KINDS or OUT_OF_MEMORY_MESSAGES.search(message):
-        return f"out of memory ({text})"
-    return text
-
-
-def tail_of(log: Path | None) -> list[str]:
-    """The last lines of a log; none where there is none."""
-    if log is None or not log.exists():
-        return []
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
-        return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
-
-
-def write_failure(folder: Path, record: Record, log: Path | None, tail: list[str]) -> None:
+def write_failure(folder: Path, record: Record, log: Path | None) -> None:
     """Write `attempt-N.failure.json`."""
     failure = Failure(
         attempt=record.attempt,
@@ -411,18 +396,10 @@ def write_failure(folder: Path, record: Record, log: Path | None, tail: list[str
         fingerprint=record.fingerprint,
         reason=record.reason or "",
         log=log.name if log and log.exists() else None,
-        log_tail=tail,
+        log_tail=tail_of(log),
         host=record.holder.host,
         slurm_job=record.holder.slurm_job,
         started=record.started,
         ended=record.ended,
     )
     write_atomically(folder / f"attempt-{record.attempt}.failure.json", text_of(failure))
-
-
-def failures(folder: Path) -> Iterator[Failure]:
-    """A cell's failures, the newest first."""
-    for number in reversed(numbers(folder)):
-        with contextlib.suppress(OSError, ValueError):
-            path = folder / f"attempt-{number}.failure.json"
-            yield Failure.model_validate_json(path.read_bytes())

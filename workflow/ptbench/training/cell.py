@@ -1,4 +1,4 @@
-"""One cell from its specification to its files: the command a scheduler runs.
+"""One cell from its specification to its files: the work of `ptbench train`.
 
 `metrics.json` is written last, and only for a run that finished.
 """
@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import psutil
 
 from ptbench.backends import create
 from ptbench.backends.base import Backend, Setup
+from ptbench.backends.isolation import ignored_sentence
 from ptbench.configuration.specification import PROTOCOL, Cell, Specification
 from ptbench.corpus.batching import Feed, ParallelStreams, Prefetched, Sentences, Windows
 from ptbench.corpus.definitions import Split
 from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
+from ptbench.files import write_atomically
 from ptbench.model.parameters import parameter_count
 from ptbench.model.recipe import Recipe
 from ptbench.training.attempts import Attempt
@@ -32,7 +34,7 @@ from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
 from ptbench.training.loop import Progress, Run, Splits, train
 from ptbench.training.provenance import cells_at_once, peak_memory_bytes, provenance
-from ptbench.training.records import Metrics, Score, Seconds, history_csv, write_atomically
+from ptbench.training.records import Metrics, Score, Seconds, history_csv, perplexity
 from ptbench.training.signals import Signals
 
 
@@ -43,7 +45,12 @@ class Paths:
     corpus: Path  # folder, read
     output: Path  # folder: metrics.json, history.csv, recipe.yaml, provenance.json
     attempts: Path  # folder: attempt-N.json, attempt-N.log, attempt-N.failure.json
-    checkpoints: Path  # folder: best.safetensors, and while it runs what it can go on from
+    checkpoints: Path  # folder: best.safetensors, and last and previous while the cell trains
+
+    @property
+    def metrics(self) -> Path:
+        """The cell's result."""
+        return self.output / "metrics.json"
 
 
 def run_cell(
@@ -59,159 +66,241 @@ def run_cell(
 ) -> Metrics:
     """Train and score one cell and write its files, from its last checkpoint if it has one.
 
-    Does nothing if the cell has been finished already, save putting back a `metrics.json` that
-    Snakemake deleted as it started a duplicate.
+    If the cell has finished already, only its `metrics.json` is written again where Snakemake
+    deleted it for a duplicate of the job.
 
     Args:
         cell: which run.
         specification: what it is to do.
         paths: where to read and write.
         threads: CPU threads, shared by all replicas.
-        say: receives a line of progress now and then.
+        say: called with a line of progress now and then.
         checkpoint_minutes: between two checkpoints within an epoch.
-        wait_for_lock: longest time to wait for another process that is at it [s].
-        attempt: to be opened here, and closed by the caller if this fails.
+        wait_for_lock: longest time to wait for another process that trains the cell [s].
+        attempt: opened here, and closed by the caller if this fails.
         signals: whether the process has been told to end.
 
     Raises:
         InterruptionError: if it has been, and had not finished.
         PtbenchError: if the specification, the corpus or the devices do not allow the run, or
-            another process is at it.
+            another process trains the cell.
     """
-    attempt = attempt or attempt_at(cell, specification, paths)
-    done = attempt.open(paths.output, wait_for_lock, say, signals.interrupted if signals else never)
+    attempt, signals = attempt or attempt_at(cell, specification, paths), signals or Signals()
+    done = attempt.open(paths.output, wait_for_lock, say, signals.interrupted)
     if done:
-        if not (paths.output / "metrics.json").exists():
-            write_atomically(paths.output / "metrics.json", done.model_dump_json(indent=2) + "\n")
+        if not paths.metrics.exists():
+            write_atomically(paths.metrics, done.model_dump_json(indent=2) + "\n")
         say(f"[{cell.path}] had finished already; to train it again, remove its metrics.json")
         return done
-    check_devices(cell.devices, specification.accelerator)
-    began = datetime.datetime.now(datetime.UTC)
-    clocks = Clocks()
-    recipe = specification.recipe
-    if specification.variant != cell.variant:
-        raise PtbenchError(f"the specification is of {specification.variant}, not {cell.variant}")
-    with clocks("load"):
-        corpus = open_corpus(paths.corpus, recipe.source)
-        splits = feed(corpus, recipe, cell.devices)
-    with clocks("start_up"):
-        backend = create_backend(cell, specification, corpus.vocabulary_size, threads)
-        clocks.synchronize = backend.synchronize
-    facts = provenance(backend.package) | {
-        "devices": backend.device_names(),
-        "settings": backend.settings(),
-        "threads": threads,
-        "corpus": corpus.description,
-        "cells_at_once": cells_at_once(),
-        "started": began.isoformat(timespec="seconds"),
-    }
-    if len(facts["devices"]) != cell.devices:
-        raise PtbenchError(f"{cell.path} got {len(facts['devices'])} devices, not {cell.devices}")
+    trainer = CellTrainer(cell, specification, paths, threads, attempt, say)
+    trainer.start()
+    run = trainer.train(checkpoint_minutes, signals)
+    return trainer.finish(run)
 
-    checkpoints = Checkpoints(
-        paths.checkpoints,
-        identity(cell, specification, paths.corpus, corpus.vocabulary_size, facts),
-        lambda: clocks.seconds | {"total": clocks.seconds["total"] + age(attempt)},
-        checkpoint_minutes,
-        signals,
-        attempt.check,
-        say,
-    )
-    with clocks("start_up"):
-        resumed = checkpoints.latest(
-            lambda: backend.snapshot(backend.initial_state(splits.train.batch_size, training=True))
-        )
-    if resumed:
-        for clock, seconds in resumed.seconds.items():
-            clocks.seconds[clock] += seconds
-        say(f"[{cell.path}] goes on {checkpoints.position}")
-    saved = resumed.saved if resumed else None
-    if signals:
-        signals.losable = True
-    try:
-        run = train(backend, recipe, splits, clocks, watcher(cell, say), checkpoints, saved)
-    except InterruptionError:
-        where = checkpoints.position or "before its first step"
-        raise InterruptionError(
-            f"{cell.path} was told to end, and did {where}; the same command goes on from there"
-        ) from None
 
-    attempt.check()
-    paths.output.mkdir(parents=True, exist_ok=True)
-    with clocks("checkpointing"):
-        if run.best_parameters is not None and run.best is not None:
-            write_arrays(
-                paths.checkpoints / "best.safetensors",
-                run.best_parameters,
-                {
-                    "cell": cell.path,
-                    "specification": specification.text(),
-                    "vocabulary_size": str(corpus.vocabulary_size),
-                    "vocabulary_sha256": corpus.vocabulary_sha256,
-                    "epoch": str(run.best.epoch),
-                },
+class CellTrainer:
+    """This process's work on a cell: `start`, `train`, then `finish`."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        specification: Specification,
+        paths: Paths,
+        threads: int,
+        attempt: Attempt,
+        say: Callable[[str], None],
+    ) -> None:
+        """Take what `run_cell` is given; the attempt is open.
+
+        Raises:
+            PtbenchError: if the specification is another cell's, or the devices are not there.
+        """
+        check_devices(cell.devices, specification.accelerator)
+        if specification.variant != cell.variant:
+            raise PtbenchError(
+                f"the specification is of {specification.variant}, not {cell.variant}"
             )
-    facts["cells_at_once"] = max(facts["cells_at_once"], cells_at_once())
-    facts["attempts"] = attempt.count
-    facts["finished"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    # While the replicas' processes still live.
-    peak, peak_on_devices = peak_memory_bytes(), backend.peak_device_memory()
-    backend.close()
-    clocks.seconds["total"] += age(attempt)
-    metrics = summarize(
-        cell,
-        specification,
-        corpus.vocabulary_size,
-        splits,
-        run,
-        clocks,
-        peak,
-        peak_on_devices,
-        attempt.count,
-    )
-    write_atomically(paths.output / "recipe.yaml", recipe_yaml(specification))
-    write_atomically(paths.output / "history.csv", history_csv(run.history))
-    write_atomically(paths.output / "provenance.json", json.dumps(facts, indent=2) + "\n")
-    write_atomically(paths.output / "metrics.json", metrics.model_dump_json(indent=2) + "\n")
-    attempt.finish(metrics)
-    checkpoints.clear()
-    return metrics
+        self.cell, self.specification, self.paths = cell, specification, paths
+        self.recipe = specification.recipe
+        self.threads, self.attempt, self.say = threads, attempt, say
+        self.clocks = Clocks()
+        self.began = now()
+
+    def start(self) -> None:
+        """Open the corpus, build the model on its devices, and note the run's surroundings."""
+        with self.clocks("load"):
+            self.corpus = open_corpus(self.paths.corpus, self.recipe.source)
+            self.splits = feed(self.corpus, self.recipe, self.cell.devices)
+        with self.clocks("start_up"):
+            self.backend = create_backend(
+                self.cell, self.specification, self.corpus.vocabulary_size, self.threads
+            )
+            self.clocks.synchronize = self.backend.synchronize
+        self.facts: dict[str, Any] = provenance(self.backend.package) | {
+            "devices": self.backend.device_names(),
+            "settings": self.backend.settings(),
+            "threads": self.threads,
+            "corpus": self.corpus.description,
+            "cells_at_once": cells_at_once(),
+            "started": self.began,
+        }
+        count = len(self.facts["devices"])
+        if count != self.cell.devices:
+            raise PtbenchError(f"{self.cell.path} got {count} devices, not {self.cell.devices}")
+        if sentence := ignored_sentence():
+            self.say(f"[{self.cell.path}] {sentence}")
+
+    def train(self, checkpoint_minutes: float, signals: Signals) -> Run:
+        """Train and score, from the last checkpoint if there is one that can be used."""
+        self.checkpoints = checkpoints = Checkpoints(
+            self.paths.checkpoints,
+            self.identity(),
+            lambda: self.clocks.seconds | {"total": self.total_seconds()},
+            checkpoint_minutes,
+            signals,
+            self.attempt.check,
+            self.say,
+        )
+        with self.clocks("start_up"):
+            resumed = checkpoints.latest(self.new_snapshot)
+        if resumed:
+            for clock, seconds in resumed.seconds.items():
+                self.clocks.seconds[clock] += seconds
+            self.say(f"[{self.cell.path}] goes on {checkpoints.position}")
+        saved = resumed.saved if resumed else None
+        signals.losable = True
+        try:
+            return train(self.backend, self.splits, self.clocks, self.report, checkpoints, saved)
+        except InterruptionError:
+            where = checkpoints.position or "before its first step"
+            raise InterruptionError(
+                f"{self.cell.path} was told to end, and did {where}; the same command goes on "
+                "from there"
+            ) from None
+
+    def finish(self, run: Run) -> Metrics:
+        """Write the cell's files, `metrics.json` last, and close the attempt."""
+        self.attempt.check()
+        with self.clocks("checkpointing"):
+            self.write_best_model(run)
+        # Measured while the replicas' processes are alive.
+        peak, peak_on_devices = peak_memory_bytes(), self.backend.peak_device_memory()
+        self.facts["cells_at_once"] = max(self.facts["cells_at_once"], cells_at_once())
+        self.facts["attempts"] = self.attempt.count
+        self.facts["finished"] = now()
+        self.backend.close()
+        self.clocks.seconds["total"] = self.total_seconds()
+        metrics = self.metrics(run, peak, peak_on_devices)
+        for name, text in {
+            "recipe.yaml": recipe_yaml(self.specification),
+            "history.csv": history_csv(run.history),
+            "provenance.json": json.dumps(self.facts, indent=2) + "\n",
+            "metrics.json": metrics.model_dump_json(indent=2) + "\n",
+        }.items():
+            write_atomically(self.paths.output / name, text)
+        self.attempt.finish(metrics)
+        self.checkpoints.clear()
+        return metrics
+
+    def identity(self) -> Identity:
+        """Return what a checkpoint must have in common with this run to be of use to it."""
+        facts = self.facts
+        return Identity(
+            cell=self.cell.path,
+            fingerprint=self.specification.fingerprint,
+            corpus=digest(self.paths.corpus),
+            vocabulary_size=self.corpus.vocabulary_size,
+            framework=f"{facts['framework_package']} {facts['framework_version']}",
+        )
+
+    def new_snapshot(self) -> dict[str, Any]:
+        """Return the snapshot of a run that has not begun."""
+        batch_size = self.splits.train.batch_size
+        return self.backend.snapshot(self.backend.initial_state(batch_size, training=True))
+
+    def total_seconds(self) -> float:
+        """Return the age of this process plus what the attempts before it spent.
+
+        Time spent waiting for another process is not counted.
+        """
+        age = time.time() - psutil.Process().create_time()
+        return self.clocks.seconds["total"] + age - self.attempt.waited
+
+    def report(self, progress: Progress) -> None:
+        """Say how far the run is, in a line that names the cell."""
+        cell = self.cell
+        label = f"{cell.variant} {cell.framework} devices {cell.devices} seed {cell.seed}"
+        where = f"[{label}] epoch {progress.epoch}/{progress.epochs}"
+        speed = f"{progress.tokens_per_second:,.0f} tokens/s"
+        train = f"train {progress.train_perplexity:.2f}"
+        if progress.finished:
+            valid = progress.finished.valid_perplexity
+            self.say(f"{where}  {train}  valid {valid:.2f}  {speed}")
+        else:
+            self.say(f"{where}  {progress.fraction:.0%}  {train}  {speed}")
+
+    def write_best_model(self, run: Run) -> None:
+        """Write `best.safetensors`: the parameters that were scored, and what they are of."""
+        if run.best_parameters is None or run.best is None:
+            return
+        metadata = {
+            "cell": self.cell.path,
+            "specification": self.specification.text(),
+            "vocabulary_size": str(self.corpus.vocabulary_size),
+            "vocabulary_sha256": self.corpus.vocabulary_sha256,
+            "epoch": str(run.best.epoch),
+        }
+        write_arrays(self.paths.checkpoints / "best.safetensors", run.best_parameters, metadata)
+
+    def metrics(self, run: Run, peak: int, peak_on_devices: int | None) -> Metrics:
+        """Return `metrics.json` of the finished run."""
+        best, last = run.best, run.history[-1] if run.history else None
+        size = self.corpus.vocabulary_size
+        return Metrics(
+            protocol=self.specification.protocol,
+            fingerprint=self.specification.fingerprint,
+            cell=self.cell,
+            status="diverged" if run.diverged else "ok",
+            reason=run.diverged,
+            parameters=parameter_count(self.recipe, size),
+            vocabulary_size=size,
+            stopped=run.stopped,
+            epochs=len(run.history),
+            best_epoch=best.epoch if best else None,
+            train=last and mean_score(last.train_nll, self.splits.train),
+            valid=best and mean_score(best.valid_nll, self.splits.valid),
+            test=run.test,
+            tokens_per_second=run.tokens_per_second,
+            seconds_per_epoch=run.seconds_per_epoch,
+            seconds=Seconds(**self.clocks.seconds),
+            attempts=self.facts["attempts"],
+            peak_memory_bytes=peak,
+            peak_device_memory_bytes=peak_on_devices,
+        )
+
+
+def mean_score(nll: float, feed: Feed) -> Score:
+    """Return the score of a split from its mean nll [nats/token]."""
+    return Score(nll=nll, perplexity=perplexity(nll), tokens=feed.predicted_tokens)
+
+
+def now() -> str:
+    """Return the time (UTC)."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def attempt_at(
     cell: Cell, specification: Specification, paths: Paths, log: Path | None = None
 ) -> Attempt:
-    """An attempt at the cell, not opened yet."""
+    """Return an attempt at the cell, not opened yet."""
     text = digest(paths.corpus)
     return Attempt(paths.attempts, cell.path, specification.fingerprint, text, log)
 
 
-def never() -> bool:
-    """Nobody tells this process to end."""
-    return False
-
-
-def identity(
-    cell: Cell,
-    specification: Specification,
-    corpus: Path,
-    vocabulary_size: int,
-    facts: Mapping[str, Any],
-) -> Identity:
-    """What a checkpoint must have in common with this run to be of use to it."""
-    return Identity(
-        cell=cell.path,
-        fingerprint=specification.fingerprint,
-        corpus=digest(corpus),
-        vocabulary_size=vocabulary_size,
-        framework=f"{facts['framework_package']} {facts['framework_version']}",
-    )
-
-
 def digest(corpus: Path) -> str:
-    """Twelve hexadecimal digits that change with a prepared corpus' text, wherever it came from.
+    """Return twelve hexadecimal digits that change with a prepared corpus' text.
 
-    Empty if there is no such corpus, which `open_corpus` will have more to say about.
+    They are empty if there is no such corpus; `open_corpus` then says what to do.
     """
     try:
         description = json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
@@ -221,13 +310,8 @@ def digest(corpus: Path) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def age(attempt: Attempt) -> float:
-    """Age of this process without what it waited for another [s]."""
-    return time.time() - psutil.Process().create_time() - attempt.waited
-
-
 def read_specification(text: str) -> Specification:
-    """A specification from its text.
+    """Return a specification from its text.
 
     Raises:
         PtbenchError: if it is not valid, or of another protocol.
@@ -245,7 +329,7 @@ def read_specification(text: str) -> Specification:
 
 
 def feed(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
-    """The corpus as the recipe feeds it, the training batch for all devices together.
+    """Return the corpus as the recipe feeds it; training batches are for all devices together.
 
     Raises:
         PtbenchError: if a split is too short for one batch.
@@ -260,7 +344,7 @@ def feed(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
 def feed_split(
     corpus: Corpus, recipe: Recipe, split: Split, batch_size: int, training: bool = False
 ) -> Feed:
-    """One split of the corpus as the recipe feeds it.
+    """Return one split of the corpus as the recipe feeds it.
 
     Raises:
         PtbenchError: if it is too short for one batch.
@@ -281,76 +365,14 @@ def feed_split(
 def create_backend(
     cell: Cell, specification: Specification, vocabulary_size: int, threads: int
 ) -> Backend:
-    """The cell's model with its initial parameters, on its devices."""
+    """Return the cell's model with its initial parameters, on its devices."""
     recipe, accelerator = specification.recipe, specification.accelerator
     setup = Setup(recipe, vocabulary_size, cell.devices, cell.seed, accelerator, threads)
     return create(cell.framework, setup)
 
 
-def watcher(cell: Cell, say: Callable[[str], None]) -> Callable[[Progress], None]:
-    """Turns progress into lines that say which cell they are about."""
-    label = f"{cell.variant} {cell.framework} devices {cell.devices} seed {cell.seed}"
-
-    def watch(progress: Progress) -> None:
-        where = f"[{label}] epoch {progress.epoch}/{progress.epochs}"
-        speed = f"{progress.tokens_per_second:,.0f} tokens/s"
-        if progress.finished:
-            valid = progress.finished.valid_perplexity
-            say(f"{where}  train {progress.train_perplexity:.2f}  valid {valid:.2f}  {speed}")
-        else:
-            say(f"{where}  {progress.fraction:.0%}  train {progress.train_perplexity:.2f}  {speed}")
-
-    return watch
-
-
-def summarize(
-    cell: Cell,
-    specification: Specification,
-    vocabulary_size: int,
-    splits: Splits,
-    run: Run,
-    clocks: Clocks,
-    peak: int,
-    peak_on_devices: int | None,
-    attempts: int,
-) -> Metrics:
-    """`metrics.json` of a finished run."""
-    best, last = run.best, run.history[-1] if run.history else None
-    return Metrics(
-        protocol=specification.protocol,
-        fingerprint=specification.fingerprint,
-        cell=cell,
-        status="diverged" if run.diverged else "ok",
-        reason=run.diverged,
-        parameters=parameter_count(specification.recipe, vocabulary_size),
-        vocabulary_size=vocabulary_size,
-        stopped=run.stopped,
-        epochs=len(run.history),
-        best_epoch=best.epoch if best else None,
-        train=last
-        and Score(
-            nll=last.train_nll,
-            perplexity=last.train_perplexity,
-            tokens=splits.train.predicted_tokens,
-        ),
-        valid=best
-        and Score(
-            nll=best.valid_nll,
-            perplexity=best.valid_perplexity,
-            tokens=splits.valid.predicted_tokens,
-        ),
-        test=run.test,
-        tokens_per_second=run.tokens_per_second,
-        seconds_per_epoch=run.seconds_per_epoch,
-        seconds=Seconds(**clocks.seconds),
-        attempts=attempts,
-        peak_memory_bytes=peak,
-        peak_device_memory_bytes=peak_on_devices,
-    )
-
-
 def recipe_yaml(specification: Specification) -> str:
-    """The resolved recipe as YAML. JSON scalars are YAML scalars, so no library is needed."""
+    """Return the resolved recipe as YAML; JSON scalars are YAML, so no library is needed."""
     head = {"variant": specification.variant, "fingerprint": specification.fingerprint}
     values = head | specification.recipe.model_dump(mode="json")
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items())

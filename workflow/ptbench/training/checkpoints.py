@@ -1,18 +1,17 @@
 """Checkpoints: a run's whole state on disk, so that killing its process loses minutes, not the run.
 
-A cell's folder holds `last.safetensors` and `previous.safetensors`, each what the backend's
-snapshot gives, the best parameters so far as `best.{name}`, and in its header where the run is. At
-every instant one of them is whole. What cannot be used is renamed `*.rejected-N` and never deleted.
-Beside them, once the run is over, `best.safetensors` has the model that was scored.
+A cell's folder holds `last.safetensors` and `previous.safetensors`. Each has the backend's
+snapshot, the best parameters so far as `best.{name}`, and in its header how far the run is. At
+every instant one of them is whole. A file that cannot be used is renamed `*.rejected-N` and never
+deleted. `best.safetensors` beside them, written when the run is over, has the model that was
+scored.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ptbench.errors import PtbenchError
+from ptbench.files import remove_leftovers, replacing
 from ptbench.model.recipe import Model
 from ptbench.training.loop import Keeper, Run, Saved, Sums
 from ptbench.training.records import Epoch
@@ -38,7 +38,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Identity(Model):
-    """What a run and its checkpoints must agree on, or numbers of two runs would be mixed."""
+    """What a checkpoint must have in common with a run, or numbers of two runs would be mixed."""
 
     cell: str = Field(description="Path of the cell.")
     fingerprint: str = Field(description="Of the specification.")
@@ -48,7 +48,7 @@ class Identity(Model):
 
 
 class Header(Model):
-    """What a checkpoint's header says, in JSON."""
+    """A checkpoint's header, in JSON."""
 
     format: int = Field(FORMAT, description="Version of this description.")
     identity: Identity = Field(description="Whose checkpoint it is.")
@@ -63,7 +63,7 @@ class RejectedError(Exception):
 
 
 class Resumed(NamedTuple):
-    """A run as it was saved."""
+    """A saved run and its clocks."""
 
     saved: Saved
     seconds: dict[str, float]
@@ -82,24 +82,26 @@ class Checkpoints(Keeper):
         check: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Nothing is written until there is something to save.
+        """Change nothing on disk.
 
         Args:
             folder: the cell's own.
             identity: of this run.
-            seconds: the clocks, as they are when it is called.
+            seconds: returns the run's clocks as they are now.
             minutes: between two checkpoints within an epoch.
-            signals: whether the process has been told to end; is told what that would cost.
-            check: raises PtbenchError if this process may not write here any more.
-            say: receives a line about anything unusual.
+            signals: whether the process has been told to end.
+            check: raises PtbenchError if this process may no longer write here.
+            say: called with a line about anything unusual.
         """
         self.folder, self.identity, self.seconds = folder, identity, seconds
-        self.minutes, self.signals, self.check, self.say = minutes, signals, check, say
+        self.minutes, self.check, self.say = minutes, check, say
+        self.signals = signals or Signals()
+        self.paths = [folder / name for name in NAMES]
         self.saved_at = time.monotonic()
-        self.position: str | None = None  # of what is on disk
+        self.position: str | None = None  # how far the run on disk is
 
     def interrupted(self) -> bool:
-        return self.signals is not None and self.signals.interrupted()
+        return self.signals.interrupted()
 
     def due(self) -> bool:
         return time.monotonic() - self.saved_at >= 60 * self.minutes
@@ -110,38 +112,38 @@ class Checkpoints(Keeper):
         Raises:
             PtbenchError: if it cannot be written; the one before it is still there.
         """
-        with self.signals.written() if self.signals else contextlib.nullcontext():
-            self._save(saved)
-
-    def _save(self, saved: Saved) -> None:
-        self.check()
         run = saved.run
-        header = Header(
-            identity=self.identity,
-            history=run.history,
-            sums=run.sums and dataclasses.replace(run.sums),
-            seconds=dict(self.seconds()),
-            written=time.time(),
-        )
-        best = {BEST + name: array for name, array in (run.best_parameters or {}).items()}
-        last, previous = (self.folder / name for name in NAMES)
-        write_arrays(last, saved.snapshot | best, {"checkpoint": to_json(header)}, former=previous)
-        self.saved_at = time.monotonic()
-        self.position = describe(header)
+        with self.signals.written():
+            self.check()
+            header = Header(
+                identity=self.identity,
+                history=run.history,
+                sums=run.sums and dataclasses.replace(run.sums),
+                seconds=dict(self.seconds()),
+                written=time.time(),
+            )
+            best = {BEST + name: array for name, array in (run.best_parameters or {}).items()}
+            last, previous = self.paths
+            write_arrays(last, saved.snapshot | best, {"checkpoint": to_json(header)}, previous)
+            self.saved_at = time.monotonic()
+            self.position = describe(header)
 
     def latest(self, template: Callable[[], Arrays]) -> Resumed | None:
-        """The newest checkpoint that can be used; those that cannot are set aside, and said so.
+        """Return the newest checkpoint that can be used; set aside those that cannot.
 
         Args:
-            template: gives a snapshot of this very run at its beginning.
+            template: returns a snapshot of this very run at its beginning.
+
+        Raises:
+            PtbenchError: if a file cannot be read now; it may be whole.
         """
-        for path in (self.folder / name for name in NAMES):
+        for path in self.paths:
+            remove_leftovers(path)
+            if not path.exists():
+                continue
             try:
-                if not path.exists():
-                    continue
                 header, arrays, best = self.read(path)
-                expected = shapes(template())
-                if shapes(arrays) != expected or (header.history and not best):
+                if shapes(arrays) != shapes(template()) or (header.history and not best):
                     raise RejectedError("its arrays are not those of this model")
             except RejectedError as reason:
                 aside = set_aside(path)
@@ -156,25 +158,22 @@ class Checkpoints(Keeper):
         return None
 
     def read(self, path: Path) -> tuple[Header, Arrays, Arrays]:
-        """Header, snapshot and best parameters of a checkpoint of this run.
+        """Return header, snapshot and best parameters of a checkpoint of this run.
 
         Raises:
-            RejectedError: if it is damaged, or another's.
+            RejectedError: if it is damaged, or another run's.
         """
         arrays, metadata = read_arrays(path)
         try:
             content = json.loads(metadata["checkpoint"])
             version = content["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RejectedError("its header is not that of a checkpoint") from error
-        if version != FORMAT:
-            raise RejectedError(f"it has format {version}, and this ptbench reads format {FORMAT}")
-        try:
+            if version != FORMAT:
+                raise RejectedError(f"it has format {version}, this ptbench reads format {FORMAT}")
             header = Header.model_validate(content)
-        except ValidationError as error:
+        except (ValidationError, ValueError, KeyError, TypeError) as error:
             raise RejectedError("its header is not that of a checkpoint") from error
-        ours, theirs = self.identity.model_dump(), header.identity.model_dump()
-        for name, value in theirs.items():
+        ours = self.identity.model_dump()
+        for name, value in header.identity.model_dump().items():
             if value != ours[name]:
                 raise RejectedError(f"its {name} is {value}, not {ours[name]}")
         best = {name[len(BEST) :]: a for name, a in arrays.items() if name.startswith(BEST)}
@@ -183,13 +182,13 @@ class Checkpoints(Keeper):
 
     def clear(self) -> None:
         """Delete what a finished run does not need; what was set aside stays."""
-        for name in NAMES:
-            for path in (self.folder / name, temporary_of(self.folder / name)):
-                path.unlink(missing_ok=True)
+        for path in self.paths:
+            path.unlink(missing_ok=True)
+            remove_leftovers(path)
 
 
 def describe(header: Header) -> str:
-    """Where a run is, for people."""
+    """Say how far a run is."""
     number = len(header.history) + 1
     if header.sums is None:
         return f"after epoch {number - 1}"
@@ -197,26 +196,21 @@ def describe(header: Header) -> str:
 
 
 def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each array."""
+    """Return type and shape of each array."""
     return {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
 
 
 def to_json(model: Model) -> str:
-    """JSON by Python's own writer, whose floats are read back as the very same numbers."""
+    """Return JSON by Python's own writer, whose floats are read back exactly."""
     return json.dumps(model.model_dump())
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file to the first `*.rejected-N` that is free."""
+    """Rename a file to the first free `*.rejected-N`; return that."""
     number = 1
     while (aside := path.with_name(f"{path.name}.rejected-{number}")).exists():
         number += 1
     return path.rename(aside)
-
-
-def temporary_of(path: Path) -> Path:
-    """Where a file is written before it is renamed."""
-    return path.with_name(f".{path.name}")
 
 
 def write_arrays(
@@ -225,48 +219,39 @@ def write_arrays(
     metadata: Mapping[str, str],
     former: Path | None = None,
 ) -> None:
-    """Write a whole safetensors file or none, with a checksum over all that is in it.
+    """Write a whole safetensors file or none, with a checksum over all its content.
 
     Args:
-        path: is replaced at once, after all has reached the disk.
+        path: replaced after all has reached the disk.
         arrays: by name.
         metadata: for the file's header.
-        former: what `path` was is renamed to this, replacing what is there.
+        former: what was at `path` is renamed to this, replacing what is there.
 
     Raises:
         PtbenchError: if it cannot be written; what was at `path` is still there.
     """
-    temporary = temporary_of(path)
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     sealed = {**metadata, "sha256": checksum(contiguous, metadata)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, temporary, sealed)
-        flush(temporary)
-        if former and path.exists():
-            path.replace(former)
-        temporary.replace(path)
-        flush(path.parent)
+        with replacing(path, former) as temporary:
+            save_file(contiguous, temporary, sealed)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         reason = getattr(error, "strerror", None) or str(error)
         raise PtbenchError(
-            f"{path} cannot be written ({reason}); make room, or let it be written to, and run the "
+            f"{path} cannot be written ({reason}); make room or allow writing there, and run the "
             "same command again: it goes on from the last checkpoint"
         ) from error
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """Arrays and metadata of a file that `write_arrays` wrote.
+    """Return arrays and metadata of a file that `write_arrays` wrote.
 
     Raises:
         RejectedError: if it is damaged.
         OSError: if it cannot be read now; it may be whole.
     """
     try:
-        with path.open("rb"):  # whose errors have numbers
-            pass
+        path.open("rb").close()  # its errors have numbers, safetensors' have none
         with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -278,19 +263,10 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
 
 
 def checksum(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over names, types, shapes, numbers and metadata."""
+    """Return the SHA-256 over names, types, shapes, numbers and metadata."""
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 
 
 class Clocks:
-    """Adds up the seconds of named phases, each stopped on a synchronised device."""
+    """Adds up the seconds of named phases; each clock stops on a synchronised device."""
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        """Args: synchronize: waits for the device; called before a clock starts and stops."""
+        """Set all clocks to zero; `synchronize` waits for the device before one starts or stops."""
         self.synchronize = synchronize
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time the block as part of `phase`. Phases must not be nested."""
+        """Time a block as part of `phase`. Phases must not be nested."""
         self.synchronize()
         start = time.perf_counter()
         try:

@@ -1,7 +1,7 @@
-"""Whether a cell was given exactly its devices: by whoever started it, before a framework looks.
+"""Whether a cell was given exactly its devices, checked before a framework is imported.
 
-With one GPU too few a cell would measure another run; with one too many it would take a GPU that it
-does not use, or that is another's.
+With one GPU too few a cell would measure another run; with one too many it would hold a GPU that it
+does not use, or use another job's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ def check_devices(
 ) -> None:
     """Make sure that a cell has its devices.
 
-    In a Slurm job the list of GPUs must have `devices` entries, no more and no fewer, also where
-    the CPU trains on a job that asked for GPUs. Elsewhere it must not have fewer: a cell on one's
-    own machine takes the first ones.
+    In a Slurm job the list of GPUs must have exactly `devices` entries, even if the CPU trains in
+    a job that asked for GPUs. Elsewhere it may have more: the cell takes the first ones.
 
     Args:
         devices: data-parallel replicas of the cell.
@@ -31,7 +30,7 @@ def check_devices(
         environment: environment variables.
 
     Raises:
-        PtbenchError: if they are others.
+        PtbenchError: if it has not.
     """
     name = next((name for name in LISTS if name in environment), None)
     in_slurm = "SLURM_JOB_ID" in environment
@@ -59,7 +58,7 @@ def check_devices(
 
 
 def device_list(text: str) -> list[str]:
-    """The devices of a list as CUDA reads it: comma-separated, up to the first that is invalid."""
+    """Return the devices of a list as CUDA reads it, up to the first that is invalid."""
     devices: list[str] = []
     for entry in map(str.strip, text.split(",")):
         if not entry or entry in ("-1", "NoDevFiles"):

@@ -1,7 +1,7 @@
-"""Which process it is that has something in its hands, and whether it still lives.
+"""Which process has a cell, and whether that process is alive.
 
-Works between the nodes of a cluster, which share no processes but a file system: a living holder
-touches its file, and how long ago is told by that file system's clock alone.
+This works between the nodes of a cluster, which share a file system but no processes: a living
+holder touches its file, and only that file system's clock measures how long ago.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ SILENCE_SECONDS = 300.0  # after which a holder on another machine is dead: ten 
 
 
 class Holder(Model):
-    """A process, so described that no other at any time or place is taken for it."""
+    """A process, described so that no other process anywhere, at any time, is mistaken for it."""
 
     host: str = Field(description="Name of its machine.")
     pid: int = Field(description="Number of the process.")
@@ -44,10 +43,10 @@ class Holder(Model):
 
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
-    """The process that asks."""
+    """Return this process as a holder."""
     job = environment.get("SLURM_JOB_ID")
-    # Snakemake's plugin takes all but a few of Slurm's variables from the job, SLURM_RESTART_COUNT
-    # too, and its inner srun sets those of a step again, which has the job's only node or some.
+    # Snakemake's plugin removes most of Slurm's variables from the job, SLURM_RESTART_COUNT too.
+    # Its inner srun then sets those of a step: SLURM_NNODES, the job's if that has one node.
     nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES", "")
     return Holder(
         host=socket.gethostname(),
@@ -61,7 +60,7 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Holder:
 
 
 def machine() -> str | None:
-    """Tells apart machines, their boots, and containers that do not see each other's processes."""
+    """Identify this machine, its boot, and the container whose processes this one can see."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -70,9 +69,9 @@ def machine() -> str | None:
 
 
 def started(pid: int) -> str | None:
-    """When a process was started; None if there is none, or it has ended and waits to be reaped."""
+    """Return when a process was started; None if there is none or it is a zombie."""
     try:
-        # The fields after the command's name, which may contain anything: proc(5).
+        # The fields after the command's name, which may contain spaces and brackets: proc(5).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -80,30 +79,30 @@ def started(pid: int) -> str | None:
 
 
 def lives(holder: Holder, silence: float, asking: Holder) -> bool:
-    """Whether a holder is still at work, as far as can be known from here.
+    """Return whether a holder is alive, as far as can be known from here.
 
     Args:
-        holder: whom it is about.
+        holder: the process in question.
         silence: since it last touched its file [s], by the file system's clock.
         asking: this process.
     """
     if asking.slurm_job and asking.slurm_job == holder.slurm_job:
         if asking.slurm_restarts > holder.slurm_restarts:
-            return False  # Slurm has started the job again: what ran before is gone
+            return False  # Slurm has requeued the job: what ran before is gone
         if asking.slurm_nodes == 1 and asking.host != holder.host:
-            return False  # and so it is where the job's only node has become another
+            return False  # the job has one node, now another one: what ran before is gone
     if holder.machine is not None and holder.machine == asking.machine:
         return holder.started is not None and started(holder.pid) == holder.started
     return silence < SILENCE_SECONDS
 
 
 def silence_of(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of the file system that it is on.
+    """Return the seconds since a file was touched, by the clock of its file system.
 
     Raises:
         FileNotFoundError: if it is not there.
     """
-    # Opened, because NFS then asks its server instead of what it remembers.
+    # Opened, because NFS then asks its server and not its cache.
     with path.open("rb") as file:
         touched = os.fstat(file.fileno()).st_mtime
     try:
@@ -112,34 +111,11 @@ def silence_of(path: Path) -> float:
             now.flush()
             os.fsync(now.fileno())
             return os.fstat(now.fileno()).st_mtime - touched
-    except OSError:  # who may not write there may look all the same, and has but its own clock
+    except OSError:  # not allowed to write there: only this machine's own clock is left
         return time.time() - touched
 
 
 def touch(path: Path) -> None:
-    """Say that this process lives."""
+    """Show others that this process is alive."""
     with contextlib.suppress(OSError):  # a full or absent disk; the next touch may do
         os.utime(path)
-
-
-def write_new(path: Path, text: str) -> bool:
-    """Make a file with this content; False if there is one already.
-
-    By link(2), which one process alone can succeed with, on NFS too, and which shows others the
-    whole content or nothing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with own.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            path.hardlink_to(own)
-        except FileExistsError:
-            # A server's answer may be lost and the link there all the same (open(2), on NFS).
-            return own.stat().st_nlink == 2
-        return True
-    finally:
-        own.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What a trained model says, in any framework: a split's perplexity, next words, text of its own.
+"""What a trained model predicts, in any framework: a split's perplexity, next words, text.
 
-Reads the `best.safetensors` of a finished run, whichever framework wrote it, and nothing else:
-pickles could run any code. `cli.py` prints what is found out here.
+A model is read from the `best.safetensors` of a finished run, whichever framework wrote it.
+`cli.py` prints the answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ptbench.training.records import Score
 
 
 class Checkpoint(NamedTuple):
-    """A trained model, and what must be known of it to build it."""
+    """A trained model, and what is needed to build it."""
 
     path: Path
     cell: Cell
@@ -40,12 +40,12 @@ class Checkpoint(NamedTuple):
 
     @property
     def recipe(self) -> Recipe:
-        """How it was trained."""
+        """The recipe that it was trained with."""
         return self.specification.recipe
 
 
 class NextWord(NamedTuple):
-    """A word, the one that followed it in the text, and the one that the model expected."""
+    """A word, the one that followed it in the text, and the one that the model predicted."""
 
     given: int
     true: int
@@ -55,7 +55,7 @@ class NextWord(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint and all that its header says.
+    """Return a trained model and what its header says.
 
     Raises:
         PtbenchError: if it is not there, or is not the whole `best.safetensors` of a run.
@@ -89,14 +89,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_corpus_of(checkpoint: Checkpoint, folder: Path | None = None) -> Corpus:
-    """The prepared corpus that a checkpoint was trained on, or another with the same vocabulary.
+    """Open the corpus that a model was trained on, or another with the same vocabulary.
 
     Args:
-        checkpoint: of which model.
+        checkpoint: the model.
         folder: the corpus' own; None: in `corpora/` of the results that the checkpoint is in.
 
     Raises:
-        PtbenchError: if it is not there, or its words are not those that the model knows.
+        PtbenchError: if it is not there, or its vocabulary is not the model's.
     """
     if folder is None:
         name = checkpoint.recipe.corpus_folder
@@ -125,7 +125,7 @@ def open_corpus_of(checkpoint: Checkpoint, folder: Path | None = None) -> Corpus
 def build(
     checkpoint: Checkpoint, framework: str, accelerator: Accelerator = "cpu", threads: int = 1
 ) -> Backend:
-    """The model in a framework, whichever trained it.
+    """Build the model in a framework, whichever trained it.
 
     Its layers are the framework's own (`kernel: fused`) where it lacks the kernel that the model
     was trained with; they compute the same.
@@ -134,7 +134,7 @@ def build(
     row = FRAMEWORKS.get(framework)
     if row is None or recipe.kernel not in row.kernels:
         recipe = recipe.model_copy(update={"kernel": "fused"})
-    seed = checkpoint.cell.seed  # decides which weights a sparse model has
+    seed = checkpoint.cell.seed  # which weights a sparse model has depends on it
     size = checkpoint.vocabulary_size
     backend = create(framework, Setup(recipe, size, 1, seed, accelerator, threads))
     backend.load_parameters(checkpoint.parameters)
@@ -142,7 +142,7 @@ def build(
 
 
 def evaluate_split(backend: Backend, corpus: Corpus, split: Split) -> Score:
-    """The score of a split, read as a run reads it: every predicted token counts once."""
+    """Return the score of a split, read as a run reads it: every predicted token counts once."""
     recipe = backend.recipe
     batch_size = recipe.test_batch_size if split == "test" else recipe.evaluation_batch_size
     feed = feed_split(corpus, recipe, split, batch_size)
@@ -152,17 +152,17 @@ def evaluate_split(backend: Backend, corpus: Corpus, split: Split) -> Score:
 def predict_next_words(
     backend: Backend, corpus: Corpus, split: Split, start: int = 0, count: int = 20
 ) -> list[NextWord]:
-    """True and predicted next words in a stretch of a split.
+    """Return true and predicted next words in a stretch of a split.
 
-    The model has read the split from its beginning, one word after the other, as it was trained
-    to: with its state carried on, or begun anew for each window or sentence.
+    The model reads the split from its beginning, as it was trained to: with its state carried on,
+    or from a zero state for each window or sentence.
 
     Args:
         backend: the model.
         corpus: in its vocabulary.
         split: of the corpus.
         start: predictions to leave out.
-        count: predictions to give; fewer if the split ends.
+        count: predictions to return; fewer if the split ends.
 
     Raises:
         PtbenchError: if the split has none there.
@@ -200,7 +200,7 @@ def _next_word(given: np.int32, true: np.int32, log_p: npt.NDArray[np.float32]) 
 def sample(
     backend: Backend, corpus: Corpus, count: int, temperature: float = 1.0, seed: int = 0
 ) -> list[int]:
-    """Words that the model draws after an `<eos>`, each from what it expects after those before.
+    """Draw words after an `<eos>`, each from the model's distribution after those before it.
 
     Args:
         backend: the model.
@@ -223,7 +223,7 @@ def sample(
 
 
 def _draw(log_p: npt.NDArray[np.float64], temperature: float, uniform: float) -> int:
-    """The word at which the distribution function passes a number that is uniform in [0, 1)."""
+    """Return the word at which the cumulative distribution passes a number in [0, 1)."""
     if temperature == 0:
         return int(log_p.argmax())
     p = np.exp((log_p - log_p.max()) / temperature).cumsum()

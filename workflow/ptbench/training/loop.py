@@ -1,8 +1,8 @@
-"""The training loop: framework-neutral, and ignorant of files.
+"""The training loop, the same for all frameworks. It reads and writes no files.
 
-Epoch by epoch: train on every batch in order, validate, remember the best parameters; at the end
-score the test split once with those. `cell.py` calls it and writes the results down, and a `Keeper`
-is given what it needs to go on where it was, should the process end.
+Train on every batch in order, validate, remember the best parameters, epoch after epoch; at the end
+score the test split once with those. `cell.py` calls it and writes down the result. A `Keeper`
+saves what another process needs to continue the run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from ptbench.backends.base import Backend, Scalar, State
-from ptbench.corpus.batching import Feed
+from ptbench.corpus.batching import Batch, Feed
 from ptbench.errors import InterruptionError
 from ptbench.model.parameters import Parameters
-from ptbench.model.recipe import Recipe
 from ptbench.training.clocks import Clocks
 from ptbench.training.records import Epoch, Score, perplexity, score
 from ptbench.training.schedules import Stop, averages_since, learning_rate, rolls_back, stop
@@ -42,7 +41,7 @@ class Splits(NamedTuple):
 
 @dataclass
 class Progress:
-    """Where a run is, for whoever watches it."""
+    """How far a run is, for whoever watches it."""
 
     epoch: int
     epochs: int
@@ -66,6 +65,7 @@ class Sums:
     training_seconds: float = 0.0
 
     def add_seconds(self, clock: str, seconds: float) -> None:
+        """Add to the seconds of one of the two clocks of training steps."""
         if clock == "compile":
             self.compile_seconds += seconds
         else:
@@ -73,7 +73,7 @@ class Sums:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of warm steps; a corpus shorter than the warm-up has none, and what there is counts."""
+        """Speed of the steps after the warm-up; of all steps where there are no others."""
         if self.timed_tokens:
             return self.timed_tokens / self.training_seconds
         return self.tokens / self.compile_seconds
@@ -81,7 +81,7 @@ class Sums:
 
 @dataclass
 class Run:
-    """What training gave so far."""
+    """What training has given so far."""
 
     history: list[Epoch] = field(default_factory=list)
     best: Epoch | None = None  # of the lowest validation nll
@@ -90,7 +90,6 @@ class Run:
     test: Score | None = None
     diverged: str | None = None  # why, if it did
     stopped: Stop | None = None  # why training ended, if it did not diverge
-    state: State = None  # the recurrent one, where the epoch under way is
     steps_here: int = 0  # training steps of this process, the first of which compile
 
     @property
@@ -108,98 +107,254 @@ class Run:
 
 @dataclass
 class Saved:
-    """All that a run needs to go on in another process, bit for bit."""
+    """All that another process needs to continue a run, bit for bit."""
 
     run: Run
     snapshot: dict[str, npt.NDArray[Any]]  # the backend's own
 
 
 class Keeper:
-    """What lets a run outlive its process; this one does not. See `checkpoints.py`."""
+    """Saves a run so that it can outlive its process; this one does not. See `checkpoints.py`."""
 
     def interrupted(self) -> bool:
-        """Whether the process has been told to end. Asked at every step, so it must be quick."""
+        """Return whether the process has been told to end. Called at every step."""
         return False
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint within an epoch."""
+        """Return whether it is time for a checkpoint within an epoch."""
         return False
 
     def save(self, saved: Saved) -> None:
-        """Keep this; called outside all clocks but that of checkpointing."""
+        """Keep this."""
 
 
 def train(
     backend: Backend,
-    recipe: Recipe,
     splits: Splits,
     clocks: Clocks,
     watch: Callable[[Progress], None],
     keeper: Keeper | None = None,
     saved: Saved | None = None,
 ) -> Run:
-    """Train `backend` as the recipe says and score it.
+    """Train a backend as its recipe says, and score it.
 
-    A loss that is not finite, or a perplexity above the recipe's limit, ends the run early; it is
+    A loss that is not finite, or a perplexity above the recipe's limit, ends the run early. It has
     then diverged, which is a result, and keeps the history of its whole epochs.
 
     Args:
-        backend: new, on its devices.
-        recipe: what to do.
-        splits: on what.
-        clocks: where the time goes.
-        watch: is told of progress.
-        keeper: is given a checkpoint after every epoch, and when it wants one within.
-        saved: goes on from there, to the same end as a run that never stopped.
+        backend: the new model on its devices.
+        splits: the text.
+        clocks: where to count the seconds.
+        watch: called with the progress.
+        keeper: gets a checkpoint after every epoch, and within an epoch when one is due.
+        saved: where to continue, to the same end as a run that never stopped.
 
     Raises:
-        InterruptionError: once the keeper says so; what had been done has been saved.
+        InterruptionError: once the keeper says that the process has been told to end. The keeper
+            has every step that was taken.
     """
-    keeper = keeper or Keeper()
-    run = Run()
-    warm_up_evaluation(backend, splits, clocks, keeper)
-    warm_up_training(backend, splits.train, clocks, keeper)
-    if saved:
-        run = saved.run
-        with clocks("start_up"):
-            run.state = backend.restore(saved.snapshot)
+    trainer = Trainer(backend, splits, clocks, watch, keeper or Keeper())
+    trainer.start(saved)
+    run = trainer.run
+    while run.stopped is None and run.diverged is None:
+        trainer.epoch()
+    if run.diverged is None:
+        trainer.finish()
+    return run
 
-    def keep() -> None:
-        with clocks("checkpointing"):
-            keeper.save(Saved(run, backend.snapshot(run.state)))
 
-    def pause() -> None:
-        if keeper.interrupted():
-            keep()
-            raise InterruptionError
-        if keeper.due():
-            keep()
+class Trainer:
+    """A run under way: `start`, then `epoch` until it has stopped or diverged, then `finish`."""
 
-    run.stopped = stop(recipe, run.history) if run.history else None
-    while run.stopped is None:
-        number = len(run.history) + 1
+    def __init__(
+        self,
+        backend: Backend,
+        splits: Splits,
+        clocks: Clocks,
+        watch: Callable[[Progress], None],
+        keeper: Keeper,
+    ) -> None:
+        """Take what `train` is given."""
+        self.backend, self.splits, self.clocks = backend, splits, clocks
+        self.watch, self.keeper = watch, keeper
+        self.recipe = backend.recipe
+        self.run = Run()
+        self.state: State = None  # the recurrent state after the last training step
+
+    def start(self, saved: Saved | None) -> None:
+        """Compile what can be compiled, and restore a saved run."""
+        self.warm_up_evaluation()
+        self.warm_up_training()
+        if saved:
+            self.run = saved.run
+            with self.clocks("start_up"):
+                self.state = self.backend.restore(saved.snapshot)
+        if self.run.history:
+            self.run.stopped = stop(self.recipe, self.run.history)
+
+    def epoch(self) -> None:
+        """Train on what is left of one pass over the training split, validate, and save."""
+        run = self.run
         if run.sums is None:
-            if rolls_back(recipe, run.history) and run.best_parameters is not None:
-                backend.load_parameters(run.best_parameters)
-            run.sums = Sums()
-            run.state = backend.initial_state(splits.train.batch_size, training=True)
-        train_epoch(backend, recipe, splits.train, run, clocks, watch, keeper, pause)
-        sums = run.sums
-        run.diverged = divergence(recipe, "training", number, sums.nll, splits.train)
+            self.begin_epoch()
+        self.train_epoch()
+        assert run.sums is not None
+        run.diverged = self.divergence("training", run.sums.nll, self.splits.train)
         if run.diverged:
-            return run
+            return
+        valid, seconds, parameters = self.validate()
+        run.diverged = self.divergence("validation", valid.nll * valid.tokens, self.splits.valid)
+        self.record(valid, seconds)
+        if run.diverged:
+            return
+        if parameters is not None:
+            run.best, run.best_parameters = run.history[-1], parameters
+        self.save()
+        run.stopped = stop(self.recipe, run.history)
+        if self.keeper.interrupted():
+            raise InterruptionError
+
+    def finish(self) -> None:
+        """Score the test split with the best parameters."""
+        assert self.run.best_parameters is not None  # a valid_nll that is not finite has diverged
+        self.backend.load_parameters(self.run.best_parameters)
+        self.run.test, _ = evaluate(self.backend, self.splits.test, self.clocks, self.keeper)
+
+    def warm_up_evaluation(self) -> None:
+        """Let the framework compile its evaluation on a clock of its own; nothing is kept."""
+        with self.clocks("compile"):
+            for feed in (self.splits.valid, self.splits.test):
+                state = self.backend.initial_state(feed.batch_size, training=False)
+                for batch in feed.shapes():
+                    float(self.backend.evaluate_step(batch, state).nll)
+                    self.check_interruption()
+
+    def warm_up_training(self) -> None:
+        """Let the framework compile a training step of every shape, if there are several.
+
+        Sentences come in one shape for each length, and each would compile when it first comes,
+        which may be late in an epoch. A single shape compiles in the first steps of the run. The
+        model stays as it was.
+        """
+        feed, backend = self.splits.train, self.backend
+        shapes = feed.shapes()
+        if len(shapes) == 1:
+            return
+        with self.clocks("compile"):
+            state = backend.initial_state(feed.batch_size, training=True)
+            before = backend.snapshot(state)
+            for batch in shapes:
+                float(backend.train_step(batch, state, 0.0).nll)
+                self.check_interruption()
+            backend.restore(before)
+
+    def begin_epoch(self) -> None:
+        """Start from a zero state, and from the best parameters where the schedule says so."""
+        run = self.run
+        if rolls_back(self.recipe, run.history) and run.best_parameters is not None:
+            self.backend.load_parameters(run.best_parameters)
+        run.sums = Sums()
+        self.state = self.backend.initial_state(self.splits.train.batch_size, training=True)
+
+    def train_epoch(self) -> None:
+        """Train to the end of the split, or until a loss is not finite.
+
+        Saves and ends the run where it may be interrupted: after each fetch, off all clocks.
+        """
+        run, feed = self.run, self.splits.train
+        sums = run.sums
+        assert sums is not None
+        since = averages_since(self.recipe, run.history)
+        self.backend.average_from = None if since is None else since * len(feed)
+        reported = time.perf_counter()
+        # Closed at once, whatever happens: a thread may be preparing batches.
+        with contextlib.closing(feed.epoch(len(run.history) + 1, sums.steps)) as batches:
+            while sums.steps < len(feed):
+                self.train_to_fetch(batches, sums)
+                if not math.isfinite(sums.nll):
+                    return
+                if sums.timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
+                    reported = time.perf_counter()
+                    self.report(sums.nll / sums.tokens, sums)
+                self.pause()
+        if sums.tokens != feed.predicted_tokens:
+            raise AssertionError(f"trained on {sums.tokens} of {feed.predicted_tokens} tokens")
+
+    def train_to_fetch(self, batches: Iterator[Batch], sums: Sums) -> None:
+        """Take the steps up to the next fetch of losses, all on one clock."""
+        warming = self.run.steps_here < WARM_UP_STEPS
+        clock = "compile" if warming else "training"
+        before = self.clocks.seconds[clock]
+        pending: list[tuple[Scalar, Scalar]] = []
+        with self.clocks(clock):
+            for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
+                pending.append(self.step(batch, sums, warming))
+                if self.keeper.interrupted():
+                    break
+            # One by one, so that the rounding of a sum does not depend on interruptions.
+            for nll, norm in pending:
+                sums.nll += float(nll)
+                sums.gradient_norm += float(norm)
+        sums.add_seconds(clock, self.clocks.seconds[clock] - before)
+
+    def step(self, batch: Batch, sums: Sums, warming: bool) -> tuple[Scalar, Scalar]:
+        """Take one training step; return its nll and gradient norm, not fetched yet."""
+        feed = self.splits.train
+        rate = learning_rate(self.recipe, self.run.history, (sums.steps + 1) / len(feed))
+        result = self.backend.train_step(batch, self.state, rate)
+        if feed.carries_state:  # elsewhere it stays the zero state that the epoch began with
+            self.state = result.state
+        sums.learning_rate = rate
+        tokens = int(batch.mask.sum())
+        sums.tokens += tokens
+        sums.timed_tokens += 0 if warming else tokens
+        sums.steps += 1
+        self.run.steps_here += 1
+        return result.nll, result.gradient_norm
+
+    def validate(self) -> tuple[Score, float, Parameters | None]:
+        """Score the validation split.
+
+        Returns:
+            The score, the seconds it took, and the parameters that were scored if they are the
+            best so far.
+        """
+        best = self.run.best
         try:
-            with mean_parameters(backend, recipe, run, clocks):
-                valid, evaluation_seconds = evaluate(backend, splits.valid, clocks, keeper)
-                better = run.best is None or valid.nll < run.best.valid_nll
-                with clocks("checkpointing"):
-                    scored = backend.parameters() if better else None
+            with self.mean_parameters():
+                valid, seconds = evaluate(self.backend, self.splits.valid, self.clocks, self.keeper)
+                better = best is None or valid.nll < best.valid_nll
+                with self.clocks("checkpointing"):
+                    return valid, seconds, self.backend.parameters() if better else None
         except InterruptionError:
-            keep()
+            self.save()
             raise
-        train_nll = sums.nll / splits.train.predicted_tokens
+
+    @contextlib.contextmanager
+    def mean_parameters(self) -> Iterator[None]:
+        """Put asgd's mean in the place of the parameters for a block, once the mean has begun."""
+        if averages_since(self.recipe, self.run.history) is None:
+            yield
+            return
+        backend = self.backend
+        with self.clocks("checkpointing"):
+            trained = backend.snapshot(self.state)
+            mean = {name: trained[f"optimizer.average.{name}"] for name in backend.shapes}
+            backend.load_parameters(mean)
+        try:
+            yield
+        finally:
+            with self.clocks("checkpointing"):
+                self.state = backend.restore(trained)
+
+    def record(self, valid: Score, evaluation_seconds: float) -> None:
+        """Add the epoch under way to the history, and report it."""
+        run = self.run
+        sums = run.sums
+        assert sums is not None
+        train_nll = sums.nll / self.splits.train.predicted_tokens
         epoch = Epoch(
-            epoch=number,
+            epoch=len(run.history) + 1,
             learning_rate=sums.learning_rate,
             train_nll=train_nll,
             train_perplexity=perplexity(train_nll),
@@ -210,152 +365,59 @@ def train(
             training_seconds=sums.compile_seconds + sums.training_seconds,
             evaluation_seconds=evaluation_seconds,
         )
+        self.report(train_nll, sums, epoch)
         run.history.append(epoch)
         run.sums = None
-        watch(Progress(number, recipe.epochs, 1.0, epoch.train_perplexity,
-                       epoch.tokens_per_second, finished=epoch))  # fmt: skip
-        valid_nll = valid.nll * valid.tokens
-        run.diverged = divergence(recipe, "validation", number, valid_nll, splits.valid)
-        if run.diverged:
-            return run
-        if scored is not None:
-            run.best, run.best_parameters = epoch, scored
-        keep()
-        run.stopped = stop(recipe, run.history)
-        if keeper.interrupted():
+
+    def report(self, train_nll: float, sums: Sums, finished: Epoch | None = None) -> None:
+        """Tell whoever watches how far the run is."""
+        self.watch(
+            Progress(
+                len(self.run.history) + 1,
+                self.recipe.epochs,
+                sums.steps / len(self.splits.train),
+                perplexity(train_nll),
+                sums.tokens_per_second,
+                finished,
+            )
+        )
+
+    def divergence(self, split: str, nll_sum: float, feed: Feed) -> str | None:
+        """Return why a run with this loss has diverged; None if it has not."""
+        epoch, limit = len(self.run.history) + 1, self.recipe.divergence_perplexity
+        value = perplexity(nll_sum / feed.predicted_tokens)
+        if not math.isfinite(nll_sum):
+            return f"the {split} loss of epoch {epoch} is not finite"
+        if value > limit:
+            return f"the {split} perplexity of epoch {epoch} is {value:.4g}, above {limit:g}"
+        return None
+
+    def save(self) -> None:
+        """Give the keeper all that another process needs to continue from here."""
+        with self.clocks("checkpointing"):
+            self.keeper.save(Saved(self.run, self.backend.snapshot(self.state)))
+
+    def pause(self) -> None:
+        """Save if it is time to; save and raise InterruptionError if the process shall end."""
+        interrupted = self.keeper.interrupted()
+        if interrupted or self.keeper.due():
+            self.save()
+        if interrupted:
             raise InterruptionError
-    assert run.best_parameters is not None  # a valid_nll that is not finite has diverged
-    backend.load_parameters(run.best_parameters)
-    run.test, _ = evaluate(backend, splits.test, clocks, keeper)
-    return run
 
-
-@contextlib.contextmanager
-def mean_parameters(backend: Backend, recipe: Recipe, run: Run, clocks: Clocks) -> Iterator[None]:
-    """asgd's mean in the place of the parameters it is of, once it has begun; else nothing."""
-    if averages_since(recipe, run.history) is None:
-        yield
-        return
-    with clocks("checkpointing"):
-        trained = backend.snapshot(run.state)
-        backend.load_parameters({n: trained[f"optimizer.average.{n}"] for n in backend.shapes})
-    try:
-        yield
-    finally:
-        with clocks("checkpointing"):
-            run.state = backend.restore(trained)
-
-
-def divergence(recipe: Recipe, split: str, epoch: int, nll_sum: float, feed: Feed) -> str | None:
-    """Why a run with this loss counts as diverged; None if it does not."""
-    value = perplexity(nll_sum / feed.predicted_tokens)
-    if math.isnan(nll_sum) or math.isinf(nll_sum):
-        return f"the {split} loss of epoch {epoch} is not finite"
-    if value > recipe.divergence_perplexity:
-        limit = recipe.divergence_perplexity
-        return f"the {split} perplexity of epoch {epoch} is {value:.4g}, above {limit:g}"
-    return None
-
-
-def warm_up_evaluation(backend: Backend, splits: Splits, clocks: Clocks, keeper: Keeper) -> None:
-    """Let the framework compile its evaluation on its own clock; nothing is kept."""
-    with clocks("compile"):
-        for feed in (splits.valid, splits.test):
-            state = backend.initial_state(feed.batch_size, training=False)
-            for batch in feed.shapes():
-                float(backend.evaluate_step(batch, state).nll)
-                if keeper.interrupted():
-                    raise InterruptionError
-
-
-def warm_up_training(backend: Backend, feed: Feed, clocks: Clocks, keeper: Keeper) -> None:
-    """Let the framework compile a training step of every shape, if there are several.
-
-    Sentences come in one for each length, and each compiles when it first comes, which may be late
-    in an epoch. A single shape compiles in the first steps of the run. The model stays as it was.
-    """
-    shapes = feed.shapes()
-    if len(shapes) == 1:
-        return
-    with clocks("compile"):
-        state = backend.initial_state(feed.batch_size, training=True)
-        before = backend.snapshot(state)
-        for batch in shapes:
-            float(backend.train_step(batch, state, 0.0).nll)
-            if keeper.interrupted():
-                raise InterruptionError
-        backend.restore(before)
-
-
-def train_epoch(
-    backend: Backend,
-    recipe: Recipe,
-    feed: Feed,
-    run: Run,
-    clocks: Clocks,
-    watch: Callable[[Progress], None],
-    keeper: Keeper,
-    pause: Callable[[], None],
-) -> None:
-    """What is left of a pass over the training split, added to `run.sums`.
-
-    Calls `pause` wherever the run may be saved: after each fetch, off all clocks. Stops early at a
-    loss that is not finite.
-    """
-    sums = run.sums
-    assert sums is not None
-    pending: list[tuple[Scalar, Scalar]] = []
-    reported = time.perf_counter()
-    number = len(run.history) + 1
-    since = averages_since(recipe, run.history)
-    backend.average_from = None if since is None else since * len(feed)
-    zero_state = backend.initial_state(feed.batch_size, training=True)
-    # Closed at once, whatever happens: a thread may be preparing batches.
-    with contextlib.closing(feed.epoch(number, sums.steps)) as batches:
-        while sums.steps < len(feed):
-            # A run of steps that ends in a fetch, all on one clock.
-            warming = run.steps_here < WARM_UP_STEPS
-            clock = "compile" if warming else "training"
-            before = clocks.seconds[clock]
-            with clocks(clock):
-                for batch in itertools.islice(batches, WARM_UP_STEPS if warming else FETCH_EVERY):
-                    rate = learning_rate(recipe, run.history, (sums.steps + 1) / len(feed))
-                    result = backend.train_step(batch, run.state, rate)
-                    run.state = result.state if feed.carries_state else zero_state
-                    pending.append((result.nll, result.gradient_norm))
-                    count = int(batch.mask.sum())
-                    sums.learning_rate = rate
-                    sums.tokens += count
-                    sums.timed_tokens += 0 if warming else count
-                    sums.steps += 1
-                    run.steps_here += 1
-                    if keeper.interrupted():
-                        break
-                # One by one: where a run was interrupted must not show in how its sums are rounded.
-                for nll, norm in pending:
-                    sums.nll += float(nll)
-                    sums.gradient_norm += float(norm)
-                pending.clear()
-            sums.add_seconds(clock, clocks.seconds[clock] - before)
-            if not math.isfinite(sums.nll):
-                return
-            if sums.timed_tokens and time.perf_counter() - reported > REPORT_SECONDS:
-                reported = time.perf_counter()
-                mean = perplexity(sums.nll / sums.tokens)
-                fraction = sums.steps / len(feed)
-                watch(Progress(number, recipe.epochs, fraction, mean, sums.tokens_per_second))
-            pause()
-    if sums.tokens != feed.predicted_tokens:
-        raise AssertionError(f"trained on {sums.tokens} of {feed.predicted_tokens} tokens")
+    def check_interruption(self) -> None:
+        """Raise InterruptionError if the process has been told to end, where nothing is lost."""
+        if self.keeper.interrupted():
+            raise InterruptionError
 
 
 def evaluate(
     backend: Backend, feed: Feed, clocks: Clocks, keeper: Keeper | None = None
 ) -> tuple[Score, float]:
-    """Score of a split, every predicted token counted once, and the seconds it took.
+    """Return the score of a split, every predicted token counted once, and the seconds it took.
 
     Raises:
-        InterruptionError: once the keeper says so.
+        InterruptionError: once the keeper says that the process has been told to end.
     """
     before = clocks.seconds["evaluation"]
     nll_sum, tokens = 0.0, 0

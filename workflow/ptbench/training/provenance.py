@@ -1,4 +1,4 @@
-"""The facts about a run's surroundings: commit, versions, hardware."""
+"""The facts about a run's surroundings: commit, versions, hardware, environment variables."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from typing import Any
 import psutil
 
 import ptbench
+from ptbench.backends.isolation import ignored
 
 PROJECT = Path(__file__).resolve().parents[3]
 
 
 def git(*arguments: str) -> str | None:
-    """Standard output of a git command on the project; None without git or a checkout.
+    """Return the output of a git command on the project; None without git or a checkout.
 
-    Takes no locks, because thousands of cells must not stand in the way of a user's commit.
+    It takes no locks, because thousands of cells must not block a user's commit.
     """
-    if not (PROJECT / ".git").exists():  # or git would speak of whatever is around it
+    if not (PROJECT / ".git").exists():  # git would look for one in the folders above
         return None
     try:
         answer = subprocess.run(
@@ -33,6 +34,8 @@ def git(*arguments: str) -> str | None:
             capture_output=True,
             text=True,
             timeout=30,
+            # GIT_DIR and the like, which git sets for its hooks, would name another repository.
+            env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -40,7 +43,7 @@ def git(*arguments: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The processor's own name of itself."""
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -51,7 +54,7 @@ def cpu_model() -> str:
 
 
 def gpus() -> list[dict[str, str]]:
-    """Name and driver of each GPU that NVIDIA's library sees; empty where there is none."""
+    """Return name and driver of each GPU that NVIDIA's library sees."""
     try:
         import pynvml
     except ImportError:
@@ -66,13 +69,13 @@ def gpus() -> list[dict[str, str]]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Every distribution in this environment, by its name in lower case."""
+    """Return the version of every distribution in this environment, by its lower-case name."""
     found = importlib.metadata.distributions()
     return dict(sorted((each.name.lower(), each.version) for each in found if each.name))
 
 
 def lock_sha256() -> str | None:
-    """SHA-256 of the lock that this environment was built from; None if ptbench did not."""
+    """Return the SHA-256 of this environment's lock; None if ptbench did not build it."""
     try:
         facts = json.loads((Path(sys.prefix) / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -81,7 +84,7 @@ def lock_sha256() -> str | None:
 
 
 def provenance(package: str) -> dict[str, Any]:
-    """Everything about where and with what a run is made that its recipe does not say.
+    """Return where and with what a run is made: all that its recipe does not say.
 
     Args:
         package: name of the framework's module, which has been imported.
@@ -105,6 +108,7 @@ def provenance(package: str) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "ignored_settings": ignored(),  # of the user's shell and home folder
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "slurm_node": os.environ.get("SLURMD_NODENAME"),
@@ -113,7 +117,7 @@ def provenance(package: str) -> dict[str, Any]:
 
 
 def run_facts() -> dict[str, Any]:
-    """What the report's head says of where and when it was made."""
+    """Return what the report's head says about where and when it was made."""
     status = git("status", "--porcelain", "--untracked-files=no")
     cores = os.cpu_count()
     memory = psutil.virtual_memory().total / 2**30
@@ -127,7 +131,7 @@ def run_facts() -> dict[str, Any]:
 
 
 def cells_at_once() -> int:
-    """How many cells this machine is training now, this one counted."""
+    """Return how many cells this machine is training now, this one counted."""
     count = 0
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -137,7 +141,7 @@ def cells_at_once() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident memory of this process plus that of the replicas it started [bytes]."""
+    """Return the largest resident memory of this process plus that of its replicas [bytes]."""
     import resource
 
     own, children = (
@@ -150,7 +154,7 @@ def peak_memory_bytes() -> int:
 
 
 def peak_of(pid: int) -> int:
-    """High-water mark of a live process's resident memory [bytes]; 0 where unknown."""
+    """Return the largest resident memory of a live process so far [bytes]; 0 where unknown."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):

@@ -1,14 +1,13 @@
-"""What a run leaves behind: `metrics.json`, `history.csv` and their models.
+"""A run's results: `metrics.json`, `history.csv` and their models.
 
-`metrics.json` exists only for a finished run, be it `ok` or `diverged`. Written by the trainer in a
-framework's environment, read by the analysis in the workflow's.
+`metrics.json` exists only for a finished run, `ok` or `diverged`. The trainer writes it in a
+framework's environment, and the analysis reads it in the workflow's.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -28,13 +27,13 @@ class Score(Model):
 
 
 def score(nll_sum: float, tokens: int) -> Score:
-    """The score of `tokens` predictions whose negative log-likelihoods sum to `nll_sum` nats."""
+    """Return the score of `tokens` predictions whose nlls sum to `nll_sum` nats."""
     nll = nll_sum / tokens
     return Score(nll=nll, perplexity=perplexity(nll), tokens=tokens)
 
 
 def perplexity(nll: float) -> float:
-    """exp(nll), infinite where that overflows."""
+    """Return exp(nll), infinity where that overflows."""
     try:
         return math.exp(nll)
     except OverflowError:
@@ -42,7 +41,7 @@ def perplexity(nll: float) -> float:
 
 
 class Epoch(Model):
-    """One row of `history.csv`; the seconds and the rate alone differ between two equal runs."""
+    """One row of `history.csv`; two equal runs differ in the seconds and tokens/s alone."""
 
     epoch: int = Field(description="Counted from 1.")
     learning_rate: float = Field(description="Rate of this epoch's last step.")
@@ -57,10 +56,10 @@ class Epoch(Model):
 
 
 class Seconds(Model):
-    """Where a run's time went; the clocks do not overlap. Each stops on a synchronised device.
+    """Where a run's time went. The clocks do not overlap; each stops on a synchronised device.
 
-    A run of several attempts counts all that its result was made of: each attempt up to the
-    checkpoint that the next one went on from. What was lost after it counts nowhere.
+    A run of several attempts counts each of them up to the checkpoint that the next one went on
+    from. What was lost after that checkpoint is not counted.
     """
 
     load: float = Field(0.0, description="Opening and batching the prepared corpus [s].")
@@ -106,41 +105,19 @@ class Metrics(Model):
     )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or none: to a neighbour first, flushed to disk, then renamed.
-
-    Raises:
-        OSError: if it cannot be written, with its name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # A full disk has none, and the neighbour's tells nobody anything.
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def history_csv(epochs: Iterable[Epoch]) -> str:
-    """The text of `history.csv`; numbers in their shortest exact form."""
+    """Return the text of `history.csv`, numbers in their shortest exact form."""
     lines = [",".join(Epoch.model_fields)]
     lines += [",".join(repr(value) for _, value in epoch) for epoch in epochs]
     return "\n".join(lines) + "\n"
 
 
 def read_history(path: Path) -> list[Epoch]:
-    """The rows of a `history.csv`."""
+    """Return the rows of a `history.csv`."""
     with path.open(encoding="utf-8", newline="") as file:
         return [Epoch.model_validate(row) for row in csv.DictReader(file)]
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The content of a `metrics.json`."""
+    """Return the content of a `metrics.json`."""
     return Metrics.model_validate_json(path.read_bytes())

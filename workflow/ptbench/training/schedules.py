@@ -1,6 +1,6 @@
-"""Learning rate, rolling back and stopping: pure functions of the recipe and the history so far.
+"""Learning rate, averaging, rolling back and stopping: functions of recipe and history alone.
 
-Nothing here keeps a state of its own, so a resumed run needs its history and no more.
+Nothing here has a state of its own, so a resumed run needs only its history.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Stop = Literal["epochs", "patience", "target_perplexity", "maximum_seconds"]
 
 
 def learning_rate(recipe: Recipe, history: Sequence[Epoch], fraction: float = 1.0) -> float:
-    """Rate of a step in the epoch after those of `history`.
+    """Return the learning rate of a step in the epoch after those of `history`.
 
     - `constant` never changes it.
     - `constant_then_decay` multiplies it by `learning_rate_decay` at every epoch after the first
@@ -45,7 +45,7 @@ def learning_rate(recipe: Recipe, history: Sequence[Epoch], fraction: float = 1.
 
 
 def plateau_decays(recipe: Recipe, history: Sequence[Epoch]) -> int:
-    """How often `plateau` has decayed the rate.
+    """Return how often `plateau` has decayed the rate.
 
     Keras 2.1.3's ReduceLROnPlateau, without cooldown or a least rate: an epoch improves if its
     validation nll is below the best by more than `plateau_threshold`. After an improvement,
@@ -68,7 +68,7 @@ def plateau_decays(recipe: Recipe, history: Sequence[Epoch]) -> int:
 
 
 def averages_since(recipe: Recipe, history: Sequence[Epoch]) -> int | None:
-    """How many epochs had passed when asgd's mean began; None if it has not, or there is none.
+    """Return how many epochs had passed when asgd's mean began; None if it has not begun.
 
     The non-monotone trigger of NT-ASGD (Merity et al. 2017, algorithm 1, as their code has it): an
     epoch whose validation nll is above the lowest of those more than `averaging_interval` epochs
@@ -88,7 +88,7 @@ def averages_since(recipe: Recipe, history: Sequence[Epoch]) -> int | None:
 
 
 def rolls_back(recipe: Recipe, history: Sequence[Epoch]) -> bool:
-    """Whether the next epoch starts from the best parameters so far, not from the last.
+    """Return whether the next epoch starts from the best parameters so far, not from the last.
 
     `roll_back_then_decay` does so once, after `constant_epochs` (Zhang 2018, strategy 1: train at
     the initial rate, return to the epoch of lowest validation perplexity, decay from there). The
@@ -99,7 +99,7 @@ def rolls_back(recipe: Recipe, history: Sequence[Epoch]) -> bool:
 
 
 def stop(recipe: Recipe, history: Sequence[Epoch]) -> Stop | None:
-    """Why training ends after these epochs; None if it goes on.
+    """Return why training ends after these epochs; None if it goes on.
 
     `patience` counts as Keras' EarlyStopping does with min_delta 0: it ends after that many epochs
     in a row none of which is below the best before them.

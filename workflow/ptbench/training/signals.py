@@ -1,8 +1,8 @@
-"""Being told to end: SIGTERM (schedulers), SIGUSR1 (Slurm, before a time limit), SIGINT (people).
+"""Signals that end a run: SIGTERM (schedulers), SIGUSR1 (Slurm, before a time limit), SIGINT.
 
-A thread of its own hears of the signals, so that they are noticed while the main thread is deep in
+A thread of its own receives the signals, so that they are noticed while the main thread is deep in
 a framework's code. They are blocked in every other thread and, because that is inherited, in every
-process that the trainer starts: replicas do not die before it.
+process that the trainer starts: replicas do not end before the trainer.
 """
 
 from __future__ import annotations
@@ -24,18 +24,42 @@ GRACE_SECONDS = 20.0  # Slurm kills 30 s after its SIGTERM (KillWait)
 
 
 class Signals:
-    """Remembers the first signal. Make it before anything that starts threads or processes."""
+    """Whether this process has been told to end; this one takes no signals, so it never is."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.say: Callable[[str], None] = print  # receives a line when a signal comes
-        self.abandon: Callable[[str], None] = no_one  # is told why, before a hard end
-        self.losable = False  # whether there is work to be saved; without it all ends at once
-        self.saving = False  # a write is under way: to cut it off would gain nothing
+        self.losable = False  # whether there is work to save; without it the process ends at once
+        self.saving = False  # a write is under way, which must not be cut off
+
+    def interrupted(self) -> bool:
+        """Return whether the process has been told to end."""
+        return self.received is not None
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """Protect a block that saves the work from a hard end."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
+
+
+class ProcessSignals(Signals):
+    """Takes this process's signals and remembers the first.
+
+    Make it before anything that starts threads or processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.say: Callable[[str], None] = print  # called with a line when a signal comes
+        self.abandon: Callable[[str], None] = lambda _: None  # called with the reason at a hard end
         self.signals = set(SIGNALS)
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells have it behind an `&`
             self.signals.discard(signal.SIGINT)
-        # Whichever thread gets the signal, for libraries may unblock it: its number is in the pipe.
+        # Libraries may unblock a signal in another thread: Python writes its number to this pipe
+        # whichever thread gets it.
         self._pipe, written = os.pipe()
         os.set_blocking(written, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
@@ -44,20 +68,8 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         threading.Thread(target=self._take, name="signals", daemon=True).start()
 
-    def interrupted(self) -> bool:
-        """Whether the process has been told to end."""
-        return self.received is not None
-
-    @contextlib.contextmanager
-    def written(self) -> Iterator[None]:
-        """A block that writes what there is to lose, and is not to be cut off."""
-        self.saving = True
-        try:
-            yield
-        finally:
-            self.saving = False
-
     def _take(self) -> None:
+        """Wait for a signal, and end the process if it does not end by itself in time."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         received = signal.Signals(os.read(self._pipe, 1)[0])
         self.received = received
@@ -80,12 +92,8 @@ class Signals:
             os._exit(InterruptionError.status)
 
 
-def no_one(reason: str) -> None:
-    """Is told, and does nothing."""
-
-
 def end_children() -> None:
-    """Kill every process that this one started. Their signals are blocked, save for this one."""
+    """Kill every process that this one started; SIGKILL is the one signal they do not block."""
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()

@@ -1,319 +1,223 @@
-"""The contract in JAX: steps compiled for all replicas, and arrays in and out."""
+"""The contract in JAX: the process's settings, devices, compiled steps, and arrays in and out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
-from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, device_columns, objective_divisor
-from ptbench.backends.jax.devices import (
-    DATA,
-    claim_devices,
-    compiler_options,
-    settings,
+from ptbench.backends.base import (
+    PARAMETER,
+    Arrays,
+    Backend,
+    EvaluateStep,
+    Setup,
+    State,
+    TrainStep,
 )
-from ptbench.backends.jax.model import (
-    Tree,
-    dropout_keys,
-    loss,
-    native_parameters,
-    network,
-    next_word_log_probabilities,
-    penalties,
-)
-from ptbench.backends.jax.optimizer import update
-from ptbench.model.optimizers import OPTIMIZER_SLOTS, rate_and_epsilon
-from ptbench.model.parameters import (
-    Parameters,
-    check_parameters,
-    kept_weights,
-    parameter_shapes,
-    state_widths,
-)
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.backends.jax import model, tuned
+from ptbench.backends.jax.model import DATA, Array, Dropout, LanguageModel, Tree
+from ptbench.corpus.batching import Batch
+from ptbench.errors import PtbenchError
+from ptbench.model.optimizers import rate_and_epsilon
+from ptbench.model.parameters import Parameters
+from ptbench.model.recipe import Accelerator
 
-Array = Any  # jax.Array, or a tracer of one
-
-
-class Batch(NamedTuple):
-    """A window of the streams, each array [time, batch]."""
-
-    inputs: Array
-    targets: Array
-    mask: Array
+# JAX's configuration, as far as it could change numbers. `isolation.py` removes the environment
+# variables that JAX would take it from; `claim_devices` sets what depends on the setup.
+CONFIGURATION: dict[str, Any] = {
+    "jax_enable_x64": False,
+    "jax_default_matmul_precision": "highest",  # float32 on GPUs, not TF32
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_default_prng_impl": model.RANDOM_GENERATOR,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_disable_jit": False,
+    "jax_disable_most_optimizations": False,
+    "jax_debug_nans": False,
+    "jax_debug_infs": False,
+}
 
 
-# `kept` says which weights a sparse model has; see `JaxBackend`.
+def claim_devices(setup: Setup) -> list[Any]:
+    """Set what JAX and XLA would read from the environment; return the devices to use.
 
+    JAX makes as many devices of the CPU as were asked for before its first use. They share one
+    pool of threads, which has at least as many threads as there are devices.
 
-def objective_gradients(
-    recipe: Recipe,
-    seed: int,
-    parameters: Tree,
-    kept: Tree,
-    batch: Batch,
-    state: Tree,
-    divisor: Array,
-    step: Array,
-) -> tuple[Tree, Array, Tree]:
-    """The global batch's gradient and summed nll, and the replica's own final state.
-
-    Runs on every replica at once, each with its columns of the batch; `psum` adds over replicas.
+    Raises:
+        PtbenchError: if there are fewer devices of that kind than the setup asks for.
     """
-    keys = dropout_keys(recipe, seed, step)
-
-    def objective(parameters: Tree) -> tuple[Array, tuple[Array, Tree]]:
-        h, v, final = network(recipe, parameters, kept, batch.inputs, state, keys)
-        weights = batch.mask / divisor
-        nll = loss(recipe, parameters, v, batch.targets, weights, keys)
-        value = nll + penalties(recipe, h, v, weights) if recipe.penalizes else nll
-        return value, (nll, final)
-
-    gradients, (nll, final) = jax.grad(objective, has_aux=True)(parameters)
-    if recipe.kernel != "sparse":
-        gradients |= {name: gradients[name] * mask for name, mask in kept.items()}
-    gradients, nll = jax.lax.psum((gradients, nll), DATA)
-    return gradients, nll * divisor, final
-
-
-def evaluate(
-    recipe: Recipe, parameters: Tree, kept: Tree, batch: Batch, state: Tree
-) -> EvaluateStep:
-    """Summed nll without dropout."""
-    _, v, final = network(recipe, parameters, kept, batch.inputs, state, None)
-    return EvaluateStep(loss(recipe, parameters, v, batch.targets, batch.mask, None), final)
+    os.environ["NPROC"] = str(setup.threads)  # size of XLA's pool of threads
+    for name, value in CONFIGURATION.items():
+        jax.config.update(name, value)
+    jax.config.update("jax_platforms", "cpu" if setup.accelerator == "cpu" else "cuda,cpu")
+    if jax.config.jax_num_cpu_devices < setup.devices:
+        clear_backends()  # JAX may be in use already, with fewer devices
+        jax.config.update("jax_num_cpu_devices", setup.devices)
+    try:
+        found = jax.devices(setup.accelerator)
+    except RuntimeError:  # no such platform
+        found = []
+    if len(found) < setup.devices:
+        raise PtbenchError(
+            f"devices={setup.devices} on {setup.accelerator}, but JAX finds {len(found)}; "
+            "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    return list(found[: setup.devices])
 
 
-def predict(
-    recipe: Recipe, parameters: Tree, kept: Tree, inputs: Array, state: Tree
-) -> tuple[Array, Tree]:
-    """Log-probabilities [time, batch, vocabulary] without dropout, and the final state."""
-    _, v, final = network(recipe, parameters, kept, inputs, state, None)
-    return next_word_log_probabilities(recipe, parameters, v), final
+def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
+    """Return the options of XLA that differ from its defaults."""
+    if accelerator == "cuda":
+        return {"xla_gpu_deterministic_ops": True}  # gradients are scattered in a fixed order
+    # Replicas wait for one another however busy the machine is; by default XLA aborts after 40 s.
+    return {"xla_cpu_collective_call_terminate_timeout_seconds": 24 * 3600}
 
 
-class JaxBackend(Backend):
+class JAXBackend(Backend):
     """The contract in JAX."""
 
     name = "jax"
     package = "jax"
-    features = (
-        Feature("embedding", False, "array indexing, in model.py"),
-        Feature(
-            "LSTM layer",
-            False,
-            "layers.py, over jax.lax.scan; jax.experimental.rnn has cuDNN's for GPUs, not used",
-        ),
-        Feature("GRU and simple recurrent layers", False, "layers.py, over jax.lax.scan"),
-        Feature("explicit time steps", False, "layers.py, over jax.lax.scan"),
-        Feature("sparse LSTM", False, "layers.py, with the products of jax.experimental.sparse"),
-        Feature("mixture of softmaxes", False, "heads.py, over jax.nn.logsumexp"),
-        Feature("weight tying and factorised output", False, "model.py"),
-        Feature("dropout", False, "model.py, over jax.random.bernoulli"),
-        Feature("locked dropout", False, "model.py, over jax.random.bernoulli"),
-        Feature("word dropout", False, "model.py, over jax.random.bernoulli"),
-        Feature("recurrent dropout", False, "model.py, over jax.random.bernoulli"),
-        Feature("weight dropout", False, "model.py, over jax.random.bernoulli"),
-        Feature("activation regularisation", False, "model.py, in what jax.grad differentiates"),
-        Feature("softmax cross-entropy", False, "heads.py, over jax.nn.logsumexp"),
-        Feature("SGD", False, "optimizer.py"),
-        Feature("Adam", False, "optimizer.py"),
-        Feature("RMSProp", False, "optimizer.py"),
-        Feature("averaged SGD", False, "optimizer.py"),
-        Feature("weight decay", False, "optimizer.py"),
-        Feature("gradient clipping by global norm", False, "optimizer.py"),
-        Feature("uniform initialisation", True, "jax.random.uniform"),
-        Feature("Keras' default initialisation", True, "jax.nn.initializers"),
-        Feature("learning-rate change", True, "an argument of the compiled step"),
-        Feature("data parallel", True, "jax.shard_map and jax.lax.psum"),
-        Feature(
-            "truncated back-propagation with carried state",
-            True,
-            "an argument of the compiled step",
-        ),
-        Feature("deterministic per-step randomness", True, "jax.random.fold_in"),
-        Feature("saving parameters", False, "a dictionary of arrays, written by safetensors"),
-    )
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        vocabulary_size: int,
-        devices: int = 1,
-        seed: int = 0,
-        accelerator: Accelerator = "cpu",
-        threads: int = 1,
-    ) -> None:
-        super().__init__(recipe, vocabulary_size, devices, seed, accelerator, threads)
-        tuned = recipe.implementation == "tuned"
-        self._memory_is_kept = tuned and accelerator == "cpu" and keep_memory(arenas=1)
-        claimed = claim_devices(accelerator, devices, threads)
-        mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
-        everywhere = PartitionSpec()
-        of_batch = PartitionSpec(None, DATA)  # [time, batch]
-        of_state = PartitionSpec(DATA)  # [batch, width]
-        self._everywhere = NamedSharding(mesh, everywhere)
-        self._of_batch = NamedSharding(mesh, of_batch)
-        self._of_state = NamedSharding(mesh, of_state)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        recipe, self.accelerator = setup.recipe, setup.accelerator
+        is_tuned = recipe.implementation == "tuned"
+        means = tuned if is_tuned else model
+        self._memory_is_kept = is_tuned and self.accelerator == "cpu" and keep_memory(arenas=1)
+        self._generator = means.RANDOM_GENERATOR
+        self._model = LanguageModel(recipe, means.recurrent_layer, means.nll)
+
+        claimed = claim_devices(setup)
         self._first = claimed[0]
+        mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._of_batch = NamedSharding(mesh, PartitionSpec(None, DATA))  # [time, batch]
+        self._of_state = NamedSharding(mesh, PartitionSpec(DATA))  # [batch, width]
+        shardings = self._everywhere, self._of_batch, self._of_state
+        everywhere, of_batch, of_state = (sharding.spec for sharding in shardings)
 
-        compile_ = partial(jax.jit, compiler_options=compiler_options(accelerator))
+        compile_ = partial(jax.jit, compiler_options=compiler_options(self.accelerator))
         self._gradients = compile_(
             jax.shard_map(
-                partial(objective_gradients, recipe, seed),
+                self._objective_gradients,
                 mesh=mesh,
-                in_specs=(
-                    *(everywhere, everywhere, of_batch, of_state),
-                    *(everywhere, everywhere),  # divisor, step
-                ),
+                in_specs=(everywhere, everywhere, of_batch, everywhere, of_state, everywhere),
                 out_specs=(everywhere, everywhere, of_state),
                 check_vma=False,
             )
         )
-        # Apart from the gradients, because XLA would compile those again. Parameters and slots are
-        # donated: their memory takes the updated ones.
-        self._update = compile_(partial(update, recipe), donate_argnums=(0, 1))
-        self._evaluate = compile_(partial(evaluate, recipe))
-        self._predict = compile_(partial(predict, recipe))
+        # Compiled apart from the gradients, because XLA would otherwise compute those twice.
+        # Parameters and slots are donated: the updated ones take their memory.
+        self._update = compile_(partial(model.update, recipe), donate_argnums=0)
+        self._evaluate = compile_(self._nll)
+        self._predict = compile_(self._model.predict)
 
-        self._shapes = parameter_shapes(recipe, vocabulary_size)
-        # Which weights of a sparse model's matrices there are. With `kernel: sparse` their values
-        # alone are stored, in the order of their indices; else whole matrices, with zeros.
-        self._masks = kept_weights(recipe, vocabulary_size, seed)
-        self._kept: Tree = jax.device_put(
-            {
-                name: np.argwhere(mask).astype(np.int32) if self._stores_values else mask
-                for name, mask in self._masks.items()
-            },
-            self._everywhere,
-        )
-        self.load_parameters(native_parameters(recipe, vocabulary_size, seed))
-        zeros = {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
-        self._slots = {slot: self._stored(zeros) for slot in OPTIMIZER_SLOTS[recipe.optimizer]}
-
-    @property
-    def _stores_values(self) -> bool:
-        return self.recipe.kernel == "sparse"
-
-    def _stored(self, canonical: Mapping[str, npt.NDArray[Any]]) -> Tree:
-        """An array for each parameter as the devices have it."""
-
-        def stored(name: str) -> npt.NDArray[Any]:
-            # a copy, because JAX may share a NumPy array's memory, which a step would then donate
-            array = np.array(canonical[name], np.float32)
-            if name not in self._masks:
-                return array
-            mask = self._masks[name]
-            return array[mask] if self._stores_values else array * mask
-
-        return jax.device_put({name: stored(name) for name in self._shapes}, self._everywhere)
-
-    def _canonical(self, tree: Tree) -> Parameters:
-        """The reverse of `_stored`."""
-
-        def canonical(name: str) -> npt.NDArray[np.float32]:
-            # A copy, because a view of a CPU array would change with the next, donating step.
-            array = np.array(tree[name])
-            if self._stores_values and name in self._masks:
-                values, array = array, np.zeros(self._shapes[name], np.float32)
-                array[self._masks[name]] = values
-            return array
-
-        return {name: canonical(name) for name in self._shapes}
-
-    def parameters(self) -> Parameters:
-        return self._canonical(self._parameters)
-
-    def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
-        check_parameters(parameters, self.recipe, self.vocabulary_size)
-        self._parameters = self._stored(parameters)
-
-    def initial_state(self, batch_size: int, training: bool) -> State:
-        if training:
-            device_columns(batch_size, self.devices)  # raises if it does not divide
-        zeros = {
-            name: np.zeros((batch_size, width), np.float32)
-            for name, width in state_widths(self.recipe).items()
+        places = {
+            f"{name}.places": np.argwhere(kept).astype(np.int32)
+            for name, kept in self.kept.items()
+            if self.layouts[name].packed
         }
-        return jax.device_put(zeros, self._of_state if training else self._first)
+        self._places = jax.device_put(places, self._everywhere)
+        self._masks = jax.device_put(self.gradient_masks(), self._everywhere)
+        self._arrays: dict[str, Tree] = {}  # by kind
+        zeros = {name: np.zeros(shape) for name, shape in self.shapes.items()}
+        for kind in (PARAMETER, *self.slots):
+            self.write(kind, self._stored(zeros))
 
-    def _batch(self, place: Any, inputs: Tokens, targets: Tokens, mask: Mask) -> Batch:
+    # ---------------------------------------------------------------------------- what is compiled
+
+    def _objective_gradients(
+        self, parameters: Tree, kept: tuple[Tree, Tree], batch: Batch, divisor: Array, state: Tree,
+        step: Array,
+    ) -> tuple[Tree, Array, Tree]:  # fmt: skip
+        """Return the global batch's gradient and summed nll, and the replica's own final state.
+
+        It runs on every replica at once, each with its columns of the batch.
+        """
+        places, masks = kept
+        key = jax.random.key(self.setup.seed, impl=self._generator)
+        dropout = Dropout(self.recipe, jax.random.fold_in(key, step))
+        weighted = batch._replace(mask=batch.mask / divisor)
+
+        def objective(parameters: Tree) -> tuple[Array, tuple[Array, Tree]]:
+            return self._model.objective(parameters | places, weighted, state, dropout)
+
+        gradients, (nll, final) = jax.grad(objective, has_aux=True)(parameters)
+        gradients |= {name: gradients[name] * mask for name, mask in masks.items()}
+        gradients, nll = jax.lax.psum((gradients, nll), DATA)
+        return gradients, nll * divisor, final
+
+    def _nll(self, parameters: Tree, batch: Batch, state: Tree) -> EvaluateStep:
+        """Return the summed nll without dropout, and the final state."""
+        _, (nll, final) = self._model.objective(parameters, batch, state, Dropout(self.recipe))
+        return EvaluateStep(nll, final)
+
+    # -------------------------------------------------------------------------------- the contract
+
+    def read(self, kind: str) -> Arrays:
+        return {name: np.asarray(array) for name, array in self._arrays[kind].items()}
+
+    def write(self, kind: str, arrays: Parameters) -> None:
+        # JAX may share the memory of a NumPy array, which a step would then donate. That is fine
+        # here and in `make_state`, because nobody else has these arrays.
+        self._arrays[kind] = jax.device_put(arrays, self._everywhere)
+
+    def read_state(self, state: State) -> Arrays:
+        return {name: np.asarray(array) for name, array in state.items()}
+
+    def make_state(self, arrays: Parameters, training: bool) -> State:
+        return jax.device_put(arrays, self._of_state if training else self._first)
+
+    def _differentiate(self, batch: Batch, state: State) -> tuple[Tree, Array, Tree]:
+        divisor = np.float32(self.objective_divisor(batch))
+        batch = self._on_devices(batch, self._of_batch)
+        kept = self._places, self._masks
+        parameters, step = self._arrays[PARAMETER], np.uint32(self.step)
+        return self._gradients(parameters, kept, batch, divisor, state, step)
+
+    @staticmethod
+    def _on_devices(batch: Batch, place: Any) -> Batch:
         # copies, because JAX reads NumPy arrays after the call, or even shares their memory
-        return jax.device_put(Batch(inputs.copy(), targets.copy(), mask.copy()), place)
+        return jax.device_put(jax.tree.map(np.copy, batch), place)
 
-    def _step_arguments(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
-    ) -> tuple[Any, ...]:
-        batch = self._batch(self._of_batch, inputs, targets, mask)
-        divisor = np.float32(objective_divisor(self.recipe, mask))
-        return self._kept, batch, state, divisor, np.uint32(self.step)
+    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+        gradients, _, _ = self._differentiate(batch, state)
+        return {name: np.asarray(array) for name, array in gradients.items()}
 
-    def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
-        arguments = self._step_arguments(inputs, targets, mask, state)
-        gradients, _, _ = self._gradients(self._parameters, *arguments)
-        return self._canonical(gradients)
-
-    def train_step(
-        self,
-        inputs: Tokens,
-        targets: Tokens,
-        mask: Mask,
-        state: State,
-        learning_rate: float,
-        averaged: int = 1,
-    ) -> TrainStep:
-        arguments = self._step_arguments(inputs, targets, mask, state)
-        gradients, nll, final = self._gradients(self._parameters, *arguments)
+    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+        gradients, nll, final = self._differentiate(batch, state)
         rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
-        self._parameters, self._slots, norm = self._update(
-            self._parameters, self._slots, gradients, *np.array((*rates, averaged), np.float32)
-        )
+        numbers = np.array((*rates, self.averaged), np.float32)
+        self._arrays, norm = self._update(self._arrays, gradients, *numbers)
         self.step += 1
         return TrainStep(nll, norm, final)
 
-    def _model_on_first_device(self) -> tuple[Tree, Tree]:
-        """The parameters, and which weights are kept."""
-        return jax.tree.map(lambda a: a.addressable_data(0), (self._parameters, self._kept))
+    def _parameters_on_first_device(self) -> Tree:
+        parameters = self._arrays[PARAMETER] | self._places
+        return {name: array.addressable_data(0) for name, array in parameters.items()}
 
-    def evaluate_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
-    ) -> EvaluateStep:
-        batch = self._batch(self._first, inputs, targets, mask)
-        return self._evaluate(*self._model_on_first_device(), batch, state)
+    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+        batch = self._on_devices(batch, self._first)
+        return self._evaluate(self._parameters_on_first_device(), batch, state)
 
     def next_token_log_probabilities(
-        self, inputs: Tokens, state: State
+        self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
-        log_p, final = self._predict(*self._model_on_first_device(), inputs.copy(), state)
+        log_p, final = self._predict(self._parameters_on_first_device(), inputs.copy(), state)
         return np.array(log_p), final
 
-    def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
-        saved = {f"parameter.{name}": p for name, p in self.parameters().items()}
-        for slot, tree in self._slots.items():
-            saved |= {f"optimizer.{slot}.{name}": a for name, a in self._canonical(tree).items()}
-        saved |= {name: np.array(state[name]) for name in state_widths(self.recipe)}
-        return {**saved, "step": np.array(self.step)}
-
-    def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
-        self.load_parameters({name: snapshot[f"parameter.{name}"] for name in self._shapes})
-        self._slots = {
-            slot: self._stored({n: snapshot[f"optimizer.{slot}.{n}"] for n in self._shapes})
-            for slot in self._slots
-        }
-        self.step = int(snapshot["step"])
-        state = {name: np.array(snapshot[name]) for name in state_widths(self.recipe)}
-        return jax.device_put(state, self._of_state)
-
     def synchronize(self) -> None:
-        jax.block_until_ready((self._parameters, self._slots, jax.live_arrays()))
+        jax.block_until_ready((self._arrays, jax.live_arrays()))
 
     def device_names(self) -> list[str]:
         if self.accelerator == "cpu":
@@ -325,6 +229,14 @@ class JaxBackend(Backend):
         return max((c["peak_bytes_in_use"] for c in counts if c), default=None)  # CPUs have none
 
     def settings(self) -> dict[str, str]:
-        return settings(
-            self.recipe, self.accelerator, self.devices, self.threads, self._memory_is_kept
-        )
+        allocator = "glibc" if self.accelerator == "cpu" else "JAX's for CUDA"
+        if self._memory_is_kept:
+            allocator += ", memory kept between steps"
+        return {
+            "implementation": self.recipe.implementation,
+            "threads": str(max(self.setup.threads, self.devices)),  # see `claim_devices`
+            "matmul_precision": "highest (float32; no TF32)",
+            "random_generator": self._generator,
+            "allocator": allocator,
+            **{name: str(value) for name, value in compiler_options(self.accelerator).items()},
+        }

@@ -1,205 +1,266 @@
-"""The network from words to losses and penalties, its dropout, and its initial parameters."""
+"""The language model in stock JAX: dropout, recurrent layers, head, losses and update.
+
+What it computes is in the docstring of `ptbench.backends.base.Backend`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.sparse import BCOO
 
-from ptbench.backends.jax.devices import DATA, random_generator
-from ptbench.backends.jax.heads import (
-    Features,
-    Output,
-    chunked_nll,
-    log_probabilities,
-    weighted_nll,
-)
-from ptbench.backends.jax.layers import CELLS, LayerState, Weights, cell_layer, fused_layer
-from ptbench.model.initialization import KERAS_EMBEDDING_SCALE
-from ptbench.model.parameters import GATES, Parameters, parameter_shapes
+from ptbench.backends.base import PARAMETER
+from ptbench.corpus.batching import Batch
+from ptbench.model.parameters import state_widths
 from ptbench.model.recipe import Recipe
-from ptbench.training.initialization__LEFT import is_zero_at_first
 
 Array = Any  # jax.Array, or a tracer of one
-Tree = dict[str, Array]  # an array for each name
-State = Tree  # as in `state_widths`
+Tree = dict[str, Array]  # by canonical name
+
+DATA = "data"  # the mesh axis of the replicas, which share the batch
+RANDOM_GENERATOR = "threefry2x32"  # JAX's default
 
 
 # -------------------------------------------------------------------------------------- dropout
 
-
-# Tells the key of the dropped weights from the two into which a step's key is split.
-WEIGHTS_STREAM = 2
+WEIGHTS_STREAM = 2  # jax.random.split of the same key gives streams 0 and 1
 
 
-class Keys(NamedTuple):
-    """Keys of the masks of one training step."""
+class Dropout:
+    """The masks of one training step: 0 or 1 / (1 - rate), and 1.0 where nothing is dropped.
 
-    words: Array
-    units: Array  # [1 + layers]
-    recurrent: Array  # [layers]
-    weights: Array  # [layers]
-    latents: Array
-
-
-def dropout_keys(recipe: Recipe, seed: int, step: Array) -> Keys | None:
-    """Functions of (seed, step, replica) alone; the same on all replicas for words and weights.
-
-    None if nothing is dropped. To be called on every replica at once.
+    Masks of words and weights are the same on all replicas; each replica draws the others itself.
     """
-    if not recipe.drops:
-        return None
-    key = jax.random.key(seed, impl=random_generator(recipe))
-    of_step = jax.random.fold_in(key, step)
-    words, others = jax.random.split(of_step)
-    weights = jax.random.split(jax.random.fold_in(of_step, WEIGHTS_STREAM), recipe.layers)
-    others = jax.random.fold_in(others, jax.lax.axis_index(DATA))
-    keys = jax.random.split(others, 2 * recipe.layers + 2)
-    units, recurrent = keys[: recipe.layers + 1], keys[recipe.layers + 1 : -1]
-    return Keys(words, units, recurrent, weights, keys[-1])
+
+    def __init__(self, recipe: Recipe, key: Array | None = None) -> None:
+        """Derive a key for each mask.
+
+        Args:
+            key: a function of (seed, step) alone; None: nothing is dropped, as in evaluation.
+        """
+        self.recipe = recipe
+        self.keys: Tree = {}
+        if key is None:
+            return
+        layers = recipe.layers
+        words, others = jax.random.split(key)
+        own = jax.random.fold_in(others, jax.lax.axis_index(DATA))
+        own = jax.random.split(own, 2 * layers + 2)
+        self.keys = {
+            "words": words[None],
+            "units": own[: layers + 1],
+            "recurrent": own[layers + 1 : -1],
+            "weights": jax.random.split(jax.random.fold_in(key, WEIGHTS_STREAM), layers),
+            "latents": own[-1:],
+        }
+
+    def words(self, vocabulary_size: int) -> Array:
+        """Return the mask [vocabulary, 1] of the embedding's rows."""
+        return self._mask("words", 0, self.recipe.word_dropout, (vocabulary_size, 1))
+
+    def units(self, place: int, x: Array) -> Array:
+        """Return the mask of the embedding's output (place 0) or of the layer before `place`."""
+        return self._mask("units", place, self.recipe.unit_dropout[place], self._times(x))
+
+    def recurrent(self, layer: int, h: Array) -> Array:
+        """Return the mask of a layer's previous output in the recurrent product."""
+        return self._mask("recurrent", layer, self.recipe.recurrent_dropout, h.shape)
+
+    def weights(self, layer: int, u: Array) -> Array:
+        """Return the mask of a layer's recurrent weights."""
+        return self._mask("weights", layer, self.recipe.weight_dropout, u.shape)
+
+    def latents(self, latents: Array) -> Array:
+        """Return the mask of a mixture's latents."""
+        return self._mask("latents", 0, self.recipe.latent_dropout, self._times(latents))
+
+    def _times(self, x: Array) -> tuple[int, ...]:
+        """Return the shape of the mask of x [time, batch, width]: [time or 1, batch, width]."""
+        return (1 if self.recipe.dropout_kind == "locked" else len(x), *x.shape[1:])
+
+    def _mask(self, kind: str, index: int, rate: float, shape: tuple[int, ...]) -> Array:
+        if not self.keys or not rate:
+            return 1.0
+        kept = jax.random.bernoulli(self.keys[kind][index], 1 - rate, shape)
+        return jnp.where(kept, 1 / (1 - rate), 0)
 
 
-def mask(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """Zero with probability `rate`, else 1 / (1 - rate), which keeps the mean."""
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), 1 / (1 - rate), 0)
+# ----------------------------------------------------------------------------- recurrent layers
+
+LayerState = tuple[Array, ...]  # (h, c) of an LSTM, (h,) of the others, each [batch, width]
+Rnn = Callable[..., LayerState]
 
 
-def drop(recipe: Recipe, x: Array, rate: float, key: Array) -> Array:
-    """Units or latents [time, batch, ...], dropped anew at each time step or not."""
-    if not rate:
-        return x
-    times = 1 if recipe.dropout_kind == "locked" else len(x)
-    return x * mask(key, rate, (times, *x.shape[1:]))
+# A time step of each kind of layer: from the part of the gates that comes from the input, the part
+# that comes from the previous output, both [batch, gates x width], and the state before the step.
 
 
-# -------------------------------------------------------------------------------------- network
+def lstm(z_input: Array, z_recurrent: Array, _h: Array, c: Array) -> LayerState:
+    i, f, g, o = jnp.split(z_input + z_recurrent, 4, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
-def network(
-    recipe: Recipe, parameters: Tree, kept: Tree, inputs: Array, state: State, keys: Keys | None
-) -> tuple[Array, Array, State]:
-    """Embedding and recurrent layers.
+def gru(z_input: Array, z_recurrent: Array, h: Array) -> LayerState:
+    x_r, x_z, x_n = jnp.split(z_input, 3, axis=-1)
+    u_r, u_z, u_n = jnp.split(z_recurrent, 3, axis=-1)
+    z = jax.nn.sigmoid(x_z + u_z)
+    n = jnp.tanh(x_n + jax.nn.sigmoid(x_r + u_r) * u_n)
+    return ((1 - z) * n + z * h,)
 
-    Args:
-        kept: with `kernel: sparse`, the indices [kept weights, 2] of the kept weights, whose values
-            are the parameters of those names.
-        inputs: [time, batch].
-        keys: of the dropout masks; None for no dropout.
 
-    Returns:
-        The last layer's output before dropout and after it, both [time, batch, width]; and the
-        state after the last step.
-    """
-    x = parameters["embedding"][inputs]
-    if keys is not None:
-        if recipe.word_dropout:
-            words = mask(keys.words, recipe.word_dropout, (len(parameters["embedding"]), 1))
-            x = x * words[inputs]
-        x = drop(recipe, x, recipe.unit_dropout[0], keys.units[0])
-    final: State = {}
-    for layer, width in enumerate(recipe.widths):
-        names = [f"state.{layer}.h", *([f"state.{layer}.c"] if recipe.rnn == "lstm" else [])]
-        recurrent_mask = None
-        if keys is not None and recipe.recurrent_dropout:
-            shape = (inputs.shape[1], width)
-            recurrent_mask = mask(keys.recurrent[layer], recipe.recurrent_dropout, shape)
-        weights = layer_weights(recipe, parameters, kept, layer, x.shape[-1], keys)
-        before = tuple(state[name] for name in names)
-        h, after = run_layer(recipe, x, weights, before, recurrent_mask)
-        final |= dict(zip(names, after, strict=True))
-        x = h
-        if keys is not None:
-            x = drop(recipe, h, recipe.unit_dropout[layer + 1], keys.units[layer + 1])
-    return h, x, final
+def rnn_tanh(z_input: Array, z_recurrent: Array, _h: Array) -> LayerState:
+    return (jnp.tanh(z_input + z_recurrent),)
+
+
+def rnn_relu(z_input: Array, z_recurrent: Array, _h: Array) -> LayerState:
+    return (jax.nn.relu(z_input + z_recurrent),)
+
+
+RNNS: dict[str, Rnn] = {"lstm": lstm, "gru": gru, "rnn_tanh": rnn_tanh, "rnn_relu": rnn_relu}
+
+
+class Weights(NamedTuple):
+    """The weights of one recurrent layer; the matrices are arrays or `BCOO`."""
+
+    input: Any  # [inputs, gates x width]
+    recurrent: Any  # [width, gates x width]
+    bias: Array  # [gates x width]
+    recurrent_bias: Array  # [gates x width], or 0.0 where the recipe has none
 
 
 def layer_weights(
-    recipe: Recipe, parameters: Tree, kept: Tree, layer: int, inputs: int, keys: Keys | None
+    parameters: Tree, layer: int, inputs: int, width: int, dropout: Dropout
 ) -> Weights:
-    """A layer's weights, the recurrent ones dropped; of sparse matrices, the values are."""
+    """Return a layer's weights after weight dropout, those of a sparse kernel as `BCOO`."""
     name = f"rnn.{layer}"
-    matrices = {"input": inputs, "recurrent": recipe.widths[layer]}
-    bias = parameters[f"{name}.bias"]
-
-    def matrix(kind: str) -> Any:
-        values = parameters[f"{name}.{kind}"]
-        if kind == "recurrent" and keys is not None and recipe.weight_dropout:
-            values = values * mask(keys.weights[layer], recipe.weight_dropout, values.shape)
-        if recipe.kernel != "sparse":
-            return values
-        return BCOO(
-            (values, kept[f"{name}.{kind}"]),
-            shape=(matrices[kind], len(bias)),
-            indices_sorted=True,
-            unique_indices=True,
-        )
-
-    return Weights(
-        matrix("input"), matrix("recurrent"), bias, parameters.get(f"{name}.recurrent_bias")
-    )
+    w, u, bias = (parameters[f"{name}.{kind}"] for kind in ("input", "recurrent", "bias"))
+    u = u * dropout.weights(layer, u)
+    if f"{name}.input.places" in parameters:
+        sparse = partial(BCOO, indices_sorted=True, unique_indices=True)
+        w = sparse((w, parameters[f"{name}.input.places"]), shape=(inputs, len(bias)))
+        u = sparse((u, parameters[f"{name}.recurrent.places"]), shape=(width, len(bias)))
+    return Weights(w, u, bias, parameters.get(f"{name}.recurrent_bias", 0.0))
 
 
-def run_layer(
-    recipe: Recipe, x: Array, weights: Weights, state: LayerState, recurrent_mask: Array | None
+def stepwise_layer(
+    rnn: Rnn, x: Array, weights: Weights, state: LayerState, mask: Array
 ) -> tuple[Array, LayerState]:
-    """The layer by the recipe's kernel and implementation."""
-    cell = CELLS[recipe.rnn]
-    if recipe.kernel == "fused":
-        tuned = recipe.implementation == "tuned"
-        return fused_layer(cell, x, weights, state, recurrent_mask, tuned)
-    return cell_layer(cell, x, weights, state, recurrent_mask)
-
-
-def output_features(recipe: Recipe, parameters: Tree, v: Array, keys: Keys | None) -> Features:
-    """What the output layer is applied to.
+    """Run a layer with both products, dense or sparse, at every time step.
 
     Args:
-        v: [time, batch, width].
+        rnn: one of `RNNS`.
+        x: the layer's input, [time, batch, inputs].
+        weights: of this layer.
+        state: before the first step.
+        mask: what the previous output is multiplied by in the recurrent product.
+
+    Returns:
+        The outputs [time, batch, width], and the state after the last step.
     """
-    mixtures, log_prior = max(recipe.mixtures, 1), None
-    if recipe.mixtures:
+
+    def step(state: LayerState, x: Array) -> tuple[LayerState, Array]:
+        z_input = x @ weights.input + weights.bias
+        z_recurrent = (state[0] * mask) @ weights.recurrent + weights.recurrent_bias
+        state = rnn(z_input, z_recurrent, *state)
+        return state, state[0]
+
+    final, outputs = jax.lax.scan(step, state, x)
+    return outputs, final
+
+
+def fused_layer(
+    rnn: Rnn, x: Array, weights: Weights, state: LayerState, mask: Array
+) -> tuple[Array, LayerState]:
+    """Do what `stepwise_layer` does with one product for the inputs of all time steps."""
+
+    def step(state: LayerState, z_input: Array) -> tuple[LayerState, Array]:
+        z_recurrent = (state[0] * mask) @ weights.recurrent + weights.recurrent_bias
+        state = rnn(z_input, z_recurrent, *state)
+        return state, state[0]
+
+    final, outputs = jax.lax.scan(step, state, x @ weights.input + weights.bias)
+    return outputs, final
+
+
+def recurrent_layer(
+    recipe: Recipe, x: Array, weights: Weights, state: LayerState, mask: Array
+) -> tuple[Array, LayerState]:
+    """Run a layer with the recipe's kernel; `stepwise_layer` has the arguments and results."""
+    layer = fused_layer if recipe.kernel == "fused" else stepwise_layer
+    return layer(RNNS[recipe.rnn], x, weights, state, mask)
+
+
+# ------------------------------------------------------------------------------ head and losses
+
+
+class Head(NamedTuple):
+    """The output layer and what it is applied to; K is the number of mixtures, 1 without any."""
+
+    components: Array  # [tokens, K, features]
+    log_prior: Array  # [tokens, K]
+    matrix: Array  # [vocabulary, features]
+    bias: Array  # [vocabulary], or 0.0 where the recipe has none
+
+    @classmethod
+    def on_top(cls, recipe: Recipe, parameters: Tree, v: Array, dropout: Dropout) -> Head:
+        """Form the features from the last layer's output v [time, batch, width], after dropout."""
+        mixtures = max(recipe.mixtures, 1)
         tokens = v.reshape(-1, v.shape[-1])
-        log_prior = jax.nn.log_softmax(tokens @ parameters["prior.weight"])
-        latents = jnp.tanh(tokens @ parameters["latent.weight"] + parameters["latent.bias"])
-        v = latents.reshape(*v.shape[:2], -1)
-        if keys is not None:
-            v = drop(recipe, v, recipe.latent_dropout, keys.latents)
-    v = v.reshape(-1, v.shape[-1] // mixtures)
-    if "softmax.projection" in parameters:
-        v = v @ parameters["softmax.projection"]
-    return Features(v.reshape(-1, mixtures, v.shape[-1]), log_prior)
+        log_prior = jnp.zeros((len(tokens), 1), v.dtype)
+        if recipe.mixtures:
+            log_prior = jax.nn.log_softmax(tokens @ parameters["prior.weight"])
+            latents = jnp.tanh(tokens @ parameters["latent.weight"] + parameters["latent.bias"])
+            latents = latents.reshape(*v.shape[:2], -1)
+            v = latents * dropout.latents(latents)
+        components = v.reshape(-1, v.shape[-1] // mixtures)
+        if "softmax.projection" in parameters:
+            components = components @ parameters["softmax.projection"]
+        components = components.reshape(len(tokens), mixtures, -1)
+        matrix = parameters["embedding" if recipe.tie_weights else "softmax.weight"]
+        return cls(components, log_prior, matrix, parameters.get("softmax.bias", 0.0))
+
+    def logits(self) -> Array:
+        """Return the logits [tokens, K, vocabulary]."""
+        tokens, mixtures, width = self.components.shape
+        # XLA multiplies three-dimensional arrays a tenth slower than matrices.
+        logits = self.components.reshape(-1, width) @ self.matrix.T + self.bias
+        return logits.reshape(tokens, mixtures, -1)
 
 
-def output_layer(recipe: Recipe, parameters: Tree) -> Output:
-    matrix = parameters["embedding" if recipe.tie_weights else "softmax.weight"]
-    return Output(matrix, parameters.get("softmax.bias"))
+def nll(head: Head, targets: Array, weights: Array) -> Array:
+    """Return the sum of weights times each target's negative log-likelihood [nats].
 
-
-def loss(
-    recipe: Recipe, parameters: Tree, v: Array, targets: Array, weights: Array, keys: Keys | None
-) -> Array:
-    """Sum of weights times each target's negative log-likelihood [nats].
+    Only the target's column of each softmax is normalised.
 
     Args:
-        v: the network's output, [time, batch, width].
-        targets: [time, batch].
-        weights: [time, batch].
+        targets: [tokens].
+        weights: [tokens].
     """
-    nll = chunked_nll if recipe.implementation == "tuned" else weighted_nll
-    features = output_features(recipe, parameters, v, keys)
-    return nll(output_layer(recipe, parameters), features, targets.ravel(), weights.ravel())
+    logits = head.logits()
+    at_target = jnp.take_along_axis(logits, targets[:, None, None], axis=-1)[..., 0]
+    log_p = at_target - jax.nn.logsumexp(logits, axis=-1)
+    return -jnp.vdot(jax.nn.logsumexp(head.log_prior + log_p, axis=-1), weights)
 
 
-def penalties(recipe: Recipe, h: Array, v: Array, weights: Array) -> Array:
-    """Sum of weights times each token's activation regularisations.
+def log_probabilities(head: Head) -> Array:
+    """Return the log-probability of every word, [tokens, vocabulary]."""
+    log_p = jax.nn.log_softmax(head.logits())
+    return jax.nn.logsumexp(head.log_prior[..., None] + log_p, axis=1)
+
+
+def penalty(recipe: Recipe, h: Array, v: Array, weights: Array) -> Array:
+    """Return the sum of weights times each token's activation regularisations.
 
     Args:
         h: the last layer's output before dropout, [time, batch, width].
-        v: the same, dropped.
-        weights: [time, batch]; a change of h counts with the lesser one of its two tokens.
+        v: the same after dropout.
+        weights: [time, batch]; a change of h counts with the lesser weight of its two tokens.
     """
     both = jnp.minimum(weights[1:], weights[:-1])
     activation = jnp.vdot(jnp.mean(v**2, axis=-1), weights)
@@ -210,55 +271,133 @@ def penalties(recipe: Recipe, h: Array, v: Array, weights: Array) -> Array:
     )
 
 
-def next_word_log_probabilities(recipe: Recipe, parameters: Tree, v: Array) -> Array:
-    """[time, batch, vocabulary], without dropout."""
-    features = output_features(recipe, parameters, v, None)
-    log_p = log_probabilities(output_layer(recipe, parameters), features)
-    return log_p.reshape(*v.shape[:2], -1)
+# ----------------------------------------------------------------------------- language model
 
 
-# --------------------------------------------------------------------------- initial parameters
+@dataclass(frozen=True)
+class LanguageModel:
+    """The model from words to losses. It has no parameters of its own: each method takes them.
 
-
-def native_parameters(recipe: Recipe, vocabulary_size: int, seed: int) -> Parameters:
-    """The recipe's initialisation scheme by JAX's own draw.
-
-    JAX has no layers of its own that would set defaults, but two collections of functions that do:
-    `framework_defaults` are, for the recurrent layers, jax.experimental.rnn's (uniform within
-    1 / sqrt(width), biases too), and for all others those of Dense in jax.example_libraries.stax
-    (weights Glorot-normal, biases normal of deviation 0.01). The embedding counts as a dense layer,
-    of which a word selects one row.
+    Of a sparse kernel's matrices, the parameters are the weights that exist. Beside them is where
+    they are in their matrix, such as `rnn.0.input.places` [weights, 2].
     """
-    shapes = parameter_shapes(recipe, vocabulary_size)
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {
-        name: np.array(first_value(recipe, name, shape, key))
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+
+    recipe: Recipe
+    recurrent_layer: Callable[..., tuple[Array, LayerState]]  # the one above, or a faster one
+    nll: Callable[[Head, Array, Array], Array]  # the one above, or a faster one
+
+    def run(
+        self, parameters: Tree, inputs: Array, state: Tree, dropout: Dropout
+    ) -> tuple[Array, Array, Tree]:
+        """Run the embedding and the recurrent layers.
+
+        Args:
+            parameters: by canonical name.
+            inputs: [time, batch].
+            state: before the first step, named as in `state_widths`.
+            dropout: what is dropped.
+
+        Returns:
+            The last layer's output before dropout and after it, both [time, batch, width]; and
+            the state after the last step.
+        """
+        embedding = parameters["embedding"]
+        x = (embedding * dropout.words(len(embedding)))[inputs]
+        x = x * dropout.units(0, x)
+        final: Tree = {}
+        for layer, width in enumerate(self.recipe.widths):
+            prefix = f"state.{layer}."
+            names = [name for name in state_widths(self.recipe) if name.startswith(prefix)]
+            before = tuple(state[name] for name in names)
+            weights = layer_weights(parameters, layer, x.shape[-1], width, dropout)
+            mask = dropout.recurrent(layer, before[0])
+            h, after = self.recurrent_layer(self.recipe, x, weights, before, mask)
+            final |= dict(zip(names, after, strict=True))
+            x = h * dropout.units(layer + 1, h)
+        return h, x, final
+
+    def objective(
+        self, parameters: Tree, batch: Batch, state: Tree, dropout: Dropout
+    ) -> tuple[Array, tuple[Array, Tree]]:
+        """Return what is differentiated, and beside it the nll alone and the final state.
+
+        Each token's loss is multiplied by its entry of the batch's mask.
+        """
+        h, v, final = self.run(parameters, batch.inputs, state, dropout)
+        head = Head.on_top(self.recipe, parameters, v, dropout)
+        loss = self.nll(head, batch.targets.ravel(), batch.mask.ravel())
+        if not self.recipe.penalizes:
+            return loss, (loss, final)
+        return loss + penalty(self.recipe, h, v, batch.mask), (loss, final)
+
+    def predict(self, parameters: Tree, inputs: Array, state: Tree) -> tuple[Array, Tree]:
+        """Return log-probabilities [time, batch, vocabulary] without dropout, and the state."""
+        nothing = Dropout(self.recipe)
+        _, v, final = self.run(parameters, inputs, state, nothing)
+        log_p = log_probabilities(Head.on_top(self.recipe, parameters, v, nothing))
+        return log_p.reshape(*inputs.shape, -1), final
 
 
-def first_value(recipe: Recipe, name: str, shape: tuple[int, ...], key: Array) -> Array:
-    def uniform(scale: float) -> Array:
-        return jax.random.uniform(key, shape, minval=-scale, maxval=scale)
+# ----------------------------------------------------------------------------------- optimizers
 
-    initializers = jax.nn.initializers
-    if recipe.initialization_scheme == "framework_defaults":
-        if name.startswith("rnn."):
-            width = recipe.widths[int(name.split(".")[1])]
-            return uniform(width**-0.5)
-        return (initializers.normal if len(shape) == 1 else initializers.glorot_normal)()(
-            key, shape
-        )
-    if is_zero_at_first(recipe, name):
-        value = np.zeros(shape, np.float32)
-        if recipe.rnn == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
-            forget = GATES["lstm"].index("forget")
-            value.reshape(len(GATES["lstm"]), -1)[forget] = recipe.forget_bias
-        return value
-    if recipe.initialization_scheme == "uniform":
-        return uniform(recipe.initialization_scale)
-    if name == "embedding":
-        return uniform(KERAS_EMBEDDING_SCALE)
-    if name.endswith(".recurrent"):
-        return initializers.orthogonal()(key, shape)
-    return initializers.glorot_uniform()(key, shape)
+
+def clip(gradients: Tree, norm: float | None) -> tuple[Tree, Array]:
+    """Return gradients of at most that global norm, and the norm that they had."""
+    before = jnp.sqrt(sum(jnp.vdot(g, g) for g in gradients.values()))
+    if norm is None:
+        return gradients, before
+    scale = jnp.where(before > norm, norm / before, 1)
+    return {name: scale * g for name, g in gradients.items()}, before
+
+
+def direction(recipe: Recipe, g: Array, slots: Tree, epsilon: Array) -> tuple[Array, Tree]:
+    """Return what a rate of 1 subtracts from a parameter with gradient g, and its new slots.
+
+    Adam's corrections of bias are in the rate and in `epsilon`; see `rate_and_epsilon`.
+    """
+    if recipe.optimizer == "adam":
+        beta1, beta2 = recipe.adam_beta1, recipe.adam_beta2
+        m = beta1 * slots["first_moment"] + (1 - beta1) * g
+        v = beta2 * slots["second_moment"] + (1 - beta2) * g**2
+        return m / (jnp.sqrt(v) + epsilon), {"first_moment": m, "second_moment": v}
+    if recipe.optimizer == "rmsprop":
+        decay = recipe.rmsprop_decay
+        s = decay * slots["mean_square"] + (1 - decay) * g**2
+        return g / (jnp.sqrt(s) + epsilon), {"mean_square": s}
+    return g, slots
+
+
+def running_mean(mean: Array, p: Array, count: Array) -> Array:
+    """Return the mean of `count` values from that of all but the last, p; of one it is p exactly.
+
+    It is formed by the change, because the rounded weights of two terms would not add up to one.
+    """
+    return jnp.where(count == 1, p, mean + (p - mean) / count)
+
+
+def update(
+    recipe: Recipe, arrays: dict[str, Tree], gradients: Tree, rate: Array, epsilon: Array,
+    averaged: Array,
+) -> tuple[dict[str, Tree], Array]:  # fmt: skip
+    """Return parameters and slots after one step, and the norm of the gradients before clipping.
+
+    Args:
+        arrays: by kind, `PARAMETER` or a slot of the optimizer, and by canonical name.
+        gradients: by canonical name.
+        rate, epsilon: as `rate_and_epsilon` gives them.
+        averaged: number of steps that asgd's mean is of; not used by other optimizers.
+    """
+    gradients, norm = clip(gradients, recipe.clip_norm)
+    updated: dict[str, Tree] = {kind: {} for kind in arrays}
+    for name, p in arrays[PARAMETER].items():
+        slots = {kind: arrays[kind][name] for kind in arrays if kind != PARAMETER}
+        g = gradients[name]
+        if recipe.weight_decay:
+            g = g + recipe.weight_decay * p
+        step, slots = direction(recipe, g, slots, epsilon)
+        p = p - rate * step
+        if recipe.optimizer == "asgd":
+            slots = {"average": running_mean(slots["average"], p, averaged)}
+        for kind, array in {PARAMETER: p, **slots}.items():
+            updated[kind][name] = array
+    return updated, norm

@@ -1,46 +1,53 @@
-"""The contract's `Backend` over Gluon's blocks and `gluon.Trainer`."""
+"""The `Backend` of MXNet: contexts, settings of the process, training and evaluation steps."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator
 from typing import Any
 
+import mxnet as mx
 import numpy as np
 import numpy.typing as npt
-
-# First, for it sets what MXNet and CUDA's libraries read when they load.
-from ptbench.backends.mxnet.devices import (  # isort: skip
-    as_scalar,
-    choose_contexts,
-    graph_flags,
-    random_seed,
-    settings,
-    to_device,
-)
-
-import mxnet as mx
 from mxnet import autograd, gluon
 
-from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
-from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, device_columns, objective_divisor
-from ptbench.backends.mxnet.heads import ActivationPenalty, ChunkedLoss
-from ptbench.backends.mxnet.layers import Array, States, drop
-from ptbench.backends.mxnet.model import (
-    LanguageModel,
-    NegativeLogLikelihood,
-    output_loss,
-    stored_parameters,
+from ptbench.backends.allocator import keep_memory
+from ptbench.backends.base import (
+    PARAMETER,
+    Arrays,
+    Backend,
+    EvaluateStep,
+    Scalar,
+    Setup,
+    State,
+    TrainStep,
 )
-from ptbench.backends.mxnet.optimizer import make_optimizer
-from ptbench.model.optimizers import OPTIMIZER_SLOTS, rate_and_epsilon
-from ptbench.model.parameters import Parameters, check_parameters, kept_weights, state_widths
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.backends.mxnet import tuned
+from ptbench.backends.mxnet.model import (
+    Dropout,
+    LanguageModel,
+    Penalty,
+    log_probabilities,
+    nll,
+    optimizer,
+    output_layer,
+)
+from ptbench.corpus.batching import Batch
+from ptbench.errors import PtbenchError
+from ptbench.model.optimizers import rate_and_epsilon
+from ptbench.model.parameters import Parameters
 
-# Tell the draws that all replicas share from others with the same seed and step.
-WORDS_STREAM = 1
-WEIGHTS_STREAM = 2
+SHARED_MASKS_STREAM = 3  # separates masks that all replicas share from their own
+
+# how the names of a recurrent layer's parameters end: the last part of their canonical names
+GATE_PARAMETERS = {
+    "i2h_weight": "input",
+    "h2h_weight": "recurrent",
+    "i2h_bias": "bias",
+    "h2h_bias": "recurrent_bias",
+}
 
 
 class MXNetBackend(Backend):
@@ -48,171 +55,150 @@ class MXNetBackend(Backend):
 
     name = "mxnet"
     package = "mxnet"
-    features = (
-        Feature("embedding", True, "gluon.nn.Embedding"),
-        Feature("LSTM layer", True, "gluon.rnn.LSTM, its second bias frozen at zero if unwanted"),
-        Feature("GRU and simple recurrent layers", True, "gluon.rnn.GRU and gluon.rnn.RNN"),
-        Feature("explicit time steps", True, "gluon.rnn.LSTMCell and others in contrib.foreach"),
-        Feature(
-            "sparse LSTM",
-            False,
-            "mxnet.layers.SparseLSTM: nd.sparse.dot, gradients by autograd.Function",
-        ),
-        Feature("mixture of softmaxes", False, "mxnet.heads.MixtureHead and MixtureLoss"),
-        Feature(
-            "weight tying and factorised output",
-            True,
-            "gluon.nn.Dense(params=embedding.params), and a second gluon.nn.Dense",
-        ),
-        Feature("dropout", True, "nd.Dropout"),
-        Feature("locked dropout", True, "nd.Dropout(axes)"),
-        Feature("word dropout", False, "mask of rows in mxnet.model.LanguageModel"),
-        Feature(
-            "recurrent dropout",
-            False,
-            "mxnet.layers.TimeSteps, also in place of the fused layers, which have none",
-        ),
-        Feature(
-            "weight dropout",
-            False,
-            "MXNetBackend.dropped_weights: any layer's matrix is masked in place for a step",
-        ),
-        Feature("activation regularisation", False, "mxnet.heads.ActivationPenalty"),
-        Feature("softmax cross-entropy", True, "nd.log_softmax and nd.pick"),
-        Feature("SGD", True, "gluon.Trainer and optimizer.SGD"),
-        Feature("Adam", False, "gluon.Trainer and Adam, over nd.adam_update"),
-        Feature("RMSProp", False, "gluon.Trainer and RMSProp"),
-        Feature("averaged SGD", False, "gluon.Trainer and AveragedSGD, over optimizer.SGD"),
-        Feature("weight decay", True, "optimizer.Optimizer(wd)"),
-        Feature("gradient clipping by global norm", True, "gluon.utils.clip_global_norm"),
-        Feature("uniform initialisation", True, "init.Uniform and init.LSTMBias"),
-        Feature(
-            "Keras' default initialisation", True, "init.Uniform, init.Xavier and init.Orthogonal"
-        ),
-        Feature("learning-rate change", True, "Trainer.set_learning_rate"),
-        Feature("data parallel", True, "gluon.utils.split_and_load and Trainer.allreduce_grads"),
-        Feature("truncated back-propagation with carried state", True, "states of gluon.rnn.LSTM"),
-        Feature("deterministic per-step randomness", True, "random.seed before every step"),
-        Feature("saving parameters", False, "MXNetBackend.parameters"),
-    )
+    transposed = (".input", ".recurrent", "latent.weight", "prior.weight", "softmax.projection")
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        vocabulary_size: int,
-        devices: int = 1,
-        seed: int = 0,
-        accelerator: Accelerator = "cpu",
-        threads: int = 1,
-    ) -> None:
-        super().__init__(recipe, vocabulary_size, devices, seed, accelerator, threads)
-        self.contexts = choose_contexts(accelerator, devices)
-        kept = kept_weights(recipe, vocabulary_size, seed)
-        self.model = LanguageModel(recipe, vocabulary_size, kept)
-        self.loss = output_loss(recipe, vocabulary_size, self.model)
-        self.nll = NegativeLogLikelihood(self.model, self.loss)
-        mx.random.seed(random_seed(seed))
-        self.nll.initialize(ctx=self.contexts)
-        self.stored = stored_parameters(self.model, self.loss, recipe, vocabulary_size, kept)
-        self.trained = [stored.parameter for stored in self.stored.values()]
-        self.recurrent = [
-            stored.parameter for name, stored in self.stored.items() if name.endswith(".recurrent")
-        ]
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        recipe = self.recipe
+        self.tuned = recipe.implementation == "tuned"
+        on_gpu = setup.accelerator == "cuda"
+        # first of all, so that it holds for the threads of MXNet's engine
+        self.memory_is_kept = self.tuned and not on_gpu and keep_memory(arenas=1)
+        if on_gpu and (found := mx.context.num_gpus()) < self.devices:
+            raise PtbenchError(f"MXNet sees {found} GPUs, but devices={self.devices} needs as many")
+        # those of the CPU are queues of one processor
+        self.contexts = [mx.gpu(r) if on_gpu else mx.cpu(r) for r in range(self.devices)]
+        self.model = LanguageModel(recipe, self.shapes, self.kept)
+        self.output = output_layer(recipe, self.shapes, self.model.embedding)
+        self.penalty = Penalty(recipe)
+        self.trained = self._trained_parameters()
+        flags = tuned.GRAPH if self.tuned else {}
+        if recipe.kernel != "sparse":  # its autograd.Function cannot be in a graph
+            self.model.hybridize(**flags)
+        self.output.hybridize(**flags)
+        self.penalty.hybridize(**flags)
+        for block in (self.model, self.output):
+            block.initialize(mx.init.Zero(), ctx=self.contexts)
+        rows = recipe.global_batch_size(self.devices) // self.devices * recipe.sequence_length
+        rows *= max(recipe.mixtures, 1)
+        self.in_chunks = self.tuned and rows > tuned.CHUNK_ROWS
+        self.nll = tuned.nll if self.in_chunks else nll
+        if self.in_chunks:  # each chunk adds to these gradients
+            self.output.collect_params().setattr("grad_req", "add")
 
-        # What runs as one graph: all of it, or where logits are many the model, and its loss by
-        # chunks. An autograd.Function, as the sparse layers have it, can be in no graph.
-        self.chunked = ChunkedLoss(self.loss, recipe.mixtures)
-        tokens = recipe.sequence_length * recipe.global_batch_size(devices) // devices
-        self.in_chunks = recipe.implementation == "tuned" and self.chunked.needed(tokens)
-        in_graph = self.loss if recipe.kernel == "sparse" else self.nll
-        in_graph.hybridize(**graph_flags(recipe))
-        self.penalty = ActivationPenalty(recipe)
-        self.penalty.hybridize(**graph_flags(recipe))
-        self.added = list(self.loss.collect_params().values()) if self.in_chunks else []
-        for parameter in self.added:
-            parameter.grad_req = "add"
-
-        # 0 where a sparse model has no weight, in Gluon's shape
-        self.gradient_masks = [
-            (stored.parameter, context, to_device(stored.stored(stored.kept), context))
-            for stored in self.stored.values()
-            if stored.kept is not None and not stored.packed
+        self.drop_words = Dropout(recipe.word_dropout)
+        self.drop_weights = Dropout(recipe.weight_dropout)
+        self.masks = [
+            (self.trained[name], context, to_device(mask, context))
+            for name, mask in self.gradient_masks().items()
             for context in self.contexts
         ]
-        if self.gradient_masks:
-            self.load_parameters(self.parameters())  # zeros where there are no weights
-        self.slots = {
-            (index, context): [
-                mx.nd.zeros(parameter.shape, ctx=context) for _ in OPTIMIZER_SLOTS[recipe.optimizer]
-            ]
-            for index, parameter in enumerate(self.trained)
-            for context in self.contexts
-        }
+        self.optimizer = optimizer(recipe)
+        if self.tuned:
+            self.optimizer.aggregate_num = tuned.AGGREGATED_PARAMETERS
+        if self.slots:
+            self.optimizer.slots = {
+                (index, context): [mx.nd.zeros(parameter.shape, context) for _ in self.slots]
+                for index, parameter in enumerate(self.trained.values())
+                for context in self.contexts
+            }
         self.trainer = gluon.Trainer(
-            self.trained,
-            make_optimizer(recipe, self.slots),
-            kvstore="device" if accelerator == "cuda" else "local",
+            list(self.trained.values()),
+            self.optimizer,
+            kvstore="device" if on_gpu else "local",
             update_on_kvstore=False,  # the summed gradient is clipped before the update
         )
 
-    # ---- parameters
+    def _trained_parameters(self) -> dict[str, gluon.Parameter]:
+        """Return Gluon's parameters by canonical name; a bias the recipe does not have stays 0."""
+        head, output = self.model.head, self.output
+        found = {"embedding": self.model.embedding.weight}
+        for index, layer in enumerate(self.model.layers):
+            for name, parameter in layer.collect_params().items():
+                kind = GATE_PARAMETERS["_".join(name.split("_")[-2:])]
+                found[f"rnn.{index}.{kind}"] = parameter
+                if f"rnn.{index}.{kind}" not in self.shapes:
+                    parameter.grad_req = "null"
+        if head.latent is not None:
+            found["latent.weight"], found["latent.bias"] = head.latent.weight, head.latent.bias
+            found["prior.weight"] = head.prior.weight
+        if head.projection is not None:
+            found["softmax.projection"] = head.projection.weight
+        found["softmax.weight"], found["softmax.bias"] = output.weight, output.bias
+        return {name: found[name] for name in self.shapes}
 
-    def parameters(self) -> Parameters:
+    # ---------------------------------------------------------------------- arrays of the model
+
+    def _arrays(self, kind: str) -> dict[str, list[mx.nd.NDArray]]:
+        """Return the arrays that `read` and `write` copy, one for each context."""
+        if kind == PARAMETER:
+            return {name: parameter.list_data() for name, parameter in self.trained.items()}
+        slot, slots = self.slots.index(kind), self.optimizer.slots
         return {
-            name: stored.canonical(stored.parameter.data(self.contexts[0]))
-            for name, stored in self.stored.items()
+            name: [slots[index, context][slot] for context in self.contexts]
+            for index, name in enumerate(self.trained)
         }
 
-    def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
-        check_parameters(parameters, self.recipe, self.vocabulary_size)
-        for name, stored in self.stored.items():
-            stored.parameter.set_data(mx.nd.array(stored.stored(parameters[name])))
+    def read(self, kind: str) -> Arrays:
+        return {name: arrays[0].asnumpy() for name, arrays in self._arrays(kind).items()}
 
-    # ---- training
+    def write(self, kind: str, arrays: Parameters) -> None:
+        for name, replicas in self._arrays(kind).items():
+            for array in replicas:
+                array[:] = arrays[name]
 
-    def initial_state(self, batch_size: int, training: bool) -> State:
-        """One list of each layer's [h, c] or [h] per replica; a single list if not for training."""
+    def read_state(self, state: State) -> Arrays:
+        named = zip(self.state_widths.items(), zip(*state, strict=True), strict=True)
+        return {
+            name: np.concatenate([part.asnumpy().reshape(-1, width) for part in parts])
+            for (name, width), parts in named
+        }
+
+    def make_state(self, arrays: Parameters, training: bool) -> State:
+        """Return a list of all layers' states, [h, c, h, c, ...], for each replica, or one."""
         if not training:
-            return self.zero_state(batch_size, self.contexts[0])
+            return self._state(list(arrays.values()), self.contexts[0])
+        shares = zip(*[self.shares(array, 0) for array in arrays.values()], strict=True)
+        return [self._state(s, c) for s, c in zip(shares, self.contexts, strict=True)]
+
+    def _state(self, arrays: Any, context: mx.Context) -> list[mx.nd.NDArray]:
+        # fused layers have [1, batch, width]
+        batch_size = len(arrays[0])
+        infos = [info for layer in self.model.layers for info in layer.state_info(batch_size)]
         return [
-            self.zero_state(columns.stop - columns.start, context)
-            for columns, context in zip(
-                device_columns(batch_size, self.devices), self.contexts, strict=True
-            )
+            to_device(array.reshape(info["shape"]), context)
+            for array, info in zip(arrays, infos, strict=True)
         ]
 
-    def zero_state(self, batch_size: int, context: mx.Context) -> list[States]:
-        return [layer.begin_state(batch_size, ctx=context) for layer in self.model.layers]
+    # -------------------------------------------------------------------------------- training
 
     def dropped_words(self, training: bool, context: mx.Context) -> list[mx.nd.NDArray]:
-        """What the embedding's rows are multiplied by [vocabulary, 1], if the recipe drops any.
+        """Return what the embedding's rows are multiplied by [vocabulary, 1], if any are dropped.
 
-        The same on all replicas.
+        It is the same on all replicas.
         """
         if not self.recipe.word_dropout:
             return []
-        keep = 1 - self.recipe.word_dropout if training else 1.0
-        rng = np.random.default_rng([self.seed, self.step, WORDS_STREAM])
-        kept = rng.random((self.vocabulary_size, 1)) < keep
-        return [to_device((kept / keep).astype(np.float32), context)]
+        ones = mx.nd.ones((self.setup.vocabulary_size, 1), context)
+        self._seed(context, 0, SHARED_MASKS_STREAM)
+        with autograd.train_mode() if training else autograd.predict_mode():
+            return [self.drop_words(ones)]
 
     @contextlib.contextmanager
     def dropped_weights(self) -> Iterator[None]:
-        """Drop some recurrent weights in place, so that any layer takes what is left, fused or not.
+        """Drop recurrent weights in place, which works for every layer, fused ones included.
 
-        The next step's, the same on all replicas. At the end the weights are whole again, and the
-        gradients found meanwhile are with respect to them.
+        The same weights are dropped on all replicas. At the end all weights are back, and gradients
+        that were computed meanwhile are with respect to them.
         """
-        if not self.recipe.weight_dropout:
-            yield
-            return
         dropped = []
-        for context in self.contexts:
-            mx.random.seed(random_seed(self.seed, self.step, 0, WEIGHTS_STREAM), ctx=context)
-            for parameter in self.recurrent:
+        recurrent = [p for name, p in self.trained.items() if name.endswith(".recurrent")]
+        for context in self.contexts if self.recipe.weight_dropout else []:
+            self._seed(context, 1, SHARED_MASKS_STREAM)
+            for parameter in recurrent:
                 weight = parameter.data(context)
                 with autograd.train_mode():
-                    kept = drop(mx.nd, mx.nd.ones_like(weight), self.recipe.weight_dropout)
+                    kept = self.drop_weights(mx.nd.ones_like(weight))
                 dropped.append((weight, weight.copy(), parameter.grad(context), kept))
                 weight *= kept
         try:
@@ -222,79 +208,64 @@ class MXNetBackend(Backend):
                 whole.copyto(weight)
                 gradient *= kept
 
-    def forward_backward(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
-    ) -> tuple[mx.nd.NDArray, State]:
+    def _seed(self, context: mx.Context, *words: int) -> None:
+        """Seed a context's generator with the run's seed, the step and more words.
+
+        MXNet's streams overlap for close seeds, so they are spread.
+        """
+        spread = np.random.SeedSequence([self.setup.seed, self.step, *words]).generate_state(1)[0]
+        mx.random.seed(int(spread) >> 1, ctx=context)  # a C int
+
+    def _forward_backward(self, batch: Batch, state: State) -> tuple[mx.nd.NDArray, State]:
         """Leave the objective's gradient, summed over replicas, in every replica's `grad`.
 
-        Returns the summed nll and the final state.
+        Returns:
+            The summed nll, and the final state.
         """
-        divisor = objective_divisor(self.recipe, mask)
+        divisor = self.objective_divisor(batch)
         # All uploads come first: one waits for what cpu(0) was given before, so a later one would
         # keep its replica waiting for the first.
         shares = [
             gluon.utils.split_and_load(to_device(a, self.contexts[0]), self.contexts, batch_axis=1)
-            for a in (inputs, targets, mask)
+            for a in batch
         ]
         words = [self.dropped_words(True, context) for context in self.contexts]
-        for parameter in self.added:
-            parameter.zero_grad()
-        nlls, states = [], []
-        heads: list[Array] = []
-        head_gradients: list[Array] = []
+        if self.in_chunks:
+            self.output.collect_params().zero_grad()
+        nlls, states, heads, head_gradients = [], [], [], []
         with self.dropped_weights():
             for replica, context in enumerate(self.contexts):
                 if self.recipe.drops:
-                    mx.random.seed(random_seed(self.seed, self.step, replica), ctx=context)
-                x, y, real = (share[replica] for share in shares)
-                arguments = (state[replica], *words[replica])
-                if self.in_chunks:
+                    self._seed(context, replica)
+                x, y, mask = (share[replica] for share in shares)
+                y, real = y.reshape(-1), mask.reshape(-1)
+                with autograd.record():
+                    outputs, final, penalized = self.model(x, state[replica], *words[replica])
+                summed, ends, gradients = self.nll(self.output, y, real, divisor, *outputs)
+                heads += ends
+                head_gradients += gradients
+                if penalized:
                     with autograd.record():
-                        outputs, final, penalized = self.model(x, *arguments)
-                    nll, gradients = self.chunked.with_gradients(
-                        outputs, y.reshape(-1), real.reshape(-1), divisor
-                    )
-                    heads += outputs
-                    head_gradients += gradients
-                else:
-                    with autograd.record():
-                        nll, final, penalized = self.nll(x, y, real, *arguments)
-                        heads.append(nll / divisor)
-                    head_gradients.append(mx.nd.ones_like(nll))
-                if self.recipe.penalizes:
-                    with autograd.record():
-                        heads.append(self.penalty(*penalized, real) / divisor)
-                    head_gradients.append(mx.nd.ones_like(nll))
-                nlls.append(nll)
-                states.append(final)
+                        heads.append(self.penalty(*penalized, mask) / divisor)
+                    head_gradients.append(None)  # one
+                nlls.append(summed)
+                states.append([a.detach() for a in final])  # the next window's past ends here
             autograd.backward(heads, head_gradients)
-        for parameter, context, kept in self.gradient_masks:
+        for parameter, context, kept in self.masks:
             parameter.grad(context)[:] *= kept
         self.trainer.allreduce_grads()
-        nll = mx.nd.add_n(*[n.as_in_context(self.contexts[0]) for n in nlls])
-        return nll, [carried(s) for s in states]
+        return mx.nd.add_n(*[n.as_in_context(self.contexts[0]) for n in nlls]), states
 
-    def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
-        self.forward_backward(inputs, targets, mask, state)
-        return {
-            name: stored.canonical(stored.parameter.grad(self.contexts[0]))
-            for name, stored in self.stored.items()
-        }
+    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+        self._forward_backward(batch, state)
+        return {name: p.grad(self.contexts[0]).asnumpy() for name, p in self.trained.items()}
 
-    def train_step(
-        self,
-        inputs: Tokens,
-        targets: Tokens,
-        mask: Mask,
-        state: State,
-        learning_rate: float,
-        averaged: int = 1,
-    ) -> TrainStep:
-        nll, final = self.forward_backward(inputs, targets, mask, state)
+    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+        summed, final = self._forward_backward(batch, state)
         # Every replica holds the same summed gradient, so each finds the same norm by itself.
         norms = [
             gluon.utils.clip_global_norm(
-                [p.grad(context) for p in self.trained],
+                [parameter.grad(context) for parameter in self.trained.values()],
                 math.inf if self.recipe.clip_norm is None else self.recipe.clip_norm,
                 check_isfinite=False,  # looking would wait for the device
             )
@@ -302,68 +273,35 @@ class MXNetBackend(Backend):
         ]
         rate, epsilon = rate_and_epsilon(self.recipe, learning_rate, self.step)
         self.trainer.set_learning_rate(rate)
-        self.trainer.optimizer.epsilon = epsilon
-        self.trainer.optimizer.averaged = averaged
+        self.optimizer.epsilon, self.optimizer.averaged = epsilon, self.averaged
         self.trainer.update(batch_size=1)
         self.step += 1
-        return TrainStep(as_scalar(nll), as_scalar(norms[0]), final)
+        return TrainStep(as_scalar(summed), as_scalar(norms[0]), final)
 
-    # ---- evaluation
+    # ------------------------------------------------------------------------------ evaluation
 
-    def evaluate_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
-    ) -> EvaluateStep:
-        x, y, real = (to_device(a, self.contexts[0]) for a in (inputs, targets, mask))
-        words = self.dropped_words(False, self.contexts[0])
-        if self.in_chunks:
-            outputs, final, _ = self.model(x, state, *words)
-            nll = self.chunked(outputs, y.reshape(-1), real.reshape(-1))
-        else:
-            nll, final, _ = self.nll(x, y, real, state, *words)
-        return EvaluateStep(as_scalar(nll), final)
+    def _evaluate(
+        self, inputs: npt.NDArray[np.int32], state: State
+    ) -> tuple[list[mx.nd.NDArray], State]:
+        """Return what the head gives without dropout, and the final state."""
+        context = self.contexts[0]
+        words = self.dropped_words(False, context)
+        return self.model(to_device(inputs, context), state, *words)[:2]
+
+    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+        outputs, final = self._evaluate(batch.inputs, state)
+        y, mask = (to_device(a.reshape(-1), self.contexts[0]) for a in batch[1:])
+        summed, *_ = self.nll(self.output, y, mask, None, *outputs)
+        return EvaluateStep(as_scalar(summed), final)
 
     def next_token_log_probabilities(
-        self, inputs: Tokens, state: State
+        self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
-        words = self.dropped_words(False, self.contexts[0])
-        outputs, final, _ = self.model(to_device(inputs, self.contexts[0]), state, *words)
-        log_p = self.loss.log_probabilities(mx.nd, *outputs)
-        return log_p.asnumpy().reshape(*inputs.shape, self.vocabulary_size), final
+        (features, *prior), final = self._evaluate(inputs, state)
+        log_p = log_probabilities(self.output(features), *prior)
+        return log_p.asnumpy().reshape(*inputs.shape, -1), final
 
-    # ---- snapshots
-
-    def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
-        saved: dict[str, npt.NDArray[Any]] = {
-            f"parameter.{name}": p for name, p in self.parameters().items()
-        }
-        for index, (name, stored) in enumerate(self.stored.items()):
-            arrays = self.slots[index, self.contexts[0]]
-            for slot, array in zip(OPTIMIZER_SLOTS[self.recipe.optimizer], arrays, strict=True):
-                saved[f"optimizer.{slot}.{name}"] = stored.canonical(array)
-        replicas = [flat(replica) for replica in state]
-        for index, (name, width) in enumerate(state_widths(self.recipe).items()):
-            # fused layers have [1, batch, width]
-            parts = [arrays[index].asnumpy().reshape(-1, width) for arrays in replicas]
-            saved[name] = np.concatenate(parts)
-        return {**saved, "step": np.array(self.step)}
-
-    def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
-        self.load_parameters({name: snapshot[f"parameter.{name}"] for name in self.stored})
-        for index, (name, stored) in enumerate(self.stored.items()):
-            for context in self.contexts:
-                arrays = self.slots[index, context]
-                for slot, array in zip(OPTIMIZER_SLOTS[self.recipe.optimizer], arrays, strict=True):
-                    array[:] = mx.nd.array(stored.stored(snapshot[f"optimizer.{slot}.{name}"]))
-        self.step = int(snapshot["step"])
-        saved = [snapshot[name] for name in state_widths(self.recipe)]
-        state = self.initial_state(len(saved[0]), training=True)
-        columns = device_columns(len(saved[0]), self.devices)
-        for replica, block in zip(state, columns, strict=True):
-            for array, value in zip(flat(replica), saved, strict=True):
-                array[:] = mx.nd.array(value[block].reshape(array.shape))
-        return state
-
-    # ---- housekeeping
+    # ----------------------------------------------------------------------------- the process
 
     def synchronize(self) -> None:
         mx.nd.waitall()
@@ -372,24 +310,31 @@ class MXNetBackend(Backend):
         return [f"{c.device_type}:{c.device_id}" for c in self.contexts]
 
     def peak_device_memory(self) -> int | None:
-        """All that is in use, CUDA's own included: MXNet keeps no count, but frees nothing."""
-        if self.accelerator == "cpu":
+        """Return all that is in use, CUDA's own included: MXNet has no count, but frees nothing."""
+        if self.setup.accelerator == "cpu":
             return None
         memory = [mx.context.gpu_memory_info(c.device_id) for c in self.contexts]
         return max(total - free for free, total in memory)
 
     def settings(self) -> dict[str, str]:
-        return settings(self.recipe)
+        return {
+            "implementation": self.recipe.implementation,
+            "logits": f"at most {tuned.CHUNK_ROWS} rows at a time" if self.tuned else "all at once",
+            "parameters updated at once": str(tuned.AGGREGATED_PARAMETERS) if self.tuned else "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
+            "memory": "kept" if self.memory_is_kept else "returned to the system",
+            "hybridize": ", ".join(tuned.GRAPH) if self.tuned else "no flags",
+        }
 
     def close(self) -> None:
         mx.nd.waitall()
 
 
-def carried(state: list[States]) -> list[States]:
-    """The same state without its past, so that no gradient flows back into the last window."""
-    return [[a.detach() for a in layer] for layer in state]
+def to_device(array: npt.NDArray[Any], context: mx.Context) -> mx.nd.NDArray:
+    """Return a copy on the context, complete when this returns."""
+    return mx.nd.array(array, ctx=context, dtype=array.dtype)
 
 
-def flat(state: list[States]) -> States:
-    """One replica's arrays in the order of `state_widths`."""
-    return [array for layer in state for array in layer]
+def as_scalar(array: mx.nd.NDArray) -> Scalar:
+    """Return the same number [1] as MXNet's NumPy kind of array, which float() understands."""
+    return array.as_np_ndarray()

@@ -1,216 +1,215 @@
-"""The contract in PyTorch: one replica here, the others told to do the same."""
+"""The contract in PyTorch: the model on its devices, its optimizer, and settings of the process."""
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
-from ptbench.backends.contract__LEFT import Feature, Mask, Tokens, slot_names
-from ptbench.backends.pytorch.devices import Followers
-from ptbench.backends.pytorch.layers import LayerState
-from ptbench.backends.pytorch.replica import Replica
+from ptbench.backends.allocator import keep_memory
+from ptbench.backends.base import PARAMETER, Arrays, Backend, EvaluateStep, Setup, State, TrainStep
+from ptbench.backends.pytorch import model, replicas, tuned
+from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
+from ptbench.backends.pytorch.replicas import Replicated, on_every_replica
+from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
-from ptbench.model.parameters import Parameters, check_parameters, state_widths
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.parameters import Parameters
 
 
-class TrainingState:
-    """Recurrent state spread over the replicas: this process's part, and the others' name of it."""
-
-    handles = itertools.count()
-
-    def __init__(self, local: list[LayerState]) -> None:
-        self.local = local
-        self.handle = next(TrainingState.handles)
+class TrainingState(Replicated, list[LayerState]):
+    """Every layer's state, of this replica's share of the batch."""
 
 
-class PyTorchBackend(Backend):
-    """See the module and the contract."""
+class PyTorchBackend(Backend, Replicated):
+    """One replica of the model; with several devices, there is one in each replica's process."""
 
     name = "pytorch"
     package = "torch"
-    features = (
-        Feature("embedding", True, "torch.nn.Embedding"),
-        Feature("LSTM layer", True, "torch.nn.LSTM"),
-        Feature("GRU and simple recurrent layers", True, "torch.nn.GRU, torch.nn.RNN"),
-        Feature("explicit time steps", True, "torch.nn.LSTMCell, GRUCell, RNNCell"),
-        Feature("sparse LSTM", False, "SparseLayer, of torch.sparse_csr_tensor"),
-        Feature("mixture of softmaxes", False, "Head, with torch.logsumexp"),
-        Feature("weight tying and factorised output", True, "torch.nn.Linear, its weight assigned"),
-        Feature("dropout", True, "torch.nn.Dropout"),
-        Feature("locked dropout", False, "Dropout, of torch.nn.Dropout on ones"),
-        Feature("word dropout", False, "LanguageModel.run, with torch.Tensor.bernoulli_"),
-        Feature(
-            "recurrent dropout", False, "CellLayer; the fused layers cannot, so by explicit steps"
-        ),
-        Feature("weight dropout", False, "call_layer, with torch.func.functional_call"),
-        Feature("activation regularisation", False, "activation_penalty, with torch.Tensor.diff"),
-        Feature("softmax cross-entropy", True, "torch.nn.functional.cross_entropy"),
-        Feature("SGD", True, "torch.optim.SGD"),
-        Feature("Adam", True, "torch.optim.Adam"),
-        Feature("RMSProp", True, "torch.optim.RMSprop"),
-        Feature("averaged SGD", False, "average, with torch.Tensor.lerp_, after torch.optim.SGD"),
-        Feature("weight decay", True, "torch.optim.Optimizer(weight_decay)"),
-        Feature("gradient clipping by global norm", True, "torch.nn.utils.clip_grad_norm_"),
-        Feature("uniform initialisation", True, "torch.nn.init.uniform_"),
-        Feature(
-            "Keras' default initialisation", True, "torch.nn.init.xavier_uniform_, orthogonal_"
-        ),
-        Feature("learning-rate change", True, "optimizer.param_groups"),
-        Feature("data parallel", False, "Followers, around DistributedDataParallel"),
-        Feature("truncated back-propagation with carried state", True, "torch.Tensor.detach"),
-        Feature("deterministic per-step randomness", True, "torch.manual_seed"),
-        Feature("saving parameters", False, "a dictionary of arrays, written by safetensors"),
-    )
+    transposed = (".input", ".recurrent", "latent.weight", "prior.weight", "softmax.projection")
 
-    instances = itertools.count()
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        vocabulary_size: int,
-        devices: int = 1,
-        seed: int = 0,
-        accelerator: Accelerator = "cpu",
-        threads: int = 1,
-    ) -> None:
-        super().__init__(recipe, vocabulary_size, devices, seed, accelerator, threads)
-        if accelerator == "cuda" and torch.cuda.device_count() < devices:
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.on_gpu = setup.accelerator == "cuda"
+        self.threads = max(setup.threads // self.devices, 1)  # of each replica
+        if self.on_gpu and torch.cuda.device_count() < self.devices:
             raise PtbenchError(
-                f"pytorch was asked for {devices} GPUs and sees {torch.cuda.device_count()}"
+                f"pytorch was asked for {self.devices} GPUs and sees {torch.cuda.device_count()}"
             )
-        self.identifier = next(PyTorchBackend.instances)
-        arguments = (recipe, vocabulary_size, seed, accelerator, threads)
-        self.followers = Followers.of(devices, accelerator) if devices > 1 else None
-        self.tell("create", *arguments)
-        self.replica = Replica(*arguments, 0, devices)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing
+        torch.backends.cudnn.allow_tf32 = False
+        means = tuned if self.recipe.implementation == "tuned" else model
+        tuned_cpu = means is tuned and not self.on_gpu
+        self.fast_products = tuned_cpu and tuned.onednn_products_are_float32()
+        self.keeps_memory = tuned_cpu and keep_memory()
+        self.apply_settings()
 
-    def tell(self, method: str, *arguments: Any) -> None:
-        """Have the other replicas do what this one is about to do."""
-        if self.followers:
-            self.followers.tell(self.identifier, method, *arguments)
+        self.rank, self.replicas = 0, None
+        if self.devices > 1:
+            self.replicas = replicas.other_replicas(self.devices, setup.accelerator)
+            self.rank = dist.get_rank()
+            if self.replicas is not None:
+                self.replicas.call(PyTorchBackend, setup)
+            self.replicate()
+        self.device = torch.device("cuda", self.rank) if self.on_gpu else torch.device("cpu")
+        self.clip = means.clip
+        self.model = LanguageModel(self.recipe, setup.vocabulary_size, self.kept, means.nll)
+        self.model.to(self.device)
+        self.trained = self.model.trained()
+        for name, kept in self.gradient_masks().items():
+            mask = torch.from_numpy(kept).to(self.device)
+            # without gradient, what starts at zero stays there, whatever the optimizer
+            self.trained[name].register_hook(mask.mul)
+        self.optimizer = model.optimizer(self.recipe, list(self.trained.values()))
+        for parameter in self.trained.values() if self.slots else ():
+            zeros = {SLOTS[slot]: torch.zeros_like(parameter) for slot in self.slots}
+            self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        self.parallel: nn.Module = self.model
+        if self.devices > 1:
+            replicas.meet(self.replicas)
+            device_ids = [self.device] if self.on_gpu else None
+            self.parallel = DistributedDataParallel(  # buffers never change
+                self.model, device_ids=device_ids, forward_sync_buffers=False
+            )
 
-    def new_state(self, local: list[LayerState]) -> TrainingState:
-        """A state whose parts on the followers are dropped when this one is."""
-        state = TrainingState(local)
-        if self.followers:
-            name = (self.identifier, state.handle)
-            weakref.finalize(state, self.followers.release, name)
+    def apply_settings(self) -> None:
+        """Set what another backend in this process may have set otherwise."""
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision("medium" if self.fast_products else "highest")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Have what replica 0 alone is told take effect on the replica that this is sent to."""
+        return *super().__reduce__(), {"step": self.step, "average_from": self.average_from}
+
+    # ------------------------------------------------------------------- parameters, slots, states
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """Return the parameters or a slot, by canonical name."""
+        if kind == PARAMETER:
+            return {name: parameter.detach() for name, parameter in self.trained.items()}
+        return {n: self.optimizer.state[p][SLOTS[kind]] for n, p in self.trained.items()}
+
+    def read(self, kind: str) -> Arrays:
+        return {name: tensor.cpu().numpy() for name, tensor in self.tensors(kind).items()}
+
+    @on_every_replica
+    def write(self, kind: str, arrays: Parameters) -> None:
+        for name, tensor in self.tensors(kind).items():
+            tensor.copy_(torch.from_numpy(arrays[name]))
+
+    @on_every_replica
+    def read_state(self, state: State) -> Arrays:
+        parts = [part.contiguous() for layer in state for part in layer]
+        whole = [replicas.gathered(part) for part in parts] if self.devices > 1 else parts
+        return {n: t.cpu().numpy() for n, t in zip(self.state_widths, whole, strict=True)}
+
+    @on_every_replica
+    def make_state(self, arrays: Parameters, training: bool) -> State:
+        if training:
+            arrays = {name: self.shares(a, axis=0)[self.rank] for name, a in arrays.items()}
+        tensors = [torch.from_numpy(array).to(self.device) for array in arrays.values()]
+        count = len(tensors) // self.recipe.layers
+        layers = [tuple(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+        return self.training_state(layers) if training else layers
+
+    def training_state(self, layers: list[LayerState]) -> TrainingState:
+        state = TrainingState(layers)
+        if self.devices > 1:
+            state.replicate()
         return state
 
-    def parameters(self) -> Parameters:
-        return self.replica.parameters()
+    # ---------------------------------------------------------------------------------------- steps
 
-    def load_parameters(self, parameters: Mapping[str, npt.NDArray[Any]]) -> None:
-        check_parameters(parameters, self.recipe, self.vocabulary_size)
-        self.tell("load_parameters", dict(parameters), self.step)
-        self.replica.model.load(parameters)
-        self.replica.step = self.step
+    def differentiate(self, batch: Batch, state: State) -> tuple[Tensor, list[LayerState]]:
+        """Put the objective's gradient over all replicas into the parameters; see `TrainStep`."""
+        self.apply_settings()
+        if self.recipe.drops:
+            self.model.dropout.seed(self.setup.seed, self.step, self.rank, self.device)
+        share = Batch(*(self.shares(array, axis=1)[self.rank] for array in batch))
+        # DistributedDataParallel averages over the replicas; the objective is their sum.
+        scale = self.devices / self.objective_divisor(batch)
+        self.model.train()
+        self.optimizer.zero_grad()
+        nll, penalty, state = self.parallel(*self.on_device(share, scale), state)
+        (nll + penalty).backward()
+        nll = nll.detach() / scale
+        if self.devices > 1:
+            dist.all_reduce(nll)
+        return nll, state
 
-    def initial_state(self, batch_size: int, training: bool) -> State:
-        if not training:
-            return self.replica.initial_state(batch_size)
-        share = batch_size // self.devices
-        state = self.new_state(self.replica.initial_state(share))
-        self.tell("initial_state", share, state.handle)
-        return state
+    def on_device(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, targets, and the weights of their losses."""
+        weights = torch.from_numpy(batch.mask * np.float32(scale)).to(self.device)
+        return self.integers(batch.inputs), self.integers(batch.targets), weights
 
-    def gradients(self, inputs: Tokens, targets: Tokens, mask: Mask, state: State) -> Parameters:
-        self.tell("backward", inputs, targets, mask, state.handle)
-        self.replica.backward(inputs, targets, mask, state.local)
-        return self.replica.gradients()
+    def integers(self, tokens: npt.NDArray[np.int32]) -> Tensor:
+        """Return a copy on the device, as the integers that PyTorch's losses take."""
+        return torch.from_numpy(tokens).to(self.device, torch.int64, non_blocking=True)
 
-    def train_step(
-        self,
-        inputs: Tokens,
-        targets: Tokens,
-        mask: Mask,
-        state: State,
-        learning_rate: float,
-        averaged: int = 1,
-    ) -> TrainStep:
-        after = self.new_state([])
-        batch, update = (inputs, targets, mask), (learning_rate, averaged)
-        self.tell("train_step", *batch, state.handle, after.handle, *update)
-        result = self.replica.train_step(*batch, state.local, *update)
-        after.local = result.state
-        self.step = self.replica.step
-        return TrainStep(result.nll, result.gradient_norm, after)
+    @on_every_replica
+    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+        self.differentiate(batch, state)
+        return {name: p.grad.cpu().numpy() for name, p in self.trained.items()}
+
+    @on_every_replica
+    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+        nll, after = self.differentiate(batch, state)
+        norm = self.clip(list(self.trained.values()), self.recipe.clip_norm)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        for slots in self.optimizer.state.values():
+            slots["step"].fill_(self.step)  # torch.optim would count from 0 in a restored run
+        self.optimizer.step()
+        if self.recipe.optimizer == "asgd":
+            model.average(self.optimizer, self.averaged)
+        self.step += 1
+        return TrainStep(nll, norm, self.training_state(after))
 
     @torch.no_grad()
-    def evaluate_step(
-        self, inputs: Tokens, targets: Tokens, mask: Mask, state: State
-    ) -> EvaluateStep:
-        self.replica.settings.apply()
-        model = self.replica.model.eval()
-        nll, _, state = self.replica.loss(model, inputs, targets, mask, state, 1.0, {})
+    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+        self.apply_settings()
+        nll, _, state = self.model.eval()(*self.on_device(batch), state)
         return EvaluateStep(nll, state)
 
     @torch.no_grad()
     def next_token_log_probabilities(
-        self, inputs: Tokens, state: State
+        self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[npt.NDArray[np.float32], State]:
-        self.replica.settings.apply()
-        model = self.replica.model.eval()
-        log_probabilities, state = model.log_probabilities(self.replica.tensor(inputs), state)
-        return log_probabilities.cpu().numpy(), state
+        self.apply_settings()
+        log_p, state = self.model.eval().log_probabilities(self.integers(inputs), state)
+        return log_p.cpu().numpy(), state
 
-    def snapshot(self, state: State) -> dict[str, npt.NDArray[Any]]:
-        parts = [self.replica.state_arrays(state.local)]
-        if self.followers:
-            parts += self.followers.ask(self.identifier, "send_state", state.handle)
-        saved = {f"parameter.{name}": value for name, value in self.parameters().items()}
-        saved |= {f"optimizer.{name}": value for name, value in self.replica.slots().items()}
-        saved |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return {**saved, "step": np.array(self.step)}
-
-    def restore(self, snapshot: Mapping[str, npt.NDArray[Any]]) -> State:
-        prefix = "parameter."
-        self.step = int(snapshot["step"])
-        self.load_parameters(
-            {n.removeprefix(prefix): v for n, v in snapshot.items() if n.startswith(prefix)}
-        )
-        names = [f"{slot}.{n}" for slot, n in slot_names(self.recipe, self.vocabulary_size)]
-        slots = {name: snapshot[f"optimizer.{name}"] for name in names}
-        self.tell("load_slots", slots)
-        self.replica.load_slots(slots)
-        arrays: list[dict[str, npt.NDArray[Any]]] = [{} for _ in range(self.devices)]
-        for name in state_widths(self.recipe):
-            parts = np.split(snapshot[name], self.devices)
-            for replica, part in zip(arrays, parts, strict=True):
-                replica[name] = part
-        state = self.new_state(self.replica.load_state(arrays[0]))
-        self.tell("load_state", arrays, state.handle)
-        return state
+    # -------------------------------------------------------------------------------------- devices
 
     def synchronize(self) -> None:
-        if self.accelerator == "cuda":
-            for device in range(self.devices):
-                torch.cuda.synchronize(device)
+        for device in range(self.devices if self.on_gpu else 0):
+            torch.cuda.synchronize(device)
 
     def device_names(self) -> list[str]:
-        if self.accelerator == "cuda":
+        if self.on_gpu:
             return [torch.cuda.get_device_name(r) for r in range(self.devices)]
         return [f"cpu:{r}" for r in range(self.devices)]
 
+    @on_every_replica
     def peak_device_memory(self) -> int | None:
-        if self.accelerator == "cpu":
+        if not self.on_gpu:
             return None
-        peaks = [self.replica.peak_memory()]
-        if self.followers:
-            peaks += self.followers.ask(self.identifier, "send_peak_memory")
-        return max(peaks)
+        peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
+        return int((replicas.gathered(peak) if self.devices > 1 else peak).max())
 
     def settings(self) -> dict[str, str]:
-        own = {"implementation": self.recipe.implementation}
-        return own | self.replica.settings.report()
-
-    def close(self) -> None:
-        self.tell("close")
+        if self.on_gpu:
+            products, allocator = "cuBLAS, TF32 off", "PyTorch's for CUDA"
+        else:
+            products = "oneDNN float32" if self.fast_products else "default float32"
+            allocator = "glibc" + (", memory kept between steps" if self.keeps_memory else "")
+        return {
+            "implementation": self.recipe.implementation,
+            "matmul": products,
+            "threads per replica": str(self.threads),
+            "allocator": allocator,
+        }

@@ -1,243 +1,484 @@
-"""The language model: embedding, recurrent layers and head, their dropout and initial draw."""
+"""The language model in TensorFlow as its documentation would have it written.
+
+What it computes is in `Backend`'s docstring. N is the number of tokens, K of mixtures, F of
+features, V of words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ptbench.backends.tensorflow import heads
-from ptbench.backends.tensorflow.devices import RANDOM_GENERATOR
-from ptbench.backends.tensorflow.layers import recurrent_layer
-from ptbench.model.initialization import KERAS_EMBEDDING_SCALE
-from ptbench.model.parameters import GATES, kept_weights, parameter_shapes, state_widths
+from ptbench.model.parameters import state_widths
 from ptbench.model.recipe import Accelerator, Recipe
-from ptbench.training.initialization__LEFT import is_zero_at_first
 
 Tensor = Any  # tf.Tensor
-States = dict[str, Any]  # by name, as `state_widths` has it, each [batch, width]
+Tensors = dict[str, Any]  # by canonical name
+Kept = dict[str, npt.NDArray[np.bool_]]  # of a sparse model's `input` and `recurrent`
 
-# Where a replica's number stands for other dropout: what every replica drops alike.
-WORDS = 2**31 - 1
-WEIGHTS = WORDS - 1  # of the first layer; the next one's is one less
+RANDOM_GENERATOR = "philox"  # named, because the default depends on the kind of device
+
+
+# ----------------------------------------------------------------------------------------- dropout
 
 
 class Dropout:
     """What one replica drops in one training step: a function of (seed, step, replica)."""
 
-    def __init__(self, recipe: Recipe, seed: int, step: Tensor, replica: Tensor) -> None:
-        """Args: step: int64."""
-        self.recipe = recipe
-        self._step = tf.stack([tf.constant(seed, tf.int64), step])
-        self._replica = tf.random.fold_in(self._step, replica, alg=RANDOM_GENERATOR)
-        # every place where units are dropped has a number of its own
-        first = range(recipe.layers + 1)
-        self.places = {f"units.{n}": n for n in first}
-        self.places |= {f"recurrent.{n}": len(first) + n for n in range(recipe.layers)}
-        self.places["latents"] = len(self.places)
+    # Numbers of what all replicas drop alike, where the others have a replica's number.
+    WORDS = 2**31 - 1
+    WEIGHTS = WORDS - 1  # of the first layer; the next one's is one less
 
-    def __call__(self, x: Tensor, rate: float, place: str) -> Tensor:
-        """Args: x: [time, batch, ...]."""
-        locked = self.recipe.dropout_kind == "locked"
-        noise_shape = (1, *x.shape[1:]) if locked else None
-        seed = tf.random.fold_in(self._replica, self.places[place], alg=RANDOM_GENERATOR)
-        return self._drop(x, rate, seed, noise_shape)
-
-    def recurrent(self, batch_size: int, width: int, layer: int) -> Tensor | None:
-        """What multiplies the layer's previous output [batch, width]; None for nothing."""
-        if not self.recipe.recurrent_dropout:
-            return None
-        ones = tf.ones((1, batch_size, width))
-        return self(ones, self.recipe.recurrent_dropout, f"recurrent.{layer}")[0]
-
-    def weights(self, u: Tensor, layer: int) -> Tensor | None:
-        """A layer's recurrent weights, some dropped, the same by every replica.
-
-        None if none are to be dropped.
-        """
-        if not self.recipe.weight_dropout:
-            return None
-        seed = tf.random.fold_in(self._step, WEIGHTS - layer, alg=RANDOM_GENERATOR)
-        return self._drop(u, self.recipe.weight_dropout, seed)
+    def __init__(
+        self, recipe: Recipe, seed: int = 0, step: Tensor | None = None, replica: Any = 0
+    ) -> None:
+        """Args: step: int64; None: nothing is dropped, as in evaluation."""
+        self.recipe, self.trains = recipe, step is not None
+        self.locked = recipe.dropout_kind == "locked"
+        self.seed = tf.stack([tf.constant(seed, tf.int64), step if self.trains else 0])
+        self.replica_seed = folded(self.seed, replica)
 
     def words(self, x: Tensor, inputs: Tensor, vocabulary_size: int) -> Tensor:
-        """Rows [time, batch, embedding] of whole words dropped, the same by every replica."""
-        if not self.recipe.word_dropout:
-            return x
-        seed = tf.random.fold_in(self._step, WORDS, alg=RANDOM_GENERATOR)
-        mask = self._drop(tf.ones((vocabulary_size, 1)), self.recipe.word_dropout, seed)
-        return x * tf.gather(mask, inputs)
+        """Drop all rows [time, batch, embedding] of some words."""
+        ones = tf.ones((vocabulary_size, 1))
+        rows = self._drop(ones, self.recipe.word_dropout, folded(self.seed, self.WORDS))
+        return x if rows is ones else x * tf.gather(rows, inputs)
+
+    def units(self, x: Tensor, place: int) -> Tensor:
+        """Drop units [time, batch, width] of the embedding's output (0) or a layer's (1, ...)."""
+        return self._drop_in_window(x, self.recipe.unit_dropout[place], place)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Drop units of latents [time, batch, mixtures, width]."""
+        return self._drop_in_window(x, self.recipe.latent_dropout, 2 * self.recipe.layers + 1)
+
+    def recurrent(self, batch_size: int, width: int, layer: int) -> Tensor | None:
+        """Return what multiplies a layer's previous output [batch, width]; None for nothing."""
+        ones = tf.ones((batch_size, width))
+        seed = folded(self.replica_seed, self.recipe.layers + 1 + layer)
+        mask = self._drop(ones, self.recipe.recurrent_dropout, seed)
+        return None if mask is ones else mask
+
+    def weights(self, u: Tensor, layer: int) -> Tensor:
+        """Drop some of a layer's recurrent weights."""
+        return self._drop(u, self.recipe.weight_dropout, folded(self.seed, self.WEIGHTS - layer))
+
+    def _drop_in_window(self, x: Tensor, rate: float, place: int) -> Tensor:
+        noise_shape = (1, *x.shape[1:]) if self.locked else None
+        return self._drop(x, rate, folded(self.replica_seed, place), noise_shape)
 
     def _drop(self, x: Tensor, rate: float, seed: Tensor, noise_shape: Any = None) -> Tensor:
-        if not rate:
+        """Return x itself if nothing is to be dropped."""
+        if not self.trains or not rate:
             return x
         return tf.nn.experimental.stateless_dropout(
             x, rate, seed=seed, rng_alg=RANDOM_GENERATOR, noise_shape=noise_shape
         )
 
 
-class Forward(NamedTuple):
-    """What comes of a window."""
+def folded(seed: Tensor, number: Any) -> Tensor:
+    """Return a seed that is a function of another and a number."""
+    return tf.random.fold_in(seed, number, alg=RANDOM_GENERATOR)
 
-    output: heads.Output  # what the head makes probabilities of
-    state: States  # after the last step
-    top: Tensor  # the last layer's output, [time, batch, width]
-    dropped_top: Tensor  # the same after dropout
+
+# -------------------------------------------------------------------------------- recurrent layers
+
+
+class Weights(NamedTuple):
+    """What a layer computes with in one window."""
+
+    input: Tensor  # [inputs, gates x width], or [kept] of the sparse kernel
+    recurrent: Tensor  # [width, gates x width], some of them dropped, or [kept]
+    bias: Tensor  # [gates x width]
+    recurrent_bias: Tensor | None  # [gates x width]
+    mask: Tensor | None  # of the previous output in the recurrent product, [batch, width]
+
+    @property
+    def both_biases(self) -> Tensor:
+        """The biases together, for layers that add them."""
+        return self.bias if self.recurrent_bias is None else self.bias + self.recurrent_bias
+
+
+# Every layer is called with its input [time, batch, inputs], the state it starts from (h, and in an
+# LSTM c, each [batch, width]) and its weights. It returns its output [time, batch, width] and the
+# state after it. `own_variables` are parameters that it holds itself, by the ends of their names.
+
+
+class KerasLayer(tf.Module):
+    """`tf.keras.layers.LSTM`, `GRU` or `SimpleRNN`, which use cuDNN on GPUs."""
+
+    def __init__(self, recipe: Recipe, inputs: int, width: int) -> None:
+        super().__init__()
+        layers = tf.keras.layers
+        settings: dict[str, Any] = {"return_sequences": True, "return_state": True}
+        settings["recurrent_initializer"] = "zeros"  # by default orthogonal, which takes seconds
+        if recipe.rnn == "rnn_relu":
+            settings["activation"] = "relu"
+        kinds = {"lstm": layers.LSTM, "gru": layers.GRU}
+        self.layer = kinds.get(recipe.rnn, layers.SimpleRNN)(width, **settings)
+        self.layer.build((None, None, inputs))
+        cell = self.layer.cell
+        self.own_variables = {"input": cell.kernel.value, "recurrent": cell.recurrent_kernel.value}
+        self.has_two_biases = recipe.rnn == "gru"
+
+    def __call__(self, x: Tensor, state: list[Tensor], w: Weights) -> tuple[Tensor, list[Tensor]]:
+        bias = w.both_biases
+        if self.has_two_biases:
+            zero = tf.zeros_like(w.bias)
+            bias = tf.stack([w.bias, zero if w.recurrent_bias is None else w.recurrent_bias])
+        cell = self.layer.cell
+        weights = [(cell.kernel, w.input), (cell.recurrent_kernel, w.recurrent), (cell.bias, bias)]
+        with tf.keras.StatelessScope(weights):
+            y, *state = self.layer(tf.transpose(x, (1, 0, 2)), initial_state=state)
+        return tf.transpose(y, (1, 0, 2)), state
+
+
+class BlockLayer(tf.Module):
+    """The fused LSTM loop that is behind TensorFlow 1's LSTMBlockFusedCell."""
+
+    own_variables: ClassVar[Tensors] = {}
+
+    def __call__(self, x: Tensor, state: list[Tensor], w: Weights) -> tuple[Tensor, list[Tensor]]:
+        h0, c0 = state
+        no_peephole = tf.zeros(h0.shape[-1])
+        same = {
+            "seq_len_max": tf.constant(x.shape[0], tf.int64),
+            "wci": no_peephole,
+            "wcf": no_peephole,
+            "wco": no_peephole,
+            "use_peephole": False,
+            "h_prev": h0,
+            "cs_prev": c0,
+        }
+
+        @tf.custom_gradient
+        def block(x: Tensor, w: Tensor, b: Tensor) -> Any:
+            # Its gates are in our order; and it adds no forget bias, as BlockLSTM does.
+            r = tf.raw_ops.BlockLSTMV2(x=x, w=w, b=b, cell_clip=0, **same)  # 0: no clipping
+
+            def derivative(d_h: Tensor, d_c: Tensor) -> tuple[Tensor, ...]:
+                # The gradient that TensorFlow 2.21 has registered for BlockLSTMV2 is that of
+                # BlockLSTM, whose gates are in another order.
+                d = tf.raw_ops.BlockLSTMGradV2(
+                    x=x, w=w, b=b, cs_grad=d_c, h_grad=d_h, i=r.i, cs=r.cs, f=r.f, o=r.o, ci=r.ci,
+                    co=r.co, h=r.h, **same,
+                )  # fmt: skip
+                return d.x_grad, d.w_grad, d.b_grad
+
+            return (r.h, r.cs), derivative
+
+        h, c = block(x, tf.concat([w.input, w.recurrent], axis=0), w.both_biases)
+        return h, [h[-1], c[-1]]
+
+
+def lstm_step(z_input: Tensor, z_recurrent: Tensor, state: list[Tensor]) -> list[Tensor]:
+    """Return h and c after one time step, given the two parts of the gates [batch, 4 x width]."""
+    i, f, g, o = tf.split(z_input + z_recurrent, 4, axis=1)
+    c = tf.sigmoid(f) * state[1] + tf.sigmoid(i) * tf.tanh(g)
+    return [tf.sigmoid(o) * tf.tanh(c), c]
+
+
+def gru_step(z_input: Tensor, z_recurrent: Tensor, state: list[Tensor]) -> list[Tensor]:
+    """Return h after one time step; the gates are in Keras' order: update, reset, candidate."""
+    x_z, x_r, x_n = tf.split(z_input, 3, axis=1)
+    u_z, u_r, u_n = tf.split(z_recurrent, 3, axis=1)
+    z = tf.sigmoid(x_z + u_z)
+    n = tf.tanh(x_n + tf.sigmoid(x_r + u_r) * u_n)
+    return [(1 - z) * n + z * state[0]]
+
+
+def tanh_step(z_input: Tensor, z_recurrent: Tensor, _: list[Tensor]) -> list[Tensor]:
+    """Return h of a simple recurrent layer (Elman 1990) after one time step."""
+    return [tf.tanh(z_input + z_recurrent)]
+
+
+def relu_step(z_input: Tensor, z_recurrent: Tensor, _: list[Tensor]) -> list[Tensor]:
+    """Return the same with rectified units."""
+    return [tf.nn.relu(z_input + z_recurrent)]
+
+
+STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": relu_step}
+
+
+class StepwiseLayer(tf.Module):
+    """The equations, time step by time step."""
+
+    own_variables: ClassVar[Tensors] = {}
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.step = STEPS[recipe.rnn]
+
+    def product(self, kind: str, x: Tensor, w: Tensor) -> Tensor:  # noqa: ARG002
+        """Return x [batch, rows] times the `input` or `recurrent` matrix."""
+        return x @ w
+
+    def __call__(self, x: Tensor, state: list[Tensor], w: Weights) -> tuple[Tensor, list[Tensor]]:
+        # Biases by `bias_add`, whose gradient has memory of its own. That of a broadcast `+` is,
+        # with a batch of one, the gates' gradient itself, and AddN then adds the time steps up in
+        # an order that depends on which threads are done with it: two runs differ by rounding.
+        outputs = []
+        for x_t in tf.unstack(x):
+            h = state[0] if w.mask is None else state[0] * w.mask
+            z_input = tf.nn.bias_add(self.product("input", x_t, w.input), w.bias)
+            z_recurrent = self.product("recurrent", h, w.recurrent)
+            if w.recurrent_bias is not None:
+                z_recurrent = tf.nn.bias_add(z_recurrent, w.recurrent_bias)
+            state = self.step(z_input, z_recurrent, state)
+            outputs.append(state[0])
+        return tf.stack(outputs), state
+
+
+class SparseLayer(StepwiseLayer):
+    """The same with matrices of which only the kept weights are stored, row after row."""
+
+    def __init__(self, recipe: Recipe, kept: Kept) -> None:
+        super().__init__(recipe)
+        self.shapes = {kind: mask.shape for kind, mask in kept.items()}
+        self.indices = {kind: tf.constant(np.argwhere(mask)) for kind, mask in kept.items()}
+
+    def product(self, kind: str, x: Tensor, w: Tensor) -> Tensor:
+        matrix = tf.SparseTensor(self.indices[kind], w, self.shapes[kind])
+        product = tf.sparse.sparse_dense_matmul(matrix, x, adjoint_a=True, adjoint_b=True)
+        return tf.transpose(product)
+
+
+Layer = KerasLayer | BlockLayer | StepwiseLayer | Any  # or a tuned one
+
+
+def recurrent_layer(
+    recipe: Recipe,
+    inputs: int,
+    width: int,
+    kept: Kept,
+    accelerator: Accelerator,  # noqa: ARG001 - the tuned one depends on it
+) -> Layer:
+    """Return the layer that the recipe's kernel says.
+
+    Neither Keras' layers nor BlockLSTM can drop previous outputs by a mask that is the same for
+    all gates and time steps, so with `recurrent_dropout` explicit time steps take their place.
+    """
+    if recipe.kernel == "sparse":
+        return SparseLayer(recipe, kept)
+    if recipe.kernel == "stepwise" or recipe.recurrent_dropout:
+        return StepwiseLayer(recipe)
+    return BlockLayer() if recipe.kernel == "block" else KerasLayer(recipe, inputs, width)
+
+
+# -------------------------------------------------------------------------------- head and losses
+
+
+class Head(NamedTuple):
+    """What gives the next words: sum_k prior_k softmax(matrix features_k + bias).
+
+    The plain softmax is a mixture of one, whose prior is certain.
+    """
+
+    features: Tensor  # [N, K, F], behind the projection
+    log_prior: Tensor | None  # [N, K]; None for the plain softmax, where K is 1
+    matrix: Tensor  # [V, F]
+    bias: Tensor | None  # [V]
+    transposed: bool = False  # whether the matrix is [F, V], as Keras' Dense layers have it
+
+    @classmethod
+    def of(cls, v: Tensor, p: Tensors, dropout: Dropout) -> Head:
+        """Args: v: the last layer's output, [time, batch, width]; p: all parameters."""
+        rows, log_prior, mixtures = tf.reshape(v, (-1, v.shape[-1])), None, 1
+        if "prior.weight" in p:
+            log_prior = tf.nn.log_softmax(rows @ p["prior.weight"])
+            mixtures = log_prior.shape[-1]
+            latents = tf.tanh(tf.nn.bias_add(rows @ p["latent.weight"], p["latent.bias"]))
+            latents = dropout.latents(tf.reshape(latents, (*v.shape[:2], mixtures, -1)))
+            rows = tf.reshape(latents, (-1, latents.shape[-1]))
+        if "softmax.projection" in p:
+            rows = rows @ p["softmax.projection"]
+        features = tf.reshape(rows, (-1, mixtures, rows.shape[-1]))
+        matrix = p.get("softmax.weight", p["embedding"])
+        return cls(features, log_prior, matrix, p.get("softmax.bias"))
+
+    @property
+    def rows(self) -> Tensor:
+        """The features [N x K, F], a token's mixtures one after the other."""
+        return tf.reshape(self.features, (-1, self.features.shape[-1]))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Return logits [rows, V] of features [rows, F]."""
+        logits = tf.matmul(rows, self.matrix, transpose_b=not self.transposed)
+        return logits if self.bias is None else tf.nn.bias_add(logits, self.bias)
+
+
+def nll(head: Head, targets: Tensor, weights: Tensor, training: bool) -> Tensor:  # noqa: ARG001
+    """Return negative log-likelihoods times weights, summed [nats].
+
+    Args:
+        targets, weights: [N].
+        training: whether it is to be differentiated.
+    """
+    tokens, mixtures, _ = head.features.shape
+    labels = tf.repeat(targets, mixtures)
+    nll = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, head.logits(head.rows))
+    if head.log_prior is not None:
+        log_joint = head.log_prior - tf.reshape(nll, (tokens, mixtures))
+        nll = -tf.reduce_logsumexp(log_joint, axis=1)
+    return tf.reduce_sum(nll * weights)
+
+
+def log_probabilities(head: Head) -> Tensor:
+    """Return log-probabilities [N, V] of each next word."""
+    tokens, mixtures, _ = head.features.shape
+    log_p = tf.nn.log_softmax(head.logits(head.rows))
+    if head.log_prior is None:
+        return log_p
+    log_p = tf.reshape(log_p, (tokens, mixtures, -1))
+    return tf.reduce_logsumexp(head.log_prior[..., None] + log_p, axis=1)
+
+
+def penalty(recipe: Recipe, top: Tensor, dropped_top: Tensor, mask: Tensor) -> Tensor:
+    """Return both activation regularisations, summed over the real tokens.
+
+    Args:
+        top, dropped_top: the last layer's output before and after dropout, [time, batch, width].
+        mask: [time, batch].
+    """
+
+    def summed(units: Tensor, weights: Tensor) -> Tensor:
+        return tf.reduce_sum(tf.reduce_mean(tf.square(units), axis=-1) * weights)
+
+    size = recipe.activation_regularization * summed(dropped_top, mask)
+    both_real = tf.minimum(mask[1:], mask[:-1])
+    change = summed(top[1:] - top[:-1], both_real)
+    return size + recipe.temporal_activation_regularization * change
+
+
+# ------------------------------------------------------------------------------------------- model
 
 
 class LanguageModel(tf.Module):
-    """The model of `Backend`'s docstring."""
+    """The whole model; its parameters start at zero."""
 
     def __init__(
-        self, recipe: Recipe, vocabulary_size: int, seed: int, accelerator: Accelerator
+        self,
+        recipe: Recipe,
+        shapes: dict[str, tuple[int, ...]],
+        kept: Kept,
+        accelerator: Accelerator,
+        make_layer: Callable[..., Layer] = recurrent_layer,
+        nll: Callable[..., Tensor] = nll,
     ) -> None:
+        """Args: shapes: of the parameters as stored, in canonical order."""
         super().__init__()
-        self.recipe, self.vocabulary_size = recipe, vocabulary_size
-        self.kept = kept_weights(recipe, vocabulary_size, seed)
-        shapes = parameter_shapes(recipe, vocabulary_size)
-        self.layers = []
-        in_layers: dict[str, tf.Variable] = {}
+        self.recipe, self._nll = recipe, nll
+        self.layers: list[Layer] = []
+        own: dict[str, tf.Variable] = {}
+        inputs = recipe.embedding_size
         for index, width in enumerate(recipe.widths):
-            inputs, _ = shapes[f"rnn.{index}.input"]
             prefix = f"rnn.{index}."
-            kept = {n.removeprefix(prefix): k for n, k in self.kept.items() if n.startswith(prefix)}
-            self.layers.append(recurrent_layer(recipe, inputs, width, kept, accelerator))
-            in_layers |= {prefix + k: v for k, v in self.layers[-1].variables_of.items()}
-        # by canonical name, in canonical order; a sparse kernel stores kept weights alone
-        self.parameters: dict[str, tf.Variable] = {
-            name: in_layers[name] if name in in_layers else tf.Variable(tf.zeros(shape), name=name)
+            in_layer = {n.removeprefix(prefix): k for n, k in kept.items() if n.startswith(prefix)}
+            layer = make_layer(recipe, inputs, width, in_layer, accelerator)
+            own |= {prefix + kind: variable for kind, variable in layer.own_variables.items()}
+            self.layers.append(layer)
+            inputs = width
+        self.parameters = {
+            name: own[name] if name in own else tf.Variable(tf.zeros(shape), name=name)
             for name, shape in shapes.items()
         }
-        for index, (name, shape) in enumerate(shapes.items()):
-            drawn = initial_value(recipe, name, shape, seed, index)
-            self.parameters[name].assign(self.stored(name, np.array(drawn)))
-        # what gradients are multiplied by where weights that are left out are stored
-        self.gradient_masks = {
-            name: tf.constant(kept, tf.float32)
-            for name, kept in self.kept.items()
-            if recipe.kernel != "sparse"
-        }
-
-    def stored(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """A parameter, or a slot of it, as its variable has it."""
-        if name not in self.kept:
-            return array.astype(np.float32)
-        if self.recipe.kernel == "sparse":
-            return array[self.kept[name]].astype(np.float32)
-        return (array * self.kept[name]).astype(np.float32)
-
-    def canonical(self, name: str, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The same the other way, a new array."""
-        if name not in self.kept or self.recipe.kernel != "sparse":
-            return array.copy()
-        dense = np.zeros(self.kept[name].shape, np.float32)
-        dense[self.kept[name]] = array
-        return dense
 
     def __call__(
-        self, inputs: Tensor, state: Mapping[str, Tensor], dropout: Dropout | None = None
-    ) -> Forward:
-        """Probabilities and state, with the dropout of a training step or without.
+        self, inputs: Tensor, state: Tensors, dropout: Dropout
+    ) -> tuple[Head, Tensor, Tensor, Tensors]:
+        """Return the head, the last layer's output before and after dropout, and the new state.
 
         Args:
             inputs: [time, batch].
-            dropout: None to drop nothing.
+            state: arrays [batch, width], named as in `state_widths`.
         """
-        recipe = self.recipe
         p = {name: tf.convert_to_tensor(variable) for name, variable in self.parameters.items()}
+        after: Tensors = {}
+        names = list(state_widths(self.recipe))
+        each = len(names) // self.recipe.layers  # h, or h and c
+        x = dropout.words(tf.gather(p["embedding"], inputs), inputs, p["embedding"].shape[0])
+        x = dropout.units(x, 0)
+        for index, (layer, width) in enumerate(zip(self.layers, self.recipe.widths, strict=True)):
+            weights = Weights(
+                p[f"rnn.{index}.input"],
+                dropout.weights(p[f"rnn.{index}.recurrent"], index),
+                p[f"rnn.{index}.bias"],
+                p.get(f"rnn.{index}.recurrent_bias"),
+                dropout.recurrent(inputs.shape[1], width, index),
+            )
+            of_layer = names[index * each : (index + 1) * each]
+            top, last = layer(x, [state[name] for name in of_layer], weights)
+            after |= zip(of_layer, last, strict=True)
+            x = dropout.units(top, index + 1)
+        return Head.of(x, p, dropout), top, x, after
 
-        def drop(x: Tensor, rate: float, place: str) -> Tensor:
-            return x if dropout is None or not rate else dropout(x, rate, place)
+    def objective(
+        self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors, dropout: Dropout
+    ) -> tuple[Tensor, Tensor, Tensors]:
+        """Return what training differentiates, not yet divided; the nll; and the new state."""
+        head, top, dropped_top, state = self(inputs, state, dropout)
+        nll = self._nll(head, tf.reshape(targets, [-1]), tf.reshape(mask, [-1]), training=True)
+        if not self.recipe.penalizes:
+            return nll, nll, state
+        return nll + penalty(self.recipe, top, dropped_top, mask), nll, state
 
-        x = tf.gather(p["embedding"], inputs)
-        if dropout is not None:
-            x = dropout.words(x, inputs, self.vocabulary_size)
-        x = drop(x, recipe.unit_dropout[0], "units.0")
-        states: States = {}
-        for index, layer in enumerate(self.layers):
-            names = [name for name in state_widths(recipe) if name.startswith(f"state.{index}.")]
-            mask = weights = None
-            if dropout is not None:
-                mask = dropout.recurrent(inputs.shape[1], layer.width, index)
-                weights = dropout.weights(p[f"rnn.{index}.recurrent"], index)
-            top, after = layer(x, tuple(state[name] for name in names), mask, weights)
-            states |= zip(names, after, strict=True)
-            x = drop(top, recipe.unit_dropout[index + 1], f"units.{index + 1}")
+    def nll(
+        self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        """Return the summed nll without dropout, and the new state."""
+        head, _, _, state = self(inputs, state, Dropout(self.recipe))
+        nll = self._nll(head, tf.reshape(targets, [-1]), tf.reshape(mask, [-1]), training=False)
+        return nll, state
 
-        width = x.shape[-1]
-        features, log_prior = tf.reshape(x, (-1, 1, width)), None
-        if recipe.mixtures:
-            rows = tf.reshape(x, (-1, width))
-            log_prior = tf.nn.log_softmax(rows @ p["prior.weight"])
-            latents = tf.tanh(tf.nn.bias_add(rows @ p["latent.weight"], p["latent.bias"]))
-            latents = tf.reshape(latents, (*inputs.shape, recipe.mixtures, -1))
-            latents = drop(latents, recipe.latent_dropout, "latents")
-            features = tf.reshape(latents, (-1, *latents.shape[2:]))
-        if "softmax.projection" in p:
-            projected = heads.all_rows(features) @ p["softmax.projection"]
-            features = tf.reshape(projected, (*features.shape[:2], -1))
-        matrix = p["embedding" if recipe.tie_weights else "softmax.weight"]
-        output = heads.Output(features, log_prior, matrix, p.get("softmax.bias"))
-        return Forward(output, states, top, x)
-
-    def loss(self, output: heads.Output, targets: Tensor, weights: Tensor) -> Tensor:
-        """Negative log-likelihoods [nats] times weights, summed, to be differentiated.
-
-        Args:
-            targets, weights: [time, batch].
-        """
-        tuned = self.recipe.implementation == "tuned"
-        function = heads.chunked_nll if tuned else heads.summed_nll
-        return function(output, tf.reshape(targets, [-1]), tf.reshape(weights, [-1]))
-
-    def penalty(self, forward: Forward, weights: Tensor) -> Tensor:
-        """Both activation regularisations of every token times weights [time, batch], summed."""
-
-        def summed(units: Tensor, weights: Tensor) -> Tensor:
-            return tf.reduce_sum(tf.reduce_mean(tf.square(units), axis=-1) * weights)
-
-        change = forward.top[1:] - forward.top[:-1]
-        both_real = tf.minimum(weights[1:], weights[:-1])
-        size = self.recipe.activation_regularization * summed(forward.dropped_top, weights)
-        return size + self.recipe.temporal_activation_regularization * summed(change, both_real)
-
-    def evaluate(self, output: heads.Output, targets: Tensor, weights: Tensor) -> Tensor:
-        """The same not to be differentiated."""
-        tuned = self.recipe.implementation == "tuned"
-        function = heads.chunked_summed_nll if tuned else heads.summed_nll
-        return function(output, tf.reshape(targets, [-1]), tf.reshape(weights, [-1]))
+    def log_probabilities(self, inputs: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
+        """Return log-probabilities [time, batch, V] without dropout, and the new state."""
+        head, _, _, state = self(inputs, state, Dropout(self.recipe))
+        return tf.reshape(log_probabilities(head), (*inputs.shape, -1)), state
 
 
-def initial_value(
-    recipe: Recipe, name: str, shape: tuple[int, ...], seed: int, index: int
-) -> Tensor:
-    """The native draw of the canonical parameter that has that index, by TensorFlow's means.
+# --------------------------------------------------------------------------------------- optimizer
 
-    The framework's defaults are those of the layers in tf.keras: Keras' defaults, with a forget
-    bias of 1.
+
+def clip(recipe: Recipe, g: Tensor, norm: Tensor) -> Tensor:
+    """Return one gradient, clipped by the global norm of all."""
+    if recipe.clip_norm is None:
+        return g
+    return tf.clip_by_global_norm([g], recipe.clip_norm, norm)[0][0]
+
+
+def update(
+    recipe: Recipe, p: tf.Variable, g: Tensor, norm: Tensor, numbers: Tensors, *slots: tf.Variable
+) -> None:
+    """Update one parameter on one device, as `Backend.train_step` says.
+
+    All but SGD by hand, because TensorFlow's own RMSProp adds epsilon under the root.
+
+    Args:
+        g: its gradient.
+        norm: of all gradients.
+        numbers: `rate` and `epsilon` as `rate_and_epsilon` gives them, and asgd's `share`.
+        slots: in the order of `OPTIMIZER_SLOTS`.
     """
-    if is_zero_at_first(recipe, name):
-        forget_bias = recipe.forget_bias
-        if recipe.initialization_scheme == "framework_defaults":
-            forget_bias = 1.0
-        value = np.zeros(shape, np.float32)
-        if recipe.rnn == "lstm" and name.startswith("rnn.") and name.endswith(".bias"):
-            value.reshape(4, -1)[GATES["lstm"].index("forget")] = forget_bias
-        return value
-    # two parameters of one shape must not start alike
-    if recipe.initialization_scheme == "uniform":
-        scale = recipe.initialization_scale
-        return tf.random.stateless_uniform(
-            shape, (seed, index), -scale, scale, alg=RANDOM_GENERATOR
-        )
-    own_seed = int(np.random.default_rng([seed, index]).integers(2**31))
-    initializers = tf.keras.initializers
-    if name == "embedding":
-        scale = KERAS_EMBEDDING_SCALE
-        return initializers.RandomUniform(-scale, scale, seed=own_seed)(shape)
-    if name.endswith(".recurrent"):
-        return initializers.Orthogonal(seed=own_seed)(shape)
-    return initializers.GlorotUniform(seed=own_seed)(shape)
+    rate, epsilon = numbers["rate"], numbers["epsilon"]
+    g = clip(recipe, g, norm)
+    if recipe.weight_decay:
+        g += recipe.weight_decay * p
+    if recipe.optimizer == "adam":
+        m, v = slots
+        new_m = m.assign(recipe.adam_beta1 * m + (1 - recipe.adam_beta1) * g)
+        new_v = v.assign(recipe.adam_beta2 * v + (1 - recipe.adam_beta2) * g**2)
+        p.assign_sub(rate * new_m / (tf.sqrt(new_v) + epsilon))
+    elif recipe.optimizer == "rmsprop":
+        (s,) = slots
+        new_s = s.assign(recipe.rmsprop_decay * s + (1 - recipe.rmsprop_decay) * g**2)
+        p.assign_sub(rate * g / (tf.sqrt(new_s) + epsilon))
+    else:
+        # What tf.compat.v1.train.GradientDescentOptimizer applies: one pass over memory.
+        tf.raw_ops.ResourceApplyGradientDescent(var=p.handle, alpha=rate, delta=g)
+        for a in slots:  # asgd's mean
+            now = tf.convert_to_tensor(p)
+            a.assign(now + (1 - numbers["share"]) * (a - now))  # p exactly, if its share is 1

@@ -1,0 +1,216 @@
+"""METRICS: one row for each metric of a run. Everything that handles metrics reads this table.
+
+Collecting, statistics, tables, CSV files, figures, pages and published numbers go through it. To
+add a metric, measure it in `training/records.py` and add a row here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from ptbench.analysis.statistics import as_sample, t_interval
+from ptbench.model.recipe import Model
+from ptbench.training.records import Epoch, Metrics, Score, perplexity
+
+NOTHING = "\N{EN DASH}"  # stands where there is no number
+
+
+class Result(NamedTuple):
+    """What a finished run left."""
+
+    metrics: Metrics
+    history: tuple[Epoch, ...]
+
+
+class Summary(Model):
+    """What the seeds of one row say about one metric.
+
+    `summarise_perplexity`, `summarise_median` and `summarise_largest` define the numbers.
+    """
+
+    n: int = Field(ge=1, description="Seeds.")
+    value: float = Field(description="The number that stands for all seeds.")
+    std: float | None = Field(None, description="Sample standard deviation of the seeds' numbers.")
+    low: float | None = Field(None, description="Lower end of the interval, or lower quartile.")
+    high: float | None = Field(None, description="Upper end of the interval, or upper quartile.")
+    nll: float | None = Field(None, description="Mean over seeds [nats per token]; perplexities.")
+    nll_std: float | None = Field(None, description="Its sample standard deviation over seeds.")
+
+
+def summarise_perplexity(nlls: Sequence[float]) -> Summary:
+    """Summarise the mean nll of each seed [nats per token] as a perplexity.
+
+    The value is exp of the mean nll, the geometric mean of the seeds' perplexities. `low` and
+    `high` are the exponentiated ends of the 95 % t interval of the mean nll, so the interval holds
+    the value and is not symmetric. `std` is that of the seeds' own perplexities, because other
+    papers print it after ±.
+    """
+    sample = as_sample(nlls)
+    several = len(sample) > 1
+    low, high = t_interval(sample) or (None, None)
+    return Summary(
+        n=len(sample),
+        value=perplexity(float(sample.mean())),
+        std=float(as_sample([perplexity(nll) for nll in nlls]).std(ddof=1)) if several else None,
+        low=None if low is None else perplexity(low),
+        high=None if high is None else perplexity(high),
+        nll=float(sample.mean()),
+        nll_std=float(sample.std(ddof=1)) if several else None,
+    )
+
+
+def summarise_median(values: Sequence[float]) -> Summary:
+    """Summarise times or rates, whose outliers all lie on one side, by median and quartiles.
+
+    Quartiles interpolate linearly: definition 7 of Hyndman and Fan (1996), "Sample quantiles in
+    statistical packages", The American Statistician 50, 361-365.
+    """
+    sample = as_sample(values)
+    low, median, high = (float(q) for q in np.percentile(sample, [25, 50, 75]))
+    return Summary(n=len(sample), value=median, low=low, high=high)
+
+
+def summarise_largest(values: Sequence[float]) -> Summary:
+    """Summarise sizes by the largest, which is what a machine must have room for."""
+    return Summary(n=len(values), value=max(values))
+
+
+def write_perplexity(value: float) -> str:
+    """Write two decimals below 10,000 and none above."""
+    if math.isinf(value):
+        return "∞"
+    return f"{value:,.2f}" if value < 10_000 else f"{value:,.0f}"
+
+
+def write_count(value: float) -> str:
+    """Write a whole number with its thousands separated."""
+    return f"{value:,.0f}"
+
+
+def write_millions(value: float) -> str:
+    """Write millions with three decimals, as the literature does; whole below a million."""
+    return f"{value / 1e6:.3f} M" if value >= 1_000_000 else f"{value:,.0f}"
+
+
+def write_bytes(value: float) -> str:
+    """Write MB or GB (powers of ten)."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def write_seconds(value: float) -> str:
+    """Write seconds up to two minutes, then minutes, then hours and minutes."""
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Kind(NamedTuple):
+    """How the seeds of a row become one number."""
+
+    summarise: Callable[[Sequence[float]], Summary]
+    value: str  # what the number is, in words
+    spread: str  # what `low` and `high` are, in words
+    column: str  # ending of the number's column in a CSV file
+
+
+PERPLEXITY = Kind(summarise_perplexity, "mean", "95 % t interval", "")
+MEDIAN = Kind(summarise_median, "median", "quartiles", "_median")
+LARGEST = Kind(summarise_largest, "largest", "", "")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of METRICS."""
+
+    name: str  # in files
+    title: str  # in headings and figures
+    header: str | None  # of its column in printed tables; None: it is in the CSV files alone
+    unit: str  # of the stored number; empty where it has none
+    better: Literal["lower", "higher", "neither"]
+    kind: Kind
+    write: Callable[[float], str]  # for people
+    read: Callable[[Result], float | None]  # from a run; of a perplexity, the mean nll [nats]
+
+    def shown(self, value: float) -> float:
+        """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
+        return perplexity(value) if self.kind is PERPLEXITY else value
+
+    def text(self, value: float | None) -> str:
+        """Write a number for people; a dash where there is none."""
+        return NOTHING if value is None else self.write(value)
+
+    @property
+    def label(self) -> str:
+        """Return the title with its unit, for an axis."""
+        return f"{self.title} [{self.unit}]" if self.unit else self.title
+
+    def spread_text(self, summary: Summary | None) -> str:
+        """Write a summary's interval or quartiles; say why a perplexity has no interval.
+
+        Quartiles that read the same say nothing and are left out.
+        """
+        if summary is None or not self.kind.spread:
+            return ""
+        if summary.n == 1:
+            return "n = 1" if self.kind is PERPLEXITY else ""
+        if summary.low is None or summary.high is None:
+            return "no spread"
+        low, high = self.write(summary.low), self.write(summary.high)
+        return "" if low == high and self.kind is MEDIAN else f"{low} to {high}"
+
+
+def nll_of(score: Score | None) -> float | None:
+    """Return a score's mean negative log-likelihood [nats per token], if there is a score."""
+    return score.nll if score else None
+
+
+# fmt: off
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (
+    Metric("test_perplexity", "Test perplexity", "Test perplexity", "", "lower", PERPLEXITY,
+           write_perplexity, lambda run: nll_of(run.metrics.test)),
+    Metric("valid_perplexity", "Validation perplexity", "Valid perplexity", "", "lower", PERPLEXITY,
+           write_perplexity, lambda run: nll_of(run.metrics.valid)),
+    Metric("train_perplexity", "Training perplexity", "Train perplexity", "", "lower", PERPLEXITY,
+           write_perplexity, lambda run: nll_of(run.metrics.train)),
+    Metric("tokens_per_second", "Training speed", "Tokens/s", "tokens/s", "higher", MEDIAN,
+           write_count, lambda run: run.metrics.tokens_per_second),
+    Metric("seconds_per_epoch", "Time per epoch", "Time per epoch", "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds_per_epoch),
+    Metric("epochs", "Epochs", "Epochs", "", "neither", MEDIAN,
+           "{:g}".format, lambda run: run.metrics.epochs),
+    Metric("best_epoch", "Best epoch", "Best epoch", "", "neither", MEDIAN,
+           "{:g}".format, lambda run: run.metrics.best_epoch),
+    Metric("total_seconds", "Total time", "Total time", "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.total),
+    Metric("load_seconds", "Time to load the corpus", "Load time", "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.load),
+    Metric("start_up_seconds", "Start-up time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.start_up),
+    Metric("compile_seconds", "Compilation time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.compile),
+    Metric("training_seconds", "Training time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.training),
+    Metric("evaluation_seconds", "Evaluation time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.evaluation),
+    Metric("checkpointing_seconds", "Checkpointing time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.checkpointing),
+    Metric("parameters", "Parameters", "Parameters", "", "neither", LARGEST,
+           write_millions, lambda run: run.metrics.parameters),
+    Metric("peak_memory_bytes", "Peak memory", "Peak memory", "bytes", "lower", LARGEST,
+           write_bytes, lambda run: run.metrics.peak_memory_bytes),
+    Metric("peak_device_memory_bytes", "Peak GPU memory", "GPU memory", "bytes", "lower", LARGEST,
+           write_bytes, lambda run: run.metrics.peak_device_memory_bytes),
+)}
+# fmt: on
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(METRICS)]

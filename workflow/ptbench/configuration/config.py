@@ -1,0 +1,154 @@
+"""The configuration: its model, and reading it from files and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from ptbench.backends import FRAMEWORKS, Framework
+from ptbench.configuration.errors import known, parse, shown
+from ptbench.configuration.experiments import WORKFLOW, Devices, Seed, Several, T
+from ptbench.corpus.definitions import (
+    CorpusDefinition,
+    DownloadedCorpus,
+    FolderCorpus,
+    MirrorAddress,
+)
+from ptbench.errors import ConfigurationError
+from ptbench.model.recipe import Accelerator, Model, Name
+from ptbench.yaml import Located, merged, parse_yaml, read_mapping, shown_path
+
+ALTERNATIVES = [
+    ("experiments", "papers"), ("papers", "experiments"), ("seeds", "repeats"), ("repeats", "seeds")
+]  # fmt: skip
+Place = Callable[[str], str]  # where a key of the configuration was written, and the key
+
+
+def as_list(value: Any, info: ValidationInfo) -> Any:
+    """Return a list of a lone word or number, so that `--config experiments=demo` is enough.
+
+    Other values are returned as they are, for pydantic to judge.
+
+    Raises:
+        ValueError: for several without brackets.
+    """
+    if isinstance(value, str) and "," in value:
+        raise ValueError(
+            f"{shown(value)} is not a list; write [{value}], on the command line "
+            f"'{info.field_name}=[{value}]'"
+        )
+    return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+OneOrSeveral = Annotated[Several[T], BeforeValidator(as_list)]
+
+
+class Config(Model):
+    """config.yaml, with what `--configfile` and `--config` change in it."""
+
+    experiments: OneOrSeveral[Name] | None = Field(
+        None,
+        description="Experiments to run; all: every one there is; null: those of `papers`, or demo "
+        "if that is null too.",
+    )
+    papers: OneOrSeveral[Name] | None = Field(
+        None, description="Documents, folders of workflow/papers, whose experiments to run."
+    )
+    corpus: Name | None = Field(
+        None, description="Train every recipe on this corpus; null: on the recipe's own."
+    )
+    subset: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="First lines of every split to use [lines]; null: the recipe's own."
+    )
+    frameworks: OneOrSeveral[Framework] = Field(
+        list(FRAMEWORKS), description="Frameworks to run, of those each experiment names."
+    )
+    seeds: OneOrSeveral[Seed] | None = Field(
+        None, description="Seeds to run; null: each experiment's own, or those of `repeats`."
+    )
+    repeats: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="How often to run everything: 10 means the seeds 1 to 10."
+    )
+    devices: OneOrSeveral[Devices] | None = Field(
+        None, description="Device counts to run; null: each experiment's own."
+    )
+    accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
+    threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
+    )
+    checkpoint_minutes: float = Field(
+        10, gt=0, description="Time between checkpoints within an epoch [minutes]."
+    )
+    equivalence_margin: float = Field(
+        0.02, gt=0, lt=1, description="Largest difference of mean nll that does not matter [nats]."
+    )
+    corpora: dict[Name, CorpusDefinition] = Field(
+        {}, description="Corpora of your own by name, or other definitions of the built-in ones."
+    )
+    mirrors: dict[Name, MirrorAddress] = Field(
+        {},
+        description="Where else to look first for a downloaded corpus, by name: an http:, https: "
+        "or file: address of a folder that holds its three files. They are verified all the same.",
+    )
+
+    @model_validator(mode="after")
+    def _seeds_once(self) -> Self:
+        if self.seeds is not None and self.repeats is not None:
+            raise ValueError("seeds and repeats exclude each other; set one of them to null")
+        return self
+
+
+class CorpusFile(Model):
+    """workflow/corpora.yaml."""
+
+    corpora: dict[Name, CorpusDefinition] = Field(description="Corpora by name.")
+
+
+def read_configuration(files: Iterable[Path], values: Sequence[str] = ()) -> Located:
+    """Return the configuration that several files and the command line make together.
+
+    Later sources win over earlier ones, key by key. One that sets a key of `ALTERNATIVES` takes
+    back the other: `--config experiments=demo` runs the demo instead of a file's `papers`.
+
+    Args:
+        files: in their order.
+        values: of `--config`, as `key=value`; they come last.
+
+    Raises:
+        ConfigurationError: with file and line, if one cannot be read.
+    """
+    sources = [read_mapping(file) for file in files]
+    entries = [entry.partition("=") for entry in values]
+    given = {key: parse_yaml(text, f"--config {key}") for key, _, text in entries}
+    sources.append(Located(given, dict.fromkeys(given, "--config")))
+    result = Located()
+    for source in sources:
+        result = merged(result, source)
+        for one, other in ALTERNATIVES:
+            if source.get(one) is not None and source.get(other) is None:
+                result.pop(other, None)
+    return result
+
+
+def load_corpora(settings: Config, place: Place) -> dict[str, CorpusDefinition]:
+    """Return all corpora by name, with the configuration's definitions and mirrors.
+
+    Raises:
+        ConfigurationError: if a mirror is of no corpus that is downloaded.
+    """
+    file = WORKFLOW / "corpora.yaml"
+    corpora = {
+        **parse(CorpusFile, read_mapping(file), shown_path(file)).corpora, **settings.corpora
+    }  # fmt: skip
+    for name, address in settings.mirrors.items():
+        definition = corpora[known(name, corpora, place("mirrors"), "corpus")]
+        if not isinstance(definition, DownloadedCorpus):
+            kind = "a folder" if isinstance(definition, FolderCorpus) else "generated"
+            raise ConfigurationError(
+                f"{place('mirrors')}.{name}: {name} is {kind}, so it has no mirrors"
+            )
+        corpora[name] = definition.with_first(address)
+    return corpora

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from tests.faults.harness import RECIPE, Trainer, make_corpus
 
+from ptbench.backends import ORACLE
+
 # Every library's own rules, and settings that all frameworks could read.
 EVERYWHERE = {
     "PYTHONWARNINGS": "error",
@@ -36,7 +38,7 @@ TENSORFLOW = {
     "KERAS_MAX_EPOCHS": "1",
 }
 SETTINGS: dict[str, dict[str, str]] = {
-    "numpy": {},
+    "oracle": {},
     "pytorch": {
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
         "TORCH_LINEAR_FLATTEN_3D": "1",
@@ -86,7 +88,7 @@ def test_the_users_shell_and_dot_files_change_nothing(
     recipe = RECIPE.model_copy(update={"epochs": 2})
 
     def trainer(name: str) -> Trainer:
-        if framework == "numpy":
+        if framework == ORACLE:
             return Oracle("jax", 1, corpus, tmp_path / name, recipe)
         return Trainer(framework, 1, corpus, tmp_path / name, recipe)
 
@@ -97,7 +99,7 @@ def test_the_users_shell_and_dot_files_change_nothing(
     (home / ".keras").mkdir(parents=True)
     (home / ".keras" / "keras.json").write_text('{"floatx": "float16", "epsilon": 0.1}')
     settings = EVERYWHERE | SETTINGS[framework]
-    if framework == "numpy":  # its process imports NumPy first, which would end with a warning
+    if framework == ORACLE:  # its process imports NumPy first, which would end with a warning
         del settings["PYTHONWARNINGS"], settings["NPY_PROMOTION_STATE"]
     process = hostile.start(HOME=str(home), **settings)
     said, _ = process.communicate(timeout=600)

@@ -229,7 +229,7 @@ def case_of(levels: Mapping[str, str]) -> Case:
     if clipped:
         changes["clip_norm"] = 0.2 if summed else 0.1
     if levels["optimizer"] in ("adam", "rmsprop"):
-        rate = 0.2
+        rate = 0.05
     elif clipped:
         rate = 1 / changes["clip_norm"]
     else:

@@ -21,6 +21,7 @@ from tests.support.problems import VOCABULARY, new_oracle
 
 from ptbench import environments
 from ptbench import errors as ptbench_errors
+from ptbench.backends import ORACLE
 from ptbench.backends.base import Backend, EvaluateStep, State, TrainStep
 from ptbench.backends.oracle import Masks
 from ptbench.corpus.batching import Batch
@@ -193,7 +194,7 @@ class Backends:
     def start(self, framework: str, accelerator: Accelerator = "cpu") -> Worker:
         """Start a worker in the framework's environment, which is built where there is none."""
         log = self.logs / f"{framework}-{next(self.number)}.log"
-        if framework == "numpy":
+        if framework == "oracle":
             return Worker(sys.executable, log)
         folder = ROOT / "results" / "environments" / f"{framework}-{accelerator}"  # as in runs
         environments.build(framework, accelerator, folder)
@@ -201,7 +202,7 @@ class Backends:
 
     def new(self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0) -> Backend:
         """Return a new backend."""
-        if framework == "numpy":
+        if framework == ORACLE:
             return new_oracle(recipe, devices, seed)
         if (framework, devices) not in self.workers:
             self.workers[framework, devices] = self.start(framework)

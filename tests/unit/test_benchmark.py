@@ -92,7 +92,7 @@ def test_keras_own_fit_is_left_out_where_keras_has_no_layer() -> None:
 
 def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_path: Path) -> None:
     task = {
-        "class": BACKEND, "framework": "numpy", "accelerator": "cpu", "threads": 1,
+        "class": BACKEND, "framework": "oracle", "accelerator": "cpu", "threads": 1,
         "vocabulary_size": 7, "recipe": TINY.model_dump(mode="json"),
     }  # fmt: skip
     with Worker(Path(sys.executable), task, tmp_path / "log") as worker:

@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 from ptbench import environments
+from ptbench.backends import FRAMEWORKS
 from ptbench.environments import BuildError, build
 
 ROOT = Path(__file__).parents[2]
 ENVS = ROOT / "envs"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FRAMEWORKS = ["jax", "keras", "mxnet", "pytorch", "tensorflow"]
 LOCKS = [f"{framework}.{kind}" for framework in FRAMEWORKS for kind in ("cpu", "cuda")]
 REQUIREMENT = re.compile(r"^([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==([^\s\\;]+)", re.MULTILINE)
 

@@ -84,7 +84,7 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
     assert checkpoint.recipe == trained
     assert checkpoint.cell == cell
     found = inference.open_corpus_of(checkpoint)
-    backend = inference.build(checkpoint, "numpy")
+    backend = inference.build(checkpoint, "oracle")
     assert inference.evaluate_split(backend, found, "test") == metrics.test
     assert metrics.valid is not None  # scored in training with the oracle's float64 parameters
     valid = inference.evaluate_split(backend, found, "valid")
@@ -258,10 +258,10 @@ def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_evaluate_prints_the_score(path: Path, corpus: Corpus) -> None:
     expected = inference.evaluate_split(model({}), corpus, "valid")
-    arguments = ["--framework", "numpy", "--checkpoint", path, "--split", "valid"]
+    arguments = ["--framework", "oracle", "--checkpoint", path, "--split", "valid"]
     answer = ptbench("evaluate", *arguments, "--json")
     assert answer.returncode == 0, answer.stderr
-    said = {"framework": "numpy", "split": "valid"} | expected.model_dump()
+    said = {"framework": "oracle", "split": "valid"} | expected.model_dump()
     assert json.loads(answer.stdout) == said
     text = ptbench("evaluate", *arguments).stdout
     assert text.startswith(f"valid perplexity {expected.perplexity:.4f}, {expected.nll:.6f} nats")
@@ -271,7 +271,7 @@ def test_predict_prints_words_and_a_sample(path: Path, corpus: Corpus) -> None:
     words = inference.predict_next_words(model({}), corpus, "test", 5, 7)
     drawn = inference.sample(model({}), corpus, 9, temperature=0.5, seed=2)
     options = ["--start", "5", "--words", "7", "--sample", "9", "--temperature", "0.5"]
-    arguments = ["--framework", "numpy", "--checkpoint", path, *options, "--seed", "2"]
+    arguments = ["--framework", "oracle", "--checkpoint", path, *options, "--seed", "2"]
     answer = ptbench("predict", *arguments, "--json")
     assert answer.returncode == 0, answer.stderr
     said = json.loads(answer.stdout)
@@ -301,7 +301,7 @@ def test_predict_prints_words_and_a_sample(path: Path, corpus: Corpus) -> None:
 def test_what_cannot_be_done_is_a_sentence(
     path: Path, command: str, arguments: list[str], sentence: str
 ) -> None:
-    answer = ptbench(command, "--framework", "numpy", "--checkpoint", path, *arguments)
+    answer = ptbench(command, "--framework", "oracle", "--checkpoint", path, *arguments)
     assert answer.returncode == 2
     assert sentence in answer.stderr
     assert_no_frames(answer.stderr)
@@ -320,7 +320,7 @@ def test_what_cannot_be_done_is_a_sentence(
 def test_a_prediction_that_cannot_be_made_is_a_sentence(
     path: Path, arguments: list[str], sentence: str
 ) -> None:
-    answer = ptbench("predict", "--framework", "numpy", "--checkpoint", path, *arguments)
+    answer = ptbench("predict", "--framework", "oracle", "--checkpoint", path, *arguments)
     assert answer.returncode == 2
     assert sentence in answer.stderr
     assert_no_frames(answer.stderr)

@@ -58,8 +58,8 @@ def isolated(
         ("mxnet", "MXNET_SAFE_ACCUMULATION", None),
         ("mxnet", "DMLC_ROLE", None),
         ("pytorch", "NVIDIA_TF32_OVERRIDE", "0"),
-        ("numpy", "MKL_CBWR", None),
-        ("numpy", "OMP_DYNAMIC", None),
+        ("oracle", "MKL_CBWR", None),
+        ("oracle", "OMP_DYNAMIC", None),
         ("figures", "MATPLOTLIBRC", os.devnull),
     ],
 )
@@ -75,7 +75,7 @@ def test_what_changes_results_is_overridden_and_remembered(
 @pytest.mark.parametrize(
     ("framework", "name"),
     [
-        ("numpy", "OPENBLAS_CORETYPE"),
+        ("oracle", "OPENBLAS_CORETYPE"),
         ("pytorch", "CUDA_VISIBLE_DEVICES"),
         ("pytorch", "PYTORCH_CUDA_ALLOC_CONF"),
         ("tensorflow", "TF_FORCE_GPU_ALLOW_GROWTH"),

@@ -29,7 +29,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.fixture
 def remote(worker: Worker) -> RemoteBackend:
-    return RemoteBackend(worker, "numpy", DROPOUT, seed=3)
+    return RemoteBackend(worker, "oracle", DROPOUT, seed=3)
 
 
 def test_a_batch_arrives_as_a_batch() -> None:
@@ -161,6 +161,6 @@ def test_what_a_framework_prints_does_not_get_between_the_messages(tmp_path: Pat
     )
     noisy.chmod(0o755)
     worker = Worker(noisy, tmp_path / "log")
-    assert RemoteBackend(worker, "numpy", DROPOUT).step == 0
+    assert RemoteBackend(worker, "oracle", DROPOUT).step == 0
     worker.close()
     assert worker.log.read_text().count("noise") == 4

@@ -214,7 +214,9 @@ def cells_done(cell_folder: Path) -> str:
 
 
 MODEL_ARGUMENTS = (
-    argument("--framework", required=True, choices=(*FRAMEWORKS, ORACLE), help="numpy: in float64"),
+    argument(
+        "--framework", required=True, choices=(*FRAMEWORKS, ORACLE), help="oracle: in float64"
+    ),
     argument("--checkpoint", type=Path, required=True, help="a best.safetensors"),
     argument("--corpus", type=Path, help="folder of a prepared corpus; default: its own"),
     argument("--split", choices=("train", "valid", "test"), default="test"),

@@ -45,7 +45,7 @@ FRAMEWORKS: dict[str, Row] = {
     "mxnet": _row("MXNet", "#2a5fbf", "#5b8ff9", "^", memory=900),
     "jax": _row("JAX", "#10967c", "#2f8f5b", "v", memory=1500),
 }
-ORACLE = "numpy"  # the name under which the tests and `ptbench evaluate` reach the float64 oracle
+ORACLE = "oracle"  # the name under which the tests and `ptbench evaluate` reach the float64 oracle
 
 if TYPE_CHECKING:
     Framework = str

@@ -251,7 +251,7 @@ class Forward:
 class Oracle(Backend):
     """The contract in float64, for tests."""
 
-    name = "numpy"
+    name = "oracle"
     package = "numpy"
     dtype = np.float64
 

@@ -58,8 +58,9 @@ def claim_devices(setup: Setup) -> list[Any]:
     os.environ["NPROC"] = str(setup.threads)  # size of XLA's pool of threads
     for name, value in CONFIGURATION.items():
         jax.config.update(name, value)
-    jax.config.update("jax_platforms", "cpu" if setup.accelerator == "cpu" else "cuda,cpu")
-    if jax.config.jax_num_cpu_devices < setup.devices:
+    on_cpu = setup.accelerator == "cpu"
+    jax.config.update("jax_platforms", "cpu" if on_cpu else "cuda,cpu")
+    if on_cpu and jax.config.jax_num_cpu_devices < setup.devices:
         clear_backends()  # JAX may be in use already, with fewer devices
         jax.config.update("jax_num_cpu_devices", setup.devices)
     try:

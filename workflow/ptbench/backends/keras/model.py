@@ -118,7 +118,6 @@ def sparse_product(x: Tensor, values: Tensor, places: Places, width: int) -> Ten
     The work is that of the values alone, forwards and backwards, and nothing but x is kept for the
     way back.
     """
-
     rows, columns = places
 
     @ops.custom_gradient

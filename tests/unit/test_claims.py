@@ -1,0 +1,173 @@
+"""Findings are read from the papers' folders, and judged as their tests say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ptbench.analysis.claims import Claim, ClaimRow, Result, judge_claims, parse_row
+
+PAPERS = Path(__file__).parents[2] / "workflow" / "papers"
+FILES = sorted(PAPERS.glob("*/claims.yaml"))
+MARGIN = 0.02
+
+
+def claim(**test: Any) -> Claim:
+    return Claim.model_validate(
+        {"id": "c", "locator": "Table 1", "claim": "A is better.", "tests": [test]}
+    )
+
+
+def judged(given: Claim, perplexities: dict[str, Sequence[float]]) -> Result:
+    def values(row: ClaimRow, metric: str) -> Sequence[float] | None:
+        assert metric == given.tests[0].metric
+        return perplexities.get(str(row))
+
+    return judge_claims([given], values, MARGIN)[0]
+
+
+def seeds(mean: float, spread: float = 0.004) -> list[float]:
+    """Five perplexities whose logarithms have this mean and deviation."""
+    deviations = spread * np.array([-1.2, -0.6, 0.0, 0.6, 1.2])
+    return [math.exp(mean + each) for each in deviations]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_every_finding_of_a_paper_has_tests_or_says_why_not(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
+    claims = [Claim.model_validate(each) for each in content]
+    assert len({each.id for each in claims}) == len(claims)
+
+
+def test_there_are_201_findings() -> None:
+    total = 0
+    for path in FILES:
+        total += len(yaml.safe_load(path.read_text(encoding="utf-8"))["claims"])
+    assert total == 201
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("zaremba-small", ClaimRow("zaremba-small", None, 1)),
+        ("zaremba-small+dropout=0.5 [jax]", ClaimRow("zaremba-small+dropout=0.5", "jax", 1)),
+        ("zhang-bm [tensorflow] [8]", ClaimRow("zhang-bm", "tensorflow", 8)),
+    ],
+)
+def test_a_row_is_a_variant_with_or_without_framework_and_devices(text: str, row: ClaimRow) -> None:
+    assert parse_row(text) == row
+
+
+@pytest.mark.parametrize("text", ["a b", "a [cntk]", "a [jax] [two]", ""])
+def test_any_other_row_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"form|no framework"):
+        parse_row(text)
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ({"test": "lower", "left": ["a", "b"], "right": ["c", "d", "e"]}, "cannot be paired"),
+        ({"test": "rises", "left": ["a"]}, "several rows"),
+        ({"test": "saturates", "left": ["a", "b"], "at": 1}, "before the last"),
+        ({"test": "interaction", "left": ["a"], "right": ["b"]}, "two rows"),
+        ({"test": "value", "left": ["a"]}, "need a number"),
+        ({"test": "value", "left": ["a", "b"], "number": [1.0]}, "1 numbers for 2 rows"),
+        ({"test": "slope", "left": ["a", "b"], "number": 1.0}, "position"),
+    ],
+)
+def test_a_test_that_cannot_be_made_is_refused(test: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        claim(**test)
+
+
+@pytest.mark.parametrize(
+    ("test", "means", "verdict"),
+    [
+        ({"test": "lower", "left": ["a"], "right": ["b"]}, (4.4, 4.5), "upheld"),
+        ({"test": "lower", "left": ["a"], "right": ["b"]}, (4.5, 4.4), "contradicted"),
+        ({"test": "lower", "left": ["a"], "right": ["b"]}, (4.5, 4.5), "contradicted"),
+        ({"test": "higher", "left": ["a"], "right": ["b"]}, (4.5, 4.4), "upheld"),
+        ({"test": "equal", "left": ["a"], "right": ["b"]}, (4.5, 4.501), "upheld"),
+        ({"test": "equal", "left": ["a"], "right": ["b"]}, (4.5, 4.6), "contradicted"),
+        ({"test": "ordering", "left": ["a", "b", "c"]}, (4.3, 4.4, 4.5), "upheld"),
+        ({"test": "ordering", "left": ["a", "b", "c"]}, (4.3, 4.5, 4.4), "contradicted"),
+        ({"test": "rises", "left": ["a", "b", "c"]}, (4.3, 4.4, 4.5), "upheld"),
+        ({"test": "falls", "left": ["a", "b", "c"]}, (4.3, 4.4, 4.5), "contradicted"),
+        ({"test": "saturates", "left": ["a", "b", "c"], "at": 1}, (4.6, 4.5, 4.499), "upheld"),
+        ({"test": "saturates", "left": ["a", "b", "c"], "at": 1}, (4.6, 4.5, 4.4), "contradicted"),
+        ({"test": "optimum", "left": ["a"], "right": ["b", "c"]}, (4.3, 4.4, 4.5), "upheld"),
+        ({"test": "optimum", "left": ["a"], "right": ["b", "c"]}, (4.5, 4.4, 4.6), "contradicted"),
+        ({"test": "interaction", "left": ["a", "b"], "right": ["c", "d"]},
+         (4.3, 4.5, 4.5, 4.5), "upheld"),
+        ({"test": "value", "left": ["a"], "number": math.exp(4.5)}, (4.5,), "upheld"),
+        ({"test": "value", "left": ["a"], "number": 100.0}, (4.5,), "contradicted"),
+        ({"test": "value", "left": ["a"], "number": 90.0, "tolerance": 0.01}, (4.5,), "upheld"),
+        ({"test": "slope", "left": ["a", "b", "c"], "number": -1.0, "positions": [1, 2, 4]},
+         (4.5, 4.5 - math.log(2), 4.5 - math.log(4)), "upheld"),
+        ({"test": "above", "left": ["a"], "number": 50.0}, (4.5,), "upheld"),
+    ],
+)  # fmt: skip
+def test_verdicts(test: dict[str, Any], means: tuple[float, ...], verdict: str) -> None:
+    values = {name: seeds(mean) for name, mean in zip("abcd", means, strict=False)}
+    given = {f"{name} [jax]": each for name, each in values.items()}
+    named = {
+        key: [f"{row} [jax]" for row in rows] if key in ("left", "right") else rows
+        for key, rows in test.items()
+    }
+    assert judged(claim(**named), given).verdict == verdict
+
+
+def test_seeds_that_scatter_more_than_the_effect_cannot_tell() -> None:
+    given = claim(test="lower", left=["a [jax]"], right=["b [jax]"])
+    result = judged(given, {"a [jax]": seeds(4.47, 0.05), "b [jax]": seeds(4.5, 0.05)})
+    assert result.verdict == "cannot tell"
+    assert result.seeds is not None
+    assert result.seeds > 5
+
+
+@pytest.mark.parametrize(("number", "verdict"), [(2.0, "upheld"), (3.0, "contradicted")])
+def test_a_ratio_is_that_of_the_seeds_in_pairs(number: float, verdict: str) -> None:
+    given = claim(test="ratio", left=["a [jax]"], right=["b [jax]"], number=number)
+    values = {"a [jax]": seeds(4.5 + math.log(2), 0.02), "b [jax]": seeds(4.5, 0.01)}
+    assert judged(given, values).verdict == verdict
+
+
+def test_a_row_that_was_not_run_leaves_the_finding_not_run() -> None:
+    given = claim(test="lower", left=["a [jax]"], right=["b [jax]"])
+    assert judged(given, {"a [jax]": seeds(4.5)}).verdict == "not run"
+
+
+def test_a_row_without_a_framework_must_hold_in_each_that_ran_it() -> None:
+    given = claim(test="lower", left=["a"], right=["b"])
+    fine = {f"{n} [{f}]": seeds(m) for f in ("jax", "mxnet") for n, m in (("a", 4.4), ("b", 4.5))}
+    assert judged(given, fine).verdict == "upheld"
+    assert judged(given, fine | {"a [mxnet]": seeds(4.6)}).verdict == "contradicted"
+
+
+def test_a_diverged_row_is_worse_than_any_other() -> None:
+    given = claim(test="lower", left=["a [jax]"], right=["b [jax]"])
+    diverged = {"a [jax]": seeds(4.5), "b [jax]": [math.inf] * 5}
+    assert judged(given, diverged).verdict == "upheld"
+
+
+def test_p_values_of_a_document_are_one_family() -> None:
+    """The same evidence counts for less beside nineteen other findings (Holm)."""
+    test = {"test": "lower", "left": ["a [jax]"], "right": ["b [jax]"]}
+    weak = {"a [jax]": seeds(4.455, 0.02), "b [jax]": seeds(4.5, 0.02)}
+
+    def values(row: ClaimRow, metric: str) -> Sequence[float] | None:
+        assert metric == "valid_perplexity"
+        return weak[str(row)]
+
+    alone = judge_claims([claim(**test)], values, MARGIN)
+    many = judge_claims([claim(**test)] * 20, values, MARGIN)
+    assert alone[0].verdict == "upheld"
+    assert {each.verdict for each in many} == {"cannot tell"}

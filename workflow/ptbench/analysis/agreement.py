@@ -1,0 +1,158 @@
+"""Whether a published number and ours agree: would one more run have given the number?
+
+The 95 % confidence interval of our mean is the wrong question: it shrinks to nothing as seeds are
+added, and then rejects every number. The question is whether the published value, the mean of a few
+runs, could be another draw from what our seeds are drawn from: a prediction interval (Spence and
+Stanley 2016, PLOS ONE 11(9), e0162874; Patil, Peng and Leek 2016, Perspectives on Psychological
+Science 11(4), 539-544).
+
+Perplexities are compared as their logarithms [nats], times and rates as logarithms too. A number
+that the data cannot give is None, never nan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ptbench.analysis.statistics import CONFIDENCE, Sample, as_sample, has_spread
+
+TOLERANCE = 0.05  # nats: an interval wider than ± this can hold a number and prove nothing
+MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
+
+Agreement = Literal["reproduced", "close", "not reproduced", "cannot tell"]
+
+
+class Published(NamedTuple):
+    """A published number on the scale on which ours is judged."""
+
+    value: float  # log of the perplexity, time or rate
+    std: float | None = None  # of the runs it is the mean of, on the same scale
+    runs: int = 1  # how many runs it is the mean of
+
+
+class Judgement(NamedTuple):
+    """What came of comparing a published number with ours."""
+
+    verdict: Agreement
+    low: float | None  # ends of the interval in which the number was to be expected
+    high: float | None
+    seeds: int | None  # that would settle it, if it could not be told
+    cv: float | None  # CV* of {published, ours} [%]
+
+
+def judge(ours: Sequence[float], published: Published, margin: float) -> Judgement:
+    """Judge whether a published number is reproduced.
+
+    - `reproduced`: inside the prediction interval, which is narrower than ± `TOLERANCE`.
+    - `close`: outside it, or inside a wide one, but no further from our mean than `margin`.
+    - `not reproduced`: outside, and further than `margin`.
+    - `cannot tell`: inside, but only because the interval is wide; or there is no interval.
+
+    Args:
+        ours: one value for each seed, on the scale of `published`.
+        margin: difference that does not matter [nats].
+    """
+    sample = as_sample(ours)
+    mean = float(sample.mean())
+    difference = abs(published.value - mean)
+    cv = coefficient_of_variation([published.value, mean])
+    interval = prediction_interval(sample, published)
+    if interval is None:
+        verdict: Agreement = "close" if difference <= margin else "cannot tell"
+        return Judgement(verdict, None, None, None, cv)
+    low, high = interval
+    inside = low <= published.value <= high
+    if inside and (high - low) / 2 <= TOLERANCE:
+        return Judgement("reproduced", low, high, None, cv)
+    if difference <= margin:
+        return Judgement("close", low, high, None, cv)
+    if not inside:
+        return Judgement("not reproduced", low, high, None, cv)
+    return Judgement("cannot tell", low, high, seeds_to_settle(sample, published), cv)
+
+
+def prediction_interval(
+    sample: Sample, published: Published, confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Return the interval in which the mean of `published.runs` more runs falls.
+
+    mean ± t(n - 1) s sqrt(1/n + 1/r), with our deviation s for both. Where the document prints a
+    deviation, the runs have their own variance: Welch's interval of the difference of two means
+    about ours, with the degrees of freedom of Welch and Satterthwaite.
+
+    Returns:
+        The two ends; None from fewer than two seeds, or from seeds without any spread.
+    """
+    if not has_spread(sample):
+        return None
+    n, mean, variance = len(sample), float(sample.mean()), float(sample.var(ddof=1))
+    if published.std is not None and published.runs > 1:
+        own, theirs = variance / n, published.std**2 / published.runs
+        freedom = (own + theirs) ** 2 / (own**2 / (n - 1) + theirs**2 / (published.runs - 1))
+        error = math.sqrt(own + theirs)
+    else:
+        freedom = float(n - 1)
+        error = math.sqrt(variance * (1 / n + 1 / published.runs))
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    return mean - half, mean + half
+
+
+def seeds_to_settle(sample: Sample, published: Published) -> int | None:
+    """Return how many seeds make the interval narrow, or put the number outside it.
+
+    Mean and deviation are taken to stay as they are. None if `MAXIMUM_SEEDS` are not enough.
+    """
+    mean, s = float(sample.mean()), float(sample.std(ddof=1))
+    difference = abs(published.value - mean)
+    for n in range(len(sample) + 1, MAXIMUM_SEEDS + 1):
+        error = s * math.sqrt(1 / n + 1 / published.runs)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+        if half <= TOLERANCE or half < difference:
+            return n
+    return None
+
+
+def coefficient_of_variation(logarithms: Sequence[float]) -> float | None:
+    """Return CV* of repeated measurements [%], from their logarithms.
+
+    The unbiased coefficient of variation of Belz, Popović and Mille (2022, "Quantified
+    reproducibility assessment of NLP results", ACL, section 3):
+    (1 + 1/(4n)) s* / |mean| x 100, s* being the sample deviation over c4(n), which makes it
+    unbiased for normal numbers. It is taken of the measurements, not of their logarithms.
+    """
+    n = len(logarithms)
+    if n < 2:
+        return None
+    values = np.exp(np.asarray(logarithms, np.float64))
+    if not np.isfinite(values).all():
+        return None
+    c4 = math.sqrt(2 / (n - 1)) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2))
+    deviation = float(values.std(ddof=1)) / c4
+    return (1 + 1 / (4 * n)) * deviation / abs(float(values.mean())) * 100
+
+
+class Correlation(NamedTuple):
+    """How a published table or curve and ours go together."""
+
+    n: int  # numbers that both have
+    pearson: float | None
+    spearman: float | None
+
+
+def correlate(published: Sequence[float], ours: Sequence[float]) -> Correlation:
+    """Return Pearson's r and Spearman's rho between published numbers and ours.
+
+    These are the type II results of QRA++ (Belz 2025). None from fewer than three pairs, or where
+    one side does not vary.
+    """
+    a, b = np.asarray(published, np.float64), np.asarray(ours, np.float64)
+    if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
+        return Correlation(len(a), None, None)
+    return Correlation(
+        len(a), float(stats.pearsonr(a, b).statistic), float(stats.spearmanr(a, b).statistic)
+    )

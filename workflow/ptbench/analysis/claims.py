@@ -1,0 +1,317 @@
+"""The findings of a document, each with the test that judges it: `papers/<document>/claims.yaml`.
+
+The tests themselves are in `findings.py`. What the seeds gave comes from a `Values` function, so
+this module knows no files but `claims.yaml` and no results folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import BeforeValidator, Field, model_validator
+
+from ptbench.analysis import findings
+from ptbench.analysis.findings import BEST_PROBABILITY, Evidence, Verdict
+from ptbench.analysis.statistics import holm
+from ptbench.backends import FRAMEWORKS
+from ptbench.model.recipe import Model
+
+ROW = re.compile(r"(?P<variant>[^\s\[\]]+)(?: \[(?P<framework>\w+)\])?(?: \[(?P<devices>\d+)\])?")
+
+# tests of p values, whose family is the document's; the others have a verdict of their own
+TESTS = ("lower", "higher", "equal", "ordering", "rises", "falls", "saturates", "interaction")
+NEEDS_MARGIN = ("lower", "higher", "ordering", "interaction")  # a smaller effect does not count
+
+
+class ClaimRow(NamedTuple):
+    """A row of our results: the seeds of one variant in one framework."""
+
+    variant: str
+    framework: str | None  # None: every framework that ran it
+    devices: int
+
+    def __str__(self) -> str:
+        framework = f" [{self.framework}]" if self.framework else ""
+        return f"{self.variant}{framework}" + (f" [{self.devices}]" if self.devices > 1 else "")
+
+
+def parse_row(text: object) -> object:
+    """Return the row that `variant [framework] [devices]` names; both brackets may be left out.
+
+    Raises:
+        ValueError: if it is not of that form, or there is no such framework.
+    """
+    if not isinstance(text, str):
+        return text
+    match = ROW.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not of the form: variant [framework] [devices]")
+    framework = match["framework"]
+    if framework is not None and framework not in FRAMEWORKS:
+        raise ValueError(f"{text!r}: there is no framework {framework}")
+    return ClaimRow(match["variant"], framework, int(match["devices"] or 1))
+
+
+RowField = Annotated[ClaimRow, BeforeValidator(parse_row)]
+
+
+TestKind = Literal[
+    "lower", "higher", "equal", "ordering", "rises", "falls", "saturates", "optimum",
+    "interaction", "value", "ratio", "slope", "above",
+]  # fmt: skip
+
+
+class ClaimTest(Model):
+    """One test of a finding; `findings.py` says what each of them does."""
+
+    test: TestKind = Field(description="How it is judged.")
+    metric: str = Field("valid_perplexity", description="What is compared.")
+    left: list[RowField] = Field(min_length=1, description="Rows that the finding is about.")
+    right: list[RowField] = Field([], description="Rows that they are compared with.")
+    number: float | list[float] | None = Field(
+        None, description="The value, ratio, slope or bound that the document gives, in our units."
+    )
+    tolerance: float | None = Field(
+        None, gt=0, description="Largest relative difference of an exact count; null: an interval."
+    )
+    margin: float | None = Field(
+        None, gt=0, description="Difference that does not matter [nats, or log ratio]; null: ours."
+    )
+    at: int | None = Field(None, ge=0, description="Which row it saturates at, from 0.")
+    positions: list[float] | None = Field(
+        None, description="With slope: what varies, for each row, such as its parameters."
+    )
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        left, right = len(self.left), len(self.right)
+        if self.test in ("lower", "higher", "equal", "ratio") and not (
+            right and (left == right or 1 in (left, right))
+        ):
+            raise ValueError(f"{left} rows cannot be paired with {right}: as many, or one")
+        if self.test in ("ordering", "rises", "falls", "saturates", "slope") and left < 2:
+            raise ValueError(f"the test {self.test} needs several rows on the left")
+        if self.test == "saturates" and (self.at is None or self.at >= left - 1):
+            raise ValueError("saturates needs `at`: a row before the last")
+        if self.test == "interaction" and (left, right) != (2, 2):
+            raise ValueError("an interaction needs two rows on the left and two on the right")
+        if (self.test in ("value", "ratio", "slope", "above")) != (self.number is not None):
+            raise ValueError("value, ratio, slope and above, and they alone, need a number")
+        if (self.test == "slope") != (self.positions is not None and len(self.positions) == left):
+            raise ValueError("slope, and it alone, needs a position for each row")
+        if isinstance(self.number, list) and len(self.number) != left:
+            raise ValueError(f"{len(self.number)} numbers for {left} rows")
+        return self
+
+    @property
+    def rows(self) -> list[ClaimRow]:
+        """Every row that the test reads."""
+        return list(dict.fromkeys([*self.left, *self.right]))
+
+    @property
+    def numbers(self) -> list[float]:
+        """The document's number for each row on the left."""
+        if isinstance(self.number, list):
+            return self.number
+        return [math.nan if self.number is None else self.number] * len(self.left)
+
+    @property
+    def pairs(self) -> list[tuple[ClaimRow, ClaimRow]]:
+        """Each row on the left with the one that it is compared with."""
+        size = max(len(self.left), len(self.right))
+        left, right = (side * (size // len(side)) for side in (self.left, self.right))
+        return list(zip(left, right, strict=True))
+
+
+class Claim(Model):
+    """A finding that a document states, and the tests that must all uphold it."""
+
+    id: str = Field(pattern=r"^[a-z0-9-]+$", description="Name of the finding.")
+    locator: str = Field(description="Where the document states it.")
+    claim: str = Field(description="The finding in a sentence.")
+    printed: str | None = Field(None, description="The numbers that the document gives for it.")
+    note: str | None = Field(None, description="What a reader must know to judge it.")
+    tests: list[ClaimTest] = Field([], description="Its tests; all must uphold it.")
+    untested: str | None = Field(None, description="Why it has no test, such as: an opinion.")
+
+    @model_validator(mode="after")
+    def _is_tested_or_says_why_not(self) -> Self:
+        if bool(self.tests) == (self.untested is not None):
+            raise ValueError("it needs tests, or the reason why it is untested")
+        return self
+
+
+class Numbers(NamedTuple):
+    """What our seeds gave for one row, as shown beside a finding."""
+
+    row: str
+    metric: str
+    values: list[float]  # of the metric itself, one for each seed; infinite: diverged
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finding's verdict and the grounds for it."""
+
+    claim: Claim
+    verdict: Verdict | Literal["untested"]
+    effect: float | None = None  # the smallest among its tests [nats, or log ratio]
+    p: float | None = None  # adjusted
+    seeds: int | None = None  # a side that would settle it
+    numbers: list[Numbers] = field(default_factory=list)
+
+
+# Gives a metric's value of every seed of a row; None: the row has not been run.
+Values = Callable[[ClaimRow, str], Sequence[float] | None]
+Gathered = dict[ClaimRow, list[float]]
+
+
+def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list[Result]:
+    """Judge all findings of one document; their p values are one family for Holm's correction.
+
+    Args:
+        values: gives the seeds' values; a row without a framework is asked for in each of them.
+        margin: difference that does not matter, unless a test has its own [nats, log ratio].
+    """
+    gathered = [[(test, _gather(test, values)) for test in claim.tests] for claim in claims]
+    evidence = [
+        findings.all_of(
+            [
+                _evidence(test, rows, test.margin or margin)
+                for test, groups in tests
+                if test.test in TESTS
+                for rows in groups
+            ]
+        )
+        for tests in gathered
+    ]
+    ps = holm([each.p for each in evidence])
+    opposites = holm([each.p_opposite for each in evidence])
+    return [
+        _result(claim, tests, each, p, opposite, margin)
+        for claim, tests, each, p, opposite in zip(
+            claims, gathered, evidence, ps, opposites, strict=True
+        )
+    ]
+
+
+def _gather(test: ClaimTest, values: Values) -> list[Gathered]:
+    """Return the values of each row, once for each framework if a row has none of its own."""
+    anywhere = any(row.framework is None for row in test.rows)
+    found: list[Gathered] = []
+    for framework in FRAMEWORKS if anywhere else [None]:
+        rows: Gathered = {}
+        for row in test.rows:
+            asked = row if row.framework else row._replace(framework=framework)
+            seeds = values(asked, test.metric)
+            if seeds is None:
+                break
+            rows[row] = list(seeds)
+        else:
+            found.append(rows)
+    return found
+
+
+def _evidence(test: ClaimTest, rows: Gathered, margin: float) -> Evidence:
+    """Return what one framework's seeds say."""
+    logs = {row: _logarithms(seeds) for row, seeds in rows.items()}
+    left = [logs[row] for row in test.left]
+    match test.test:
+        case "rises" | "falls":
+            return findings.trend(left, test.test)
+        case "saturates":
+            assert test.at is not None
+            return findings.saturates(left, test.at, margin)
+        case "interaction":
+            a, b, c, d = (logs[row] for row in (*test.left, *test.right))
+            return findings.interaction(a, b, c, d, margin)
+        case "ordering":  # each row is lower than the next one
+            steps = itertools.pairwise(left)
+            return findings.all_of([findings.lower(a, b, margin) for a, b in steps])
+        case "equal":
+            return findings.all_of(
+                [findings.equal(logs[a], logs[b], margin) for a, b in test.pairs]
+            )
+    pairs = test.pairs if test.test == "lower" else [(b, a) for a, b in test.pairs]
+    return findings.all_of([findings.lower(logs[a], logs[b], margin) for a, b in pairs])
+
+
+def _logarithms(values: Sequence[float]) -> list[float]:
+    return [math.log(value) if value > 0 else math.nan for value in values]
+
+
+def _result(
+    claim: Claim,
+    tests: Sequence[tuple[ClaimTest, list[Gathered]]],
+    evidence: Evidence,
+    p: float | None,
+    p_opposite: float | None,
+    margin: float,
+) -> Result:
+    if not claim.tests:
+        return Result(claim, "untested")
+    if not all(groups for _, groups in tests):
+        return Result(claim, "not run")
+    verdicts = [
+        _direct(test, rows) for test, groups in tests if test.test not in TESTS for rows in groups
+    ]
+    made = [test for test, _ in tests if test.test in TESTS]
+    if made:
+        counts = [test.margin or margin for test in made if test.test in NEEDS_MARGIN]
+        verdicts.append(findings.verdict(evidence, p, p_opposite, max(counts, default=0.0)))
+    numbers = [
+        Numbers(str(row), test.metric, seeds)
+        for test, groups in tests
+        for rows in groups
+        for row, seeds in rows.items()
+    ]
+    return Result(claim, _together(verdicts), evidence.effect, p, evidence.seeds, numbers)
+
+
+def _together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict of several tests that must all uphold a finding."""
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "upheld" if all(verdict == "upheld" for verdict in verdicts) else "cannot tell"
+
+
+def _direct(test: ClaimTest, rows: Gathered) -> Verdict:
+    """Judge by a test whose verdict needs no p value of the document's family."""
+    match test.test:
+        case "optimum":
+            shares = findings.best_probabilities([_logarithms(rows[row]) for row in test.rows])
+            if shares[0] >= BEST_PROBABILITY:
+                return "upheld"
+            other = max(shares[1:], default=0.0)
+            return "contradicted" if other >= BEST_PROBABILITY else "cannot tell"
+        case "above":
+            bounds = zip(test.left, test.numbers, strict=True)
+            return _together([findings.beyond(rows[row], bound) for row, bound in bounds])
+        case "ratio":
+            logs = {row: _logarithms(seeds) for row, seeds in rows.items()}
+            return _together(
+                [
+                    findings.holds(
+                        [x - y for x, y in zip(logs[a], logs[b], strict=False)], math.log(number)
+                    )
+                    for (a, b), number in zip(test.pairs, test.numbers, strict=True)
+                ]
+            )
+        case "slope":
+            groups = [_logarithms(rows[row]) for row in test.left]
+            return findings.slope_holds(test.positions or [], groups, test.numbers[0])
+    given = list(zip(test.left, test.numbers, strict=True))
+    if test.tolerance is not None:
+        exact = [
+            np.allclose(rows[row], number, rtol=test.tolerance, atol=0) for row, number in given
+        ]
+        return "upheld" if all(exact) else "contradicted"
+    return _together(
+        [findings.holds(_logarithms(rows[row]), math.log(number)) for row, number in given]
+    )

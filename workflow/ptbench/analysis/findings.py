@@ -1,0 +1,320 @@
+"""The tests by which findings of a document are judged, as functions of numbers.
+
+One value for each seed enters: the logarithm of a perplexity, time or rate, so that differences are
+ratios. A diverged seed is infinite. `claims.py` reads the findings and gives them their rows; a
+finding's p values are adjusted there (Holm), over all findings of a document.
+
+Each test gives a p value for what the finding says, one for its opposite, and whether the observed
+effect is larger than the margin. `verdict` makes of them what may be said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import special, stats
+
+from ptbench.analysis.statistics import (
+    CONFIDENCE,
+    SIGNIFICANCE,
+    Sample,
+    as_sample,
+    has_spread,
+    t_interval,
+)
+
+BOOTSTRAP_DRAWS = 10_000
+BEST_PROBABILITY = 0.95  # with which a value must be the best to be called the optimum
+MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
+POWER = 0.8  # with which that many seeds would show the difference that was seen
+
+Verdict = Literal["upheld", "contradicted", "cannot tell", "not run"]
+
+
+class Evidence(NamedTuple):
+    """What the seeds say about one comparison."""
+
+    effect: float | None  # in the finding's direction [nats, or log ratio]; None: no number
+    p: float | None  # of the hypothesis that the finding is wrong; small: it is right
+    p_opposite: float | None  # of the hypothesis that its opposite is wrong; small: the opposite is
+    seeds: int | None = None  # a side that would settle it
+
+
+NOTHING = Evidence(None, None, None)
+
+
+def lower(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
+    """Test that a is lower than b (T1).
+
+    One-sided Welch tests in both directions. Where a side has diverged seeds, which have no mean,
+    it is the exact one-sided test of Mann and Whitney (1947). The opposite of the finding is that
+    a is higher, or that the two differ by less than the margin (two one-sided tests): either
+    contradicts it.
+    """
+    first, second = as_sample(a), as_sample(b)
+    if min(len(first), len(second)) < 2:
+        return NOTHING
+    if not np.isfinite(np.concatenate([first, second])).all():
+        return Evidence(
+            None, _mann_whitney(first, second, "less"), _mann_whitney(first, second, "greater")
+        )
+    effect = float(second.mean() - first.mean())
+    if not (has_spread(first) or has_spread(second)):
+        return Evidence(effect, None, None)
+    p = _welch(first, second, "less")
+    higher = _welch(first, second, "greater")
+    return Evidence(
+        effect, p, min(higher, equivalence_p(first, second, margin)), _seeds(first, second, effect)
+    )
+
+
+def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
+    """Test that a and b differ by less than the margin (T2): two one-sided Welch tests.
+
+    The opposite is that they differ by more than the margin, in either direction.
+    """
+    first, second = as_sample(a), as_sample(b)
+    if min(len(first), len(second)) < 2:
+        return NOTHING
+    if not np.isfinite(np.concatenate([first, second])).all():
+        p = min(_mann_whitney(first, second, "less"), _mann_whitney(first, second, "greater"))
+        return Evidence(None, None, min(1.0, 2 * p))
+    difference = float(first.mean() - second.mean())
+    effect = margin - abs(difference)
+    if not (has_spread(first) or has_spread(second)):
+        return Evidence(effect, None, None)
+    beyond = min(_welch(first - margin, second, "greater"), _welch(first + margin, second, "less"))
+    return Evidence(
+        effect,
+        equivalence_p(first, second, margin),
+        min(1.0, 2 * beyond),
+        _seeds(first, second, abs(effect)),
+    )
+
+
+def all_of(parts: Sequence[Evidence]) -> Evidence:
+    """Combine comparisons that must all hold: intersection-union (Berger 1982).
+
+    The finding's p is the largest of its parts'. Any part whose opposite holds contradicts the
+    whole, so that p is the smallest, times the number of parts (Bonferroni).
+    """
+    if not parts:
+        return NOTHING
+    ps = [part.p for part in parts]
+    opposites = [part.p_opposite for part in parts if part.p_opposite is not None]
+    effects = [part.effect for part in parts if part.effect is not None]
+    seeds = [part.seeds for part in parts if part.seeds is not None]
+    return Evidence(
+        min(effects, default=None),
+        None if None in ps else max(p for p in ps if p is not None),
+        min(1.0, min(opposites) * len(parts)) if opposites else None,
+        max(seeds, default=None),
+    )
+
+
+def trend(groups: Sequence[Sequence[float]], direction: Literal["rises", "falls"]) -> Evidence:
+    """Test that values rise, or fall, from group to group (T3).
+
+    Jonckheere (1954) and Terpstra (1952): the sum of Mann-Whitney counts over all pairs of groups,
+    by its normal approximation with the correction for ties of Lehmann (1975, section 5.7). The
+    effect is the mean of the last group less that of the first.
+    """
+    samples = [as_sample(group) for group in groups]
+    if len(samples) < 2 or min(map(len, samples)) < 1 or sum(map(len, samples)) < 4:
+        return NOTHING
+    count = 0.0
+    for i, first in enumerate(samples):
+        for second in samples[i + 1 :]:
+            ahead = np.sign(second[None, :] - first[:, None])  # inf - inf: two that diverged
+            count += float(np.sum(np.nan_to_num(ahead) + 1) / 2)
+    sizes = np.array([len(sample) for sample in samples], np.float64)
+    _, ties = np.unique(np.concatenate(samples), return_counts=True)
+    n, t = sizes.sum(), ties.astype(np.float64)
+    mean = (n**2 - (sizes**2).sum()) / 4
+    variance = (
+        n * (n - 1) * (2 * n + 5)
+        - (sizes * (sizes - 1) * (2 * sizes + 5)).sum()
+        - (t * (t - 1) * (2 * t + 5)).sum()
+    ) / 72
+    if n > 2:
+        variance += (
+            (sizes * (sizes - 1) * (sizes - 2)).sum()
+            * (t * (t - 1) * (t - 2)).sum()
+            / (36 * n * (n - 1) * (n - 2))
+        )
+        variance += (sizes * (sizes - 1)).sum() * (t * (t - 1)).sum() / (8 * n * (n - 1))
+    if variance <= 0:
+        return NOTHING
+    sign = 1 if direction == "rises" else -1
+    z = sign * (count - mean) / math.sqrt(variance)
+    ends = samples[0].mean(), samples[-1].mean()
+    effect = sign * float(ends[1] - ends[0]) if np.isfinite(ends).all() else None
+    return Evidence(effect, float(stats.norm.sf(z)), float(stats.norm.cdf(z)))
+
+
+def saturates(groups: Sequence[Sequence[float]], at: int, margin: float) -> Evidence:
+    """Test that no group after number `at` is lower than that one by the margin or more (T3).
+
+    One-sided Welch tests of non-inferiority, all of which must reject; the opposite is that some
+    later group is lower by more than the margin.
+    """
+    parts = []
+    reference = as_sample(groups[at])
+    for group in groups[at + 1 :]:
+        later = as_sample(group)
+        if min(len(later), len(reference)) < 2:
+            return NOTHING
+        if not np.isfinite(np.concatenate([later, reference])).all():
+            p = _mann_whitney(later, reference, "greater")
+            parts.append(Evidence(None, p, _mann_whitney(later, reference, "less")))
+            continue
+        gain = float(reference.mean() - later.mean())
+        if not (has_spread(later) or has_spread(reference)):
+            parts.append(Evidence(margin - gain, None, None))
+            continue
+        not_better = _welch(later + margin, reference, "greater")
+        better = _welch(later + margin, reference, "less")
+        parts.append(
+            Evidence(
+                margin - gain, not_better, better, _seeds(later, reference, abs(margin - gain))
+            )
+        )
+    return all_of(parts)
+
+
+def best_probabilities(groups: Sequence[Sequence[float]]) -> list[float]:
+    """Return the probability of each group to have the lowest mean (T4).
+
+    Seeds are drawn with replacement within each group, 10,000 times (Efron 1979).
+    """
+    rng = np.random.default_rng(0)
+    samples = [as_sample(group) for group in groups]
+    means = np.stack(
+        [
+            sample[rng.integers(0, len(sample), (BOOTSTRAP_DRAWS, len(sample)))].mean(axis=1)
+            if len(sample)
+            else np.full(BOOTSTRAP_DRAWS, np.inf)
+            for sample in samples
+        ]
+    )
+    lowest = means.min(axis=0)
+    winners = (means == lowest) & np.isfinite(lowest)
+    shared = winners / np.maximum(winners.sum(axis=0), 1)
+    return [float(share) for share in shared.mean(axis=1)]
+
+
+def holds(values: Sequence[float], number: float) -> Verdict:
+    """Judge whether the 95 % interval of the mean holds a number (T5)."""
+    sample = as_sample(values)
+    if not len(sample):
+        return "not run"
+    interval = t_interval(sample) if np.isfinite(sample).all() else None
+    if interval is None:
+        return "cannot tell"
+    return "upheld" if interval[0] <= number <= interval[1] else "contradicted"
+
+
+def slope_holds(
+    positions: Sequence[float], groups: Sequence[Sequence[float]], slope: float
+) -> Verdict:
+    """Judge whether the 95 % interval of a power law's exponent holds a number (T5).
+
+    The exponent is the slope of a straight line through all seeds, by least squares, of the
+    logarithms `groups` on those of `positions`.
+    """
+    x = np.concatenate(
+        [np.full(len(g), np.log(at)) for at, g in zip(positions, groups, strict=True)]
+    )
+    y = as_sample(np.concatenate([as_sample(group) for group in groups]))
+    if len(y) < 3 or not np.isfinite(y).all():
+        return "cannot tell"
+    line = stats.linregress(x, y)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(y) - 2) * line.stderr)
+    return "upheld" if abs(float(line.slope) - slope) <= half else "contradicted"
+
+
+def beyond(values: Sequence[float], bound: float) -> Verdict:
+    """Judge whether every seed is above a bound or diverged; one clearly below contradicts it."""
+    sample = as_sample(values)
+    if not len(sample):
+        return "not run"
+    above = int((sample > bound).sum())
+    if above == len(sample):
+        return "upheld"
+    return "contradicted" if above == 0 else "cannot tell"
+
+
+def interaction(
+    a: Sequence[float], b: Sequence[float], c: Sequence[float], d: Sequence[float], margin: float
+) -> Evidence:
+    """Test that a - b is lower than c - d (T7): Welch's test of a linear contrast.
+
+    Degrees of freedom are those of Welch (1947) and Satterthwaite (1946) for four samples.
+    """
+    samples = [as_sample(values) for values in (a, b, c, d)]
+    if min(map(len, samples)) < 2 or not all(np.isfinite(s).all() for s in samples):
+        return NOTHING
+    means = [float(sample.mean()) for sample in samples]
+    effect = (means[2] - means[3]) - (means[0] - means[1])
+    errors = np.array([float(s.var(ddof=1)) / len(s) for s in samples])
+    if not errors.sum():
+        return Evidence(effect, None, None)
+    freedom = errors.sum() ** 2 / sum(
+        error**2 / (len(s) - 1) for error, s in zip(errors, samples, strict=True)
+    )
+    error = math.sqrt(errors.sum())
+    p = float(stats.t.sf(effect / error, freedom))
+    opposite = float(stats.t.cdf(effect / error, freedom))
+    within = max(
+        float(stats.t.sf((effect + margin) / error, freedom)),
+        float(stats.t.cdf((effect - margin) / error, freedom)),
+    )
+    return Evidence(effect, p, min(opposite, within))
+
+
+def verdict(evidence: Evidence, p: float | None, p_opposite: float | None, least: float) -> Verdict:
+    """Return what may be said, from the adjusted p values.
+
+    Args:
+        p, p_opposite: the evidence's, after Holm's correction.
+        least: the smallest effect that counts [nats, or log ratio].
+    """
+    if p is not None and p < SIGNIFICANCE and (evidence.effect is None or evidence.effect > least):
+        return "upheld"
+    if p_opposite is not None and p_opposite < SIGNIFICANCE:
+        return "contradicted"
+    return "cannot tell"
+
+
+def equivalence_p(a: Sample, b: Sample, margin: float) -> float:
+    """Return the larger p of two one-sided Welch tests against ± margin (Schuirmann 1987)."""
+    return max(_welch(a + margin, b, "greater"), _welch(a - margin, b, "less"))
+
+
+def _welch(a: Sample, b: Sample, alternative: Literal["less", "greater"]) -> float:
+    return float(stats.ttest_ind(a, b, equal_var=False, alternative=alternative).pvalue)
+
+
+def _mann_whitney(a: Sample, b: Sample, alternative: Literal["less", "greater"]) -> float:
+    # Diverged seeds are alike: all larger than any number, none larger than another.
+    largest = np.concatenate([a, b])
+    largest = largest[np.isfinite(largest)].max(initial=0.0) + 1.0
+    first, second = np.minimum(a, largest), np.minimum(b, largest)
+    return float(stats.mannwhitneyu(first, second, alternative=alternative).pvalue)
+
+
+def _seeds(a: Sample, b: Sample, effect: float) -> int | None:
+    """Return how many seeds a side would show this effect with a power of 0.8, one-sided.
+
+    n = 2 (z_0.95 + z_0.8)^2 s^2 / effect^2, the pooled deviation s taken as it is; None above
+    `MAXIMUM_SEEDS`.
+    """
+    if effect <= 0:
+        return None
+    variance = (float(a.var(ddof=1)) + float(b.var(ddof=1))) / 2
+    z = float(special.ndtri(1 - SIGNIFICANCE) + special.ndtri(POWER))
+    n = math.ceil(2 * z**2 * variance / effect**2) + 1  # one more, for t instead of z
+    return max(n, 3) if n <= MAXIMUM_SEEDS else None

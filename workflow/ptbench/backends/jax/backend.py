@@ -50,12 +50,12 @@ def claim_devices(setup: Setup) -> list[Any]:
     """Set what JAX and XLA would read from the environment; return the devices to use.
 
     JAX makes as many devices of the CPU as were asked for before its first use. They share one
-    pool of threads, which has at least as many threads as there are devices.
+    pool of threads.
 
     Raises:
         PtbenchError: if there are fewer devices of that kind than the setup asks for.
     """
-    os.environ["NPROC"] = str(setup.threads)  # size of XLA's pool of threads
+    os.environ["NPROC"] = str(pool_threads(setup))
     for name, value in CONFIGURATION.items():
         jax.config.update(name, value)
     on_cpu = setup.accelerator == "cpu"
@@ -73,6 +73,15 @@ def claim_devices(setup: Setup) -> list[Any]:
             "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
         )
     return list(found[: setup.devices])
+
+
+def pool_threads(setup: Setup) -> int:
+    """Return the size of XLA's pool of threads.
+
+    A replica that waits for the others' gradients holds a thread. With no thread to spare beside
+    those of the replicas, two replicas waited for each other for ever.
+    """
+    return setup.threads if setup.devices == 1 else setup.threads + 2 * setup.devices
 
 
 def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
@@ -234,7 +243,7 @@ class JAXBackend(Backend):
         if self._memory_is_kept:
             allocator += ", memory kept between steps"
         return {
-            "threads": str(max(self.setup.threads, self.devices)),  # see `claim_devices`
+            "threads": str(pool_threads(self.setup)),
             "matmul_precision": "highest (float32; no TF32)",
             "random_generator": self._generator,
             "allocator": allocator,

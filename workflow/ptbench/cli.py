@@ -148,7 +148,7 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
     argument("--attempts", type=Path, required=True, help="folder of its attempts' records"),
     argument("--wait-for-lock", type=float, default=0.0, metavar="SECONDS", help=WAIT_HELP),
     argument("--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"),
-    argument("--threads", type=int, default=1, help="CPU threads"),
+    argument("--threads", type=int, default=1, help="CPU threads; at least one per device"),
     LOG,
 )
 def train(
@@ -167,6 +167,7 @@ def train(
 
     signals = ProcessSignals()  # before anything that starts a thread
     which = parsed_cell(cell)
+    threads = max(threads, which.devices)
     isolate(which.framework, threads, which.devices)  # before NumPy starts its threads
 
     import faulthandler
@@ -180,7 +181,7 @@ def train(
             faulthandler.enable()
             signals.say, signals.abandon = opened.say, attempt.abandon
             metrics = run_cell(
-                which, specified, paths, max(threads, which.devices), opened.say,
+                which, specified, paths, threads, opened.say,
                 checkpoint_minutes, wait_for_lock, attempt, signals,
             )  # fmt: skip
             test = metrics.test

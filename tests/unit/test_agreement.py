@@ -56,6 +56,13 @@ def test_one_seed_has_no_interval() -> None:
     assert judge([4.5], Published(4.6), MARGIN).verdict == "cannot tell"
 
 
+def test_our_seeds_cannot_settle_what_the_document_s_own_runs_leave_open() -> None:
+    """The mean of its three runs has an error of 0.1, however many seeds we add."""
+    ours = 4.5 + 0.05 * np.array([-1.0, 0.0, 1.0])
+    judgement = judge(ours, Published(4.6, std=0.1 * math.sqrt(3), runs=3), MARGIN)
+    assert (judgement.verdict, judgement.seeds) == ("cannot tell", None)
+
+
 def test_a_printed_deviation_is_used() -> None:
     ours = 4.5 + 0.001 * np.array([-1.0, 0.0, 1.0])
     narrow = prediction_interval(ours, Published(4.5, None, 5))

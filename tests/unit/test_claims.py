@@ -19,9 +19,11 @@ FILES = sorted(PAPERS.glob("*/claims.yaml"))
 MARGIN = 0.02
 
 
-def claim(**test: Any) -> Claim:
+def claim(*tests: dict[str, Any], **test: Any) -> Claim:
+    """A finding with these tests, or with one."""
+    made = [*tests, test] if test else tests
     return Claim.model_validate(
-        {"id": "c", "locator": "Table 1", "claim": "A is better.", "tests": [test]}
+        {"id": "c", "locator": "Table 1", "claim": "A is better.", "tests": made}
     )
 
 
@@ -131,6 +133,22 @@ def test_seeds_that_scatter_more_than_the_effect_cannot_tell() -> None:
     assert result.verdict == "cannot tell"
     assert result.seeds is not None
     assert result.seeds > 5
+
+
+def test_each_test_of_a_finding_has_its_own_least_effect() -> None:
+    """An equality has at most its margin to spare, an order must be by more than its margin."""
+    equal = {"test": "equal", "left": ["a [jax]"], "right": ["b [jax]"]}
+    lower = {"test": "lower", "left": ["a [jax]"], "right": ["c [jax]"]}
+    given = claim(equal, lower)
+    values = {"a [jax]": seeds(4.4), "b [jax]": seeds(4.401), "c [jax]": seeds(4.5)}
+    assert judged(given, values).verdict == "upheld"
+    values["c [jax]"] = seeds(4.4 + MARGIN / 2, 0.001)
+    assert judged(given, values).verdict == "contradicted"
+
+
+def test_one_seed_shows_no_optimum() -> None:
+    given = claim(test="optimum", left=["a [jax]"], right=["b [jax]"])
+    assert judged(given, {"a [jax]": [80.0], "b [jax]": [90.0]}).verdict == "cannot tell"
 
 
 @pytest.mark.parametrize(("number", "verdict"), [(2.0, "upheld"), (3.0, "contradicted")])

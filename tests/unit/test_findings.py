@@ -54,6 +54,13 @@ def stronger(a: object, b: object, c: object, d: object) -> Evidence:
     return findings.interaction(a, b, c, d, MARGIN)  # type: ignore[arg-type]
 
 
+def test_diverged_seeds_are_ranked_exactly() -> None:
+    """Three seeds against three can be shared out in 20 ways, however many are tied."""
+    diverged = [math.inf] * 3
+    assert lower([4.4, 4.5, 4.6], diverged).p == pytest.approx(1 / 20)
+    assert lower(diverged, [4.4, 4.5, 4.6]).p_opposite == pytest.approx(1 / 20)
+
+
 @pytest.mark.parametrize(
     ("test", "means", "which"),
     [

@@ -113,6 +113,19 @@ def test_a_bad_experiment(
     refused("validate", tmp_path / "config.yaml")
 
 
+def test_bad_published_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    folder_with(
+        tmp_path, monkeypatch, "recipes: {r: {}}\nexperiments: {e: {title: T, variants: [r]}}\n"
+    )
+    paper = tmp_path / "papers" / "somebody2020"
+    paper.mkdir(parents=True)
+    (paper / "published.csv").write_text("experiment,value\n")
+    (tmp_path / "config.yaml").write_text("experiments: [e]\n")
+    assert "published.csv: the first line must be" in refused("validate", tmp_path / "config.yaml")
+
+
 YAML_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),

@@ -474,10 +474,12 @@ def schema(output: Path) -> None:
     argument("config", type=Path, nargs="?", default=Path("config.yaml")),
 )
 def validate(config: Path) -> None:
-    from ptbench.configuration.experiments import read_papers
+    from ptbench.analysis.published import read_published
+    from ptbench.configuration.experiments import WORKFLOW, read_papers
 
     study = load(config)
     read_papers()
+    read_published(WORKFLOW / "papers")
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")
     print(f"{len(study.cells)} cells in all")

@@ -90,7 +90,15 @@ def prediction_interval(
     """
     if not has_spread(sample):
         return None
-    n, mean, variance = len(sample), float(sample.mean()), float(sample.var(ddof=1))
+    mean, variance = float(sample.mean()), float(sample.var(ddof=1))
+    half = half_width(len(sample), variance, published, confidence)
+    return mean - half, mean + half
+
+
+def half_width(
+    n: int, variance: float, published: Published, confidence: float = CONFIDENCE
+) -> float:
+    """Return half the width of the interval from n seeds with that sample variance."""
     if published.std is not None and published.runs > 1:
         own, theirs = variance / n, published.std**2 / published.runs
         freedom = (own + theirs) ** 2 / (own**2 / (n - 1) + theirs**2 / (published.runs - 1))
@@ -98,8 +106,7 @@ def prediction_interval(
     else:
         freedom = float(n - 1)
         error = math.sqrt(variance * (1 / n + 1 / published.runs))
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    return mean - half, mean + half
+    return float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
 
 
 def seeds_to_settle(sample: Sample, published: Published) -> int | None:
@@ -107,11 +114,10 @@ def seeds_to_settle(sample: Sample, published: Published) -> int | None:
 
     Mean and deviation are taken to stay as they are. None if `MAXIMUM_SEEDS` are not enough.
     """
-    mean, s = float(sample.mean()), float(sample.std(ddof=1))
-    difference = abs(published.value - mean)
+    variance = float(sample.var(ddof=1))
+    difference = abs(published.value - float(sample.mean()))
     for n in range(len(sample) + 1, MAXIMUM_SEEDS + 1):
-        error = s * math.sqrt(1 / n + 1 / published.runs)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+        half = half_width(n, variance, published)
         if half <= TOLERANCE or half < difference:
             return n
     return None

@@ -26,7 +26,6 @@ ROW = re.compile(r"(?P<variant>[^\s\[\]]+)(?: \[(?P<framework>\w+)\])?(?: \[(?P<
 
 # tests of p values, whose family is the document's; the others have a verdict of their own
 TESTS = ("lower", "higher", "equal", "ordering", "rises", "falls", "saturates", "interaction")
-NEEDS_MARGIN = ("lower", "higher", "ordering", "interaction")  # a smaller effect does not count
 
 
 class ClaimRow(NamedTuple):
@@ -161,7 +160,7 @@ class Result:
 
     claim: Claim
     verdict: Verdict | Literal["untested"]
-    effect: float | None = None  # the smallest among its tests [nats, or log ratio]
+    effect: float | None = None  # of the test with least to spare [nats, or log ratio]
     p: float | None = None  # adjusted
     seeds: int | None = None  # a side that would settle it
     numbers: list[Numbers] = field(default_factory=list)
@@ -194,7 +193,7 @@ def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list
     ps = holm([each.p for each in evidence])
     opposites = holm([each.p_opposite for each in evidence])
     return [
-        _result(claim, tests, each, p, opposite, margin)
+        _result(claim, tests, each, p, opposite)
         for claim, tests, each, p, opposite in zip(
             claims, gathered, evidence, ps, opposites, strict=True
         )
@@ -252,7 +251,6 @@ def _result(
     evidence: Evidence,
     p: float | None,
     p_opposite: float | None,
-    margin: float,
 ) -> Result:
     if not claim.tests:
         return Result(claim, "untested")
@@ -261,10 +259,8 @@ def _result(
     verdicts = [
         _direct(test, rows) for test, groups in tests if test.test not in TESTS for rows in groups
     ]
-    made = [test for test, _ in tests if test.test in TESTS]
-    if made:
-        counts = [test.margin or margin for test in made if test.test in NEEDS_MARGIN]
-        verdicts.append(findings.verdict(evidence, p, p_opposite, max(counts, default=0.0)))
+    if any(test.test in TESTS for test, _ in tests):
+        verdicts.append(findings.verdict(evidence, p, p_opposite))
     numbers = [
         Numbers(str(row), test.metric, seeds)
         for test, groups in tests
@@ -285,6 +281,8 @@ def _direct(test: ClaimTest, rows: Gathered) -> Verdict:
     """Judge by a test whose verdict needs no p value of the document's family."""
     match test.test:
         case "optimum":
+            if min(len(rows[row]) for row in test.rows) < 2:  # one seed says nothing of chance
+                return "cannot tell"
             shares = findings.best_probabilities([_logarithms(rows[row]) for row in test.rows])
             if shares[0] >= BEST_PROBABILITY:
                 return "upheld"

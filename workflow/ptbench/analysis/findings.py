@@ -27,6 +27,7 @@ from ptbench.analysis.statistics import (
 )
 
 BOOTSTRAP_DRAWS = 10_000
+PERMUTATIONS = 20_000  # above so many ways to share out the seeds, as many are drawn
 BEST_PROBABILITY = 0.95  # with which a value must be the best to be called the optimum
 MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
 POWER = 0.8  # with which that many seeds would show the difference that was seen
@@ -41,6 +42,7 @@ class Evidence(NamedTuple):
     p: float | None  # of the hypothesis that the finding is wrong; small: it is right
     p_opposite: float | None  # of the hypothesis that its opposite is wrong; small: the opposite is
     seeds: int | None = None  # a side that would settle it
+    least: float = 0.0  # the smallest effect that counts, on the scale of `effect`
 
 
 NOTHING = Evidence(None, None, None)
@@ -63,12 +65,10 @@ def lower(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
         )
     effect = float(second.mean() - first.mean())
     if not (has_spread(first) or has_spread(second)):
-        return Evidence(effect, None, None)
+        return Evidence(effect, None, None, least=margin)
     p = _welch(first, second, "less")
-    higher = _welch(first, second, "greater")
-    return Evidence(
-        effect, p, min(higher, equivalence_p(first, second, margin)), _seeds(first, second, effect)
-    )
+    opposite = min(_welch(first, second, "greater"), equivalence_p(first, second, margin))
+    return Evidence(effect, p, opposite, _seeds(first, second, effect), margin)
 
 
 def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
@@ -99,19 +99,22 @@ def all_of(parts: Sequence[Evidence]) -> Evidence:
     """Combine comparisons that must all hold: intersection-union (Berger 1982).
 
     The finding's p is the largest of its parts'. Any part whose opposite holds contradicts the
-    whole, so that p is the smallest, times the number of parts (Bonferroni).
+    whole, so that p is the smallest, times the number of parts (Bonferroni). The effect is that of
+    the part which has least to spare.
     """
     if not parts:
         return NOTHING
     ps = [part.p for part in parts]
     opposites = [part.p_opposite for part in parts if part.p_opposite is not None]
-    effects = [part.effect for part in parts if part.effect is not None]
+    effects = [(part.effect, part.least) for part in parts if part.effect is not None]
+    effect, least = min(effects, key=lambda each: each[0] - each[1], default=(None, 0.0))
     seeds = [part.seeds for part in parts if part.seeds is not None]
     return Evidence(
-        min(effects, default=None),
+        effect,
         None if None in ps else max(p for p in ps if p is not None),
         min(1.0, min(opposites) * len(parts)) if opposites else None,
         max(seeds, default=None),
+        least,
     )
 
 
@@ -237,7 +240,7 @@ def slope_holds(
 
 
 def beyond(values: Sequence[float], bound: float) -> Verdict:
-    """Judge whether every seed is above a bound or diverged; one clearly below contradicts it."""
+    """Judge whether every seed is above a bound or diverged; that none is contradicts it."""
     sample = as_sample(values)
     if not len(sample):
         return "not run"
@@ -261,7 +264,7 @@ def interaction(
     effect = (means[2] - means[3]) - (means[0] - means[1])
     errors = np.array([float(s.var(ddof=1)) / len(s) for s in samples])
     if not errors.sum():
-        return Evidence(effect, None, None)
+        return Evidence(effect, None, None, least=margin)
     freedom = errors.sum() ** 2 / sum(
         error**2 / (len(s) - 1) for error, s in zip(errors, samples, strict=True)
     )
@@ -272,17 +275,13 @@ def interaction(
         float(stats.t.sf((effect + margin) / error, freedom)),
         float(stats.t.cdf((effect - margin) / error, freedom)),
     )
-    return Evidence(effect, p, min(opposite, within))
+    return Evidence(effect, p, min(opposite, within), least=margin)
 
 
-def verdict(evidence: Evidence, p: float | None, p_opposite: float | None, least: float) -> Verdict:
-    """Return what may be said, from the adjusted p values.
-
-    Args:
-        p, p_opposite: the evidence's, after Holm's correction.
-        least: the smallest effect that counts [nats, or log ratio].
-    """
-    if p is not None and p < SIGNIFICANCE and (evidence.effect is None or evidence.effect > least):
+def verdict(evidence: Evidence, p: float | None, p_opposite: float | None) -> Verdict:
+    """Return what may be said, from the evidence's p values after Holm's correction."""
+    counts = evidence.effect is None or evidence.effect > evidence.least
+    if p is not None and p < SIGNIFICANCE and counts:
         return "upheld"
     if p_opposite is not None and p_opposite < SIGNIFICANCE:
         return "contradicted"
@@ -303,7 +302,9 @@ def _mann_whitney(a: Sample, b: Sample, alternative: Literal["less", "greater"])
     largest = np.concatenate([a, b])
     largest = largest[np.isfinite(largest)].max(initial=0.0) + 1.0
     first, second = np.minimum(a, largest), np.minimum(b, largest)
-    return float(stats.mannwhitneyu(first, second, alternative=alternative).pvalue)
+    # By default SciPy takes a normal approximation where there are ties.
+    exact = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=0)
+    return float(stats.mannwhitneyu(first, second, alternative=alternative, method=exact).pvalue)
 
 
 def _seeds(a: Sample, b: Sample, effect: float) -> int | None:

@@ -57,6 +57,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     exhaustive = config.getoption("exhaustive")
     if metafunc.definition.get_closest_marker("one_framework") and not exhaustive:
         frameworks = frameworks[:1]
+    if not frameworks:
+        named = [name for name in ("framework", "case") if name in metafunc.fixturenames]
+        none = pytest.param(*[None] * len(named), marks=pytest.mark.not_chosen)
+        metafunc.parametrize(named, [none])
+        return
     # Scope `session` brings together the tests of a framework, and those of a case.
     if "case" not in metafunc.fixturenames:
         metafunc.parametrize("framework", frameworks, scope="session")
@@ -112,10 +117,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Short ones then fill what is left of the time.
     """
-    # pytest would report a test that is for none of the chosen frameworks as skipped.
-    items[:] = [item for item in items if "NOTSET" not in item.nodeid]
-    if not config.getoption("exhaustive"):
-        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    left_out = {"not_chosen"} if config.getoption("exhaustive") else {"not_chosen", "exhaustive"}
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
     order = {scope: number for number, scope in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(scope_of(item.nodeid), len(order)))
 

@@ -52,12 +52,11 @@ def test_every_replica_starts_from_the_parameters_that_are_reported(
     assert nll == pytest.approx(train(oracle, [batch], [0.0])[0], rel=1e-5)
 
 
+@pytest.mark.frameworks("pytorch")  # torch is in its environment alone
 @pytest.mark.parametrize("rnn", ["lstm", "gru"])
 def test_the_pytorch_scheme_has_the_ranges_of_torch_s_own_layers(
     backends: Backends, framework: str, rnn: str
 ) -> None:
-    if framework != "pytorch":
-        pytest.skip("torch is in PyTorch's environment alone")
     inputs, width, outputs = 32, 64, 256
     drawn = recipe(
         initialization="pytorch", forget_bias=0, rnn=rnn, recurrent_bias=True, layers=1,

@@ -14,6 +14,7 @@ from tests.support.problems import (
     DROPOUT,
     IMPLEMENTATIONS,
     MEAN,
+    RMSPROP_DROPOUT,
     SUM,
     TIME,
     VOCABULARY,
@@ -70,7 +71,7 @@ def test_two_backends_in_one_process_do_not_disturb_each_other(
 
 @pytest.mark.parametrize(
     ("recipe", "devices"),
-    [(DROPOUT, 1), (DROPOUT, 2), (ADAM_DROPOUT, 1), (ASGD_DROPOUT, 2)],
+    [(DROPOUT, 1), (DROPOUT, 2), (ADAM_DROPOUT, 1), (RMSPROP_DROPOUT, 1), (ASGD_DROPOUT, 2)],
     ids=lambda value: value.optimizer if isinstance(value, Recipe) else str(value),
 )
 def test_a_new_backend_continues_from_a_snapshot_bit_for_bit(

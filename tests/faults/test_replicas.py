@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.faults.harness import ROOT, Trainer, make_corpus
+from tests.faults.harness import RECIPE, ROOT, Trainer, make_corpus
 
 SECONDS = 120  # to import PyTorch on a busy machine; torch.distributed would wait for 600
 # Python imports this module first of all, in the processes that multiprocessing starts too.
@@ -43,6 +43,8 @@ def test_a_replica_that_ends_before_the_first_step_is_named(
 
 
 def test_a_replica_that_is_killed_while_it_trains_is_named(trainer: Trainer) -> None:
+    endless = {"schedule": "constant", "patience": None, "epochs": 10_000}
+    trainer.recipe = RECIPE.model_copy(update=endless)
     process = trainer.start()
     assert trainer.wait_for_checkpoint(process)
     children = psutil.Process(process.pid).children()

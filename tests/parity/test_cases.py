@@ -82,6 +82,8 @@ def test_loss_and_every_gradient_are_the_oracle_s(
         assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)
         assert float(step.gradient_norm) == pytest.approx(expected.gradient_norm, rel=1e-5)
         state, oracle_state = step.state, expected.state
+        for name, array in oracle_state.items():
+            assert np.abs(array).mean() > 0.05, f"{name} is close to the zero state"
 
 
 def test_training_steps_and_all_that_they_leave_are_the_oracle_s(

@@ -41,3 +41,4 @@ def test_loss_and_gradients_of_a_large_batch_are_the_oracle_s(
     step = backend.train_step(Batch(inputs, targets, mask), state, 0.0)
     expected = oracle.train_step(Batch(inputs, targets, mask), oracle_state, 0.0)
     assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)
+    assert float(step.gradient_norm) == pytest.approx(expected.gradient_norm, rel=1e-5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.problems import new_oracle
 
 from ptbench.corpus.batching import Batch
-from ptbench.model.optimizers import rate_and_epsilon
+from ptbench.model.optimizers import OPTIMIZER_SLOTS, rate_and_epsilon
 from ptbench.model.parameters import (
     Layout,
     Parameters,
@@ -27,6 +27,16 @@ from ptbench.model.parameters import (
 from ptbench.model.recipe import Recipe
 
 SMALL = Recipe(layers=2, embedding_size=3, hidden_size=2)
+
+
+def test_slots_have_the_names_that_checkpoints_have() -> None:
+    """Another name, and no older checkpoint is read any more."""
+    assert OPTIMIZER_SLOTS == {
+        "sgd": (),
+        "adam": ("first_moment", "second_moment"),
+        "rmsprop": ("mean_square",),
+        "asgd": ("average",),
+    }
 
 
 def parameters_of(recipe: Recipe, vocabulary_size: int) -> Parameters:

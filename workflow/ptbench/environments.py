@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from ptbench.errors import PtbenchError
+from ptbench.files import write_atomically
 
 LOCKS = Path(__file__).parents[2] / "envs"
 MARKER = "environment.json"
@@ -108,9 +109,7 @@ def _build(framework: str, accelerator: str, folder: Path) -> None:
         "lock_sha256": _lock_sha256(framework, accelerator),
         "versions": versions,
     }
-    unfinished = marker.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(marker)
+    write_atomically(marker, json.dumps(record, indent=2) + "\n")
 
 
 def is_current(framework: str, accelerator: str, folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """Corpora: fetch, verify, generate and prepare them; open them; make batches.
 
-`store`, `sources` and `batching` are imported in every framework's environment and need NumPy and
-the standard library alone. `fetch` and `prepare` run in the workflow's environment.
+`store`, `sources` and `batching` are imported in every framework's environment and need NumPy
+and pydantic alone. `fetch` and `prepare` run in the workflow's environment.
 """
 
 from ptbench.errors import PtbenchError

@@ -127,7 +127,7 @@ class FolderCorpus(Model):
 
 
 class _GeneratedCorpus(Model):
-    """The settings that both synthetic processes have."""
+    """The settings that all synthetic processes have."""
 
     kind: Literal["synthetic"] = Field(description="A corpus that is generated.")
     seed: int = Field(0, ge=0, description="Seed of the process and of the text drawn from it.")

@@ -1,6 +1,6 @@
 """Open a prepared corpus: its tokens, its vocabulary and its facts.
 
-Every framework's environment imports this, so it needs NumPy and the standard library alone.
+Every framework's environment imports this, so it needs NumPy and pydantic alone.
 `prepare.py` writes what is read here.
 """
 
@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from ptbench.corpus import CorpusError
+from ptbench.corpus.definitions import SPLITS
 from ptbench.corpus.sources import Integers, Source, Text
 from ptbench.corpus.vocabulary import END_OF_SENTENCE, Encoder
 from ptbench.model.recipe import TokenSource
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

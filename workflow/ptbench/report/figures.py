@@ -469,8 +469,9 @@ def _learning_curves(analysis: Analysis, rows: Sequence[Row]) -> Drawing:
         FigureFile(
             name="learning-curves",
             title="Validation perplexity after each epoch",
-            caption="Lines are means over the seeds that ended well, bands reach from the best to "
-            f"the worst of them; the scale is logarithmic.{crosses}",
+            caption="Lines are means over the seeds that ended well and had not stopped before "
+            "that epoch, bands reach from the best to the worst of them; the scale is logarithmic."
+            f"{crosses}",
             alternative="Best validation perplexity and its median epoch. "
             + _describe(analysis, text),
         ),

@@ -22,7 +22,7 @@ from ptbench.configuration.specification import Cell, parse_cell_path
 from ptbench.configuration.study import Study
 from ptbench.report.formatting import framework_name
 from ptbench.slurm import job_numbers
-from ptbench.training.attempts import Seen, look
+from ptbench.training.attempts import Seen, look, record_path
 from ptbench.training.records import read_metrics
 
 State = Literal["done", "diverged", "running", "interrupted", "failed", "missing"]
@@ -178,8 +178,9 @@ def after_errors(
     known = {cell.path: cell for cell in cells}
     run_began = _touched(results / "study.json")
     for path, log in errors.items():
-        cell = known.setdefault(path, cell_status(parse_cell_path(path), study, results))
-        record = results / "attempts" / path / f"attempt-{cell.attempts}.json"
+        cell = known.get(path) or cell_status(parse_cell_path(path), study, results)
+        known[path] = cell
+        record = record_path(results / "attempts" / path, cell.attempts)
         old = cell.state in ("failed", "interrupted") and _touched(record) < run_began
         if cell.state == "running":
             reason = f"its job failed, though a process on {cell.host} seems to be at it"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import time
@@ -28,7 +27,7 @@ from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.files import write_atomically
 from ptbench.model.parameters import parameter_count
 from ptbench.model.recipe import Recipe
-from ptbench.training.attempts import Attempt
+from ptbench.training.attempts import Attempt, now
 from ptbench.training.checkpoints import Checkpoints, Identity, write_arrays
 from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
@@ -285,11 +284,6 @@ class CellTrainer:
 def mean_score(nll: float, feed: Feed) -> Score:
     """Return the score of a split from its mean nll [nats/token]."""
     return Score(nll=nll, perplexity=perplexity(nll), tokens=feed.predicted_tokens)
-
-
-def now() -> str:
-    """Return the time (UTC)."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def attempt_at(

@@ -97,7 +97,7 @@ class Metrics(Model):
     seconds_per_epoch: float | None = Field(description="Median of training + validation [s].")
     seconds: Seconds = Field(description="Where the time went.")
     attempts: int = Field(
-        1, description="Processes that worked on it; all but the last were killed or failed."
+        1, description="Processes that worked on it; all but the last were cut short or failed."
     )
     peak_memory_bytes: int = Field(description="Largest resident memory of all processes [bytes].")
     peak_device_memory_bytes: int | None = Field(

@@ -23,7 +23,7 @@ from ptbench.training.records import read_history, read_metrics
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
 
 EPOCHS = 20
-CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
+CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}
 PATIENCE = 900  # seconds for anything that is waited for; on a quiet machine some are two minutes
 
 Fault = Callable[[Testbed, Path], "Faulty"]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.backends import FRAMEWORKS
-from ptbench.configuration.specification import Cell
+from ptbench.configuration.specification import PROTOCOL, Cell
 from ptbench.files import write_atomically
 from ptbench.training.records import (
     Epoch,
@@ -58,12 +58,13 @@ def score_of(nll: float, tokens: int = TOKENS) -> Score:
 def metrics(cell: Cell, test_nll: float, **changes: Any) -> Metrics:
     """Metrics of a run with this test nll, and validation and training nll near it."""
     fields: dict[str, Any] = {
-        "protocol": 1,
+        "protocol": PROTOCOL,
         "fingerprint": "0123456789ab",
         "cell": cell,
         "status": "ok",
         "parameters": 4_651_600,
         "vocabulary_size": 10_000,
+        "steps_per_epoch": 2324,
         "epochs": 13,
         "best_epoch": 12,
         "train": score_of(test_nll - 0.8),
@@ -76,7 +77,8 @@ def metrics(cell: Cell, test_nll: float, **changes: Any) -> Metrics:
             start_up=4.0,
             compile=2.5,
             training=1200.0,
-            evaluation=80.0,
+            validation=72.0,
+            test=8.0,
             checkpointing=1.5,
             total=1290.0,
         ),
@@ -104,7 +106,7 @@ def history(result: Metrics) -> list[Epoch]:
                 gradient_norm=12.0,
                 tokens_per_second=result.tokens_per_second,
                 training_seconds=90.0,
-                evaluation_seconds=3.0,
+                validation_seconds=3.0,
             )
         )
     return rows
@@ -182,9 +184,10 @@ def write_results(
                     start_up=start,
                     compile=build,
                     training=training,
-                    evaluation=evaluation,
+                    validation=evaluation,
+                    test=7.5,
                     checkpointing=1.5,
-                    total=load + start + build + training + evaluation + 3.0,
+                    total=load + start + build + training + evaluation + 10.5,
                 ),
                 peak_memory_bytes=int(random.uniform(5e8, 1.6e9)),
             ),

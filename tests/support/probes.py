@@ -70,7 +70,7 @@ def evaluate_split(
 ) -> dict[str, float]:
     """Return mean nll [nats/token], perplexity and number of tokens, by the training loop."""
     streams = ParallelStreams(tokens, batch_size, sequence_length)
-    return evaluate(backend, streams, Clocks(backend.synchronize))[0].model_dump()
+    return evaluate(backend, streams).model_dump()
 
 
 def save_parameters(backend: Backend, path: str) -> None:

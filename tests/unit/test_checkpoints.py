@@ -39,7 +39,7 @@ from ptbench.training.records import Epoch
 from ptbench.training.schedules import averages_since
 from ptbench.training.signals import Signals
 
-CLOCKED = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
+CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}
 IDENTITY = Identity(
     cell="v/jax/devices-1/seed-1", fingerprint="f", corpus="c", vocabulary_size=9, framework="n 1"
 )

@@ -66,7 +66,7 @@ def test_the_test_split_is_scored_with_the_best_epochs_parameters() -> None:
     nlls = [epoch.valid_nll for epoch in result.history]
     assert result.best.valid_nll == min(nlls)
     assert result.best is not result.history[-1], "the rate should be too high to end at the best"
-    score, _ = evaluate(backend, splits().valid, Clocks())
+    score = evaluate(backend, splits().valid)
     assert score.nll == pytest.approx(min(nlls), rel=1e-6)
     assert result.stopped == "epochs"
 
@@ -89,7 +89,7 @@ def test_rolling_back_trains_on_from_the_best_parameters() -> None:
     rolled_back = backend.loaded[1]  # the first load is the initial draw
     probe = new_oracle(recipe, seed=3, vocabulary_size=VOCABULARY)
     probe.load_parameters(rolled_back)
-    score, _ = evaluate(probe, splits().valid, Clocks())
+    score = evaluate(probe, splits().valid)
     assert score.nll == pytest.approx(min(before), rel=1e-6)
 
 
@@ -103,7 +103,7 @@ def test_averaged_parameters_are_scored_and_kept_and_training_goes_on_from_its_o
     assert result.best is not None
     assert result.best_parameters is not None
     backend.load_parameters(result.best_parameters)
-    score, _ = evaluate(backend, splits().valid, Clocks())
+    score = evaluate(backend, splits().valid)
     assert score.nll == pytest.approx(result.best.valid_nll, rel=1e-6)
 
     # The mean is of all steps since the beginning, over the borders of epochs.
@@ -160,7 +160,7 @@ def test_a_loss_above_the_limit_or_not_finite_ends_the_run_as_diverged_with_its_
 def test_equal_runs_have_equal_histories_but_for_the_clock() -> None:
     def history() -> list[dict[str, Any]]:
         result, _, _ = run(Recipe(**SIZES, epochs=3, dropout=0.3))
-        clocked = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
+        clocked = {"tokens_per_second", "training_seconds", "validation_seconds"}
         return [epoch.model_dump(exclude=clocked) for epoch in result.history]
 
     assert history() == history()

@@ -26,7 +26,7 @@ def history(*valid_nlls: float, seconds: float = 1.0) -> list[Epoch]:
         Epoch(
             epoch=number, learning_rate=1, train_nll=1, train_perplexity=math.e, valid_nll=nll,
             valid_perplexity=math.exp(nll), gradient_norm=1, tokens_per_second=1,
-            training_seconds=seconds, evaluation_seconds=1,
+            training_seconds=seconds, validation_seconds=1,
         )
         for number, nll in enumerate(valid_nlls, start=1)
     ]  # fmt: skip

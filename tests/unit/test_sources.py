@@ -36,7 +36,6 @@ from ptbench.corpus.sources import CHUNK_BYTES, Integers, Source, Text, index_te
 from ptbench.corpus.vocabulary import END_OF_SENTENCE, Encoder, build_vocabulary, tokenize
 from ptbench.model.recipe import Recipe
 from ptbench.training.cell import Paths, run_cell
-from ptbench.training.clocks import Clocks
 from ptbench.training.loop import evaluate
 from ptbench.training.records import Metrics, read_history
 
@@ -233,8 +232,8 @@ def test_padding_reaches_neither_a_loss_nor_a_gradient(
     feeding: str, tokens: list[int], batch_size: int, sequence_length: int, seed: int
 ) -> None:
     feed = FEEDS[feeding](Integers(np.array(tokens)), batch_size, sequence_length)
-    score, _ = evaluate(oracle(), feed, Clocks())
-    scribbled, _ = evaluate(oracle(), Scribbled(feed, seed), Clocks())
+    score = evaluate(oracle(), feed)
+    scribbled = evaluate(oracle(), Scribbled(feed, seed))
     assert scribbled == score
     state = oracle().initial_state(batch_size, training=True)
     for batch, other in zip(feed.epoch(1), Scribbled(feed, seed).epoch(1), strict=True):
@@ -436,7 +435,7 @@ def trained(
         cell = Cell(variant="mine", framework="pytorch", devices=1, seed=1)
         paths = Paths(*(tmp_path / n for n in ("corpus", "cell", "attempts", "checkpoints")))
         metrics = run_cell(cell, specification, paths, threads=1, say=lambda _: None)
-        clocks = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
+        clocks = {"tokens_per_second", "training_seconds", "validation_seconds"}
         history = read_history(tmp_path / "cell" / "history.csv")
         return metrics, [epoch.model_dump(exclude=clocks) for epoch in history]
 
@@ -467,7 +466,7 @@ def test_tokenising_a_stream_is_timed_where_the_batches_are_used(
     seconds = trained(source="stream")[0].seconds
     assert all(pauses.values())
     assert seconds.compile + seconds.training >= pauses["train"]
-    assert seconds.evaluation >= pauses["valid"] + pauses["test"]
+    assert seconds.validation + seconds.test >= pauses["valid"] + pauses["test"]
     assert seconds.load < min(pauses.values())
     # Sentences are counted beforehand: half of all chunks are read then.
     pauses.update(dict.fromkeys(pauses, 0.0))

@@ -19,7 +19,7 @@ FACTS = {
 }  # fmt: skip
 HISTORY = [
     "epoch", "learning_rate", "train_nll", "train_perplexity", "valid_nll", "valid_perplexity",
-    "gradient_norm", "tokens_per_second", "training_seconds", "evaluation_seconds",
+    "gradient_norm", "tokens_per_second", "training_seconds", "validation_seconds",
 ]  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_a_cell_run_twice_has_the_same_history_bit_for_bit(demo: Project) -> Non
         demo.folder / f"results/cells/demo-lstm/{framework}/devices-2/seed-1"
         for framework in FRAMEWORKS
     ]
-    clocked = {"tokens_per_second", "training_seconds", "evaluation_seconds"}
+    clocked = {"tokens_per_second", "training_seconds", "validation_seconds"}
 
     def histories() -> list[list[dict[str, float]]]:
         return [

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ptbench.analysis.statistics import as_sample, t_interval
 from ptbench.model.recipe import Model
-from ptbench.training.records import Epoch, Metrics, Score, perplexity
+from ptbench.training.records import Epoch, Metrics, Score, Seconds, perplexity
 
 NOTHING = "\N{EN DASH}"  # stands where there is no number
 
@@ -111,6 +111,11 @@ def write_seconds(value: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def write_short_seconds(value: float) -> str:
+    """Write milliseconds below a second."""
+    return f"{value * 1000:.3g} ms" if value < 1 else write_seconds(value)
+
+
 class Kind(NamedTuple):
     """How the seeds of a row become one number."""
 
@@ -171,6 +176,18 @@ def nll_of(score: Score | None) -> float | None:
     return score.nll if score else None
 
 
+def seconds_per_batch(metrics: Metrics) -> float | None:
+    """Return the time of a training step after the warm-up [s], by the median speed of epochs."""
+    if metrics.tokens_per_second is None or metrics.train is None:
+        return None
+    return metrics.train.tokens / metrics.steps_per_epoch / metrics.tokens_per_second
+
+
+def training_and_validation(seconds: Seconds) -> float:
+    """Return what published training times count [s]: all training steps, and validation."""
+    return seconds.compile + seconds.training + seconds.validation
+
+
 # fmt: off
 METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("test_perplexity", "Test perplexity", "Test perplexity", "", "lower", PERPLEXITY,
@@ -183,6 +200,10 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            write_count, lambda run: run.metrics.tokens_per_second),
     Metric("seconds_per_epoch", "Time per epoch", "Time per epoch", "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds_per_epoch),
+    Metric("seconds_per_batch", "Time per batch", None, "s", "lower", MEDIAN,
+           write_short_seconds, lambda run: seconds_per_batch(run.metrics)),
+    Metric("steps_per_epoch", "Batches per epoch", None, "", "neither", LARGEST,
+           write_count, lambda run: run.metrics.steps_per_epoch),
     Metric("epochs", "Epochs", "Epochs", "", "neither", MEDIAN,
            "{:g}".format, lambda run: run.metrics.epochs),
     Metric("best_epoch", "Best epoch", "Best epoch", "", "neither", MEDIAN,
@@ -197,8 +218,12 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            write_seconds, lambda run: run.metrics.seconds.compile),
     Metric("training_seconds", "Training time", None, "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.training),
-    Metric("evaluation_seconds", "Evaluation time", None, "s", "lower", MEDIAN,
-           write_seconds, lambda run: run.metrics.seconds.evaluation),
+    Metric("validation_seconds", "Validation time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.validation),
+    Metric("training_and_validation_seconds", "Training and validation time", None, "s", "lower",
+           MEDIAN, write_seconds, lambda run: training_and_validation(run.metrics.seconds)),
+    Metric("test_seconds", "Test time", None, "s", "lower", MEDIAN,
+           write_seconds, lambda run: run.metrics.seconds.test if run.metrics.test else None),
     Metric("checkpointing_seconds", "Checkpointing time", None, "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.checkpointing),
     Metric("parameters", "Parameters", "Parameters", "", "neither", LARGEST,

@@ -16,7 +16,7 @@ from ptbench.backends import Framework
 from ptbench.model.recipe import Accelerator, Model, Recipe
 
 # A change of what training or measuring means. Raising it runs every cell again.
-PROTOCOL = 2
+PROTOCOL = 3
 
 # A recipe's name followed by its overrides, as `variant_name` writes it.
 VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9_.-]+)*"

@@ -27,7 +27,8 @@ CLOCKS = {
     "start_up": ("start up", "#b7c4d3"),
     "compile": ("compile", "#8aa5c2"),
     "training": ("train", "#3f6690"),
-    "evaluation": ("evaluate", "#6d9a86"),
+    "validation": ("validate", "#6d9a86"),
+    "test": ("test", "#55796a"),
     "checkpointing": ("save", "#9b7b8f"),
     "other": ("other", "#c9cdd2"),
 }

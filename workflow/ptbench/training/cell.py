@@ -267,6 +267,7 @@ class CellTrainer:
             parameters=parameter_count(self.recipe, size),
             vocabulary_size=size,
             stopped=run.stopped,
+            steps_per_epoch=len(self.splits.train),
             epochs=len(run.history),
             best_epoch=best.epoch if best else None,
             train=last and mean_score(last.train_nll, self.splits.train),

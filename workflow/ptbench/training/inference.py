@@ -23,7 +23,6 @@ from ptbench.model.parameters import Parameters, check_parameters, parameter_sha
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.training.cell import feed_split, read_specification
 from ptbench.training.checkpoints import RejectedError, read_arrays
-from ptbench.training.clocks import Clocks
 from ptbench.training.loop import evaluate
 from ptbench.training.records import Score
 
@@ -146,7 +145,7 @@ def evaluate_split(backend: Backend, corpus: Corpus, split: Split) -> Score:
     recipe = backend.recipe
     batch_size = recipe.test_batch_size if split == "test" else recipe.evaluation_batch_size
     feed = feed_split(corpus, recipe, split, batch_size)
-    return evaluate(backend, feed, Clocks(backend.synchronize))[0]
+    return evaluate(backend, feed)
 
 
 def predict_next_words(

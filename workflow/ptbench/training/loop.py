@@ -101,7 +101,7 @@ class Run:
     @property
     def seconds_per_epoch(self) -> float | None:
         """Median over the epochs of training and validation together [s]."""
-        totals = [e.training_seconds + e.evaluation_seconds for e in self.history]
+        totals = [e.training_seconds + e.validation_seconds for e in self.history]
         return statistics.median(totals) if totals else None
 
 
@@ -218,7 +218,8 @@ class Trainer:
         """Score the test split with the best parameters."""
         assert self.run.best_parameters is not None  # a valid_nll that is not finite has diverged
         self.backend.load_parameters(self.run.best_parameters)
-        self.run.test, _ = evaluate(self.backend, self.splits.test, self.clocks, self.keeper)
+        with self.clocks("test"):
+            self.run.test = evaluate(self.backend, self.splits.test, self.keeper)
 
     def warm_up_evaluation(self) -> None:
         """Let the framework compile its evaluation on a clock of its own; nothing is kept."""
@@ -322,7 +323,10 @@ class Trainer:
         best = self.run.best
         try:
             with self.mean_parameters():
-                valid, seconds = evaluate(self.backend, self.splits.valid, self.clocks, self.keeper)
+                before = self.clocks.seconds["validation"]
+                with self.clocks("validation"):
+                    valid = evaluate(self.backend, self.splits.valid, self.keeper)
+                seconds = self.clocks.seconds["validation"] - before
                 better = best is None or valid.nll < best.valid_nll
                 with self.clocks("checkpointing"):
                     return valid, seconds, self.backend.parameters() if better else None
@@ -347,7 +351,7 @@ class Trainer:
             with self.clocks("checkpointing"):
                 self.state = backend.restore(trained)
 
-    def record(self, valid: Score, evaluation_seconds: float) -> None:
+    def record(self, valid: Score, validation_seconds: float) -> None:
         """Add the epoch under way to the history, and report it."""
         run = self.run
         sums = run.sums
@@ -363,7 +367,7 @@ class Trainer:
             gradient_norm=sums.gradient_norm / max(sums.steps, 1),
             tokens_per_second=sums.tokens_per_second,
             training_seconds=sums.compile_seconds + sums.training_seconds,
-            evaluation_seconds=evaluation_seconds,
+            validation_seconds=validation_seconds,
         )
         self.report(train_nll, sums, epoch)
         run.history.append(epoch)
@@ -411,18 +415,15 @@ class Trainer:
             raise InterruptionError
 
 
-def evaluate(
-    backend: Backend, feed: Feed, clocks: Clocks, keeper: Keeper | None = None
-) -> tuple[Score, float]:
-    """Return the score of a split, every predicted token counted once, and the seconds it took.
+def evaluate(backend: Backend, feed: Feed, keeper: Keeper | None = None) -> Score:
+    """Return the score of a split, every predicted token counted once.
 
     Raises:
         InterruptionError: once the keeper says that the process has been told to end.
     """
-    before = clocks.seconds["evaluation"]
     nll_sum, tokens = 0.0, 0
     pending: list[Scalar] = []
-    with clocks("evaluation"), contextlib.closing(feed.epoch(1)) as batches:
+    with contextlib.closing(feed.epoch(1)) as batches:
         zero_state = state = backend.initial_state(feed.batch_size, training=False)
         for batch in batches:
             nll, state = backend.evaluate_step(batch, state)
@@ -437,4 +438,4 @@ def evaluate(
         nll_sum += sum(map(float, pending))
     if tokens != feed.predicted_tokens:
         raise AssertionError(f"evaluated {tokens} of {feed.predicted_tokens} tokens")
-    return score(nll_sum, tokens), clocks.seconds["evaluation"] - before
+    return score(nll_sum, tokens)

@@ -52,7 +52,7 @@ class Epoch(Model):
     gradient_norm: float = Field(description="Mean global norm before clipping.")
     tokens_per_second: float = Field(description="Training tokens over training time, warm.")
     training_seconds: float = Field(description="Training alone [s].")
-    evaluation_seconds: float = Field(description="Validation alone [s].")
+    validation_seconds: float = Field(description="Validation alone [s].")
 
 
 class Seconds(Model):
@@ -68,7 +68,8 @@ class Seconds(Model):
         0.0, description="First steps of each kind and attempt, not counted as speed [s]."
     )
     training: float = Field(0.0, description="Training steps after the first [s].")
-    evaluation: float = Field(0.0, description="Validation and test [s].")
+    validation: float = Field(0.0, description="Scoring the validation split after epochs [s].")
+    test: float = Field(0.0, description="Scoring the test split, once [s].")
     checkpointing: float = Field(0.0, description="Saving parameters and checkpoints [s].")
     total: float = Field(
         0.0,
@@ -88,6 +89,7 @@ class Metrics(Model):
     stopped: str | None = Field(None, description="Which of the recipe's limits ended training.")
     parameters: int = Field(description="Trainable numbers in the model.")
     vocabulary_size: int = Field(description="Word types.")
+    steps_per_epoch: int = Field(description="Training steps of one epoch.")
     epochs: int = Field(description="Epochs trained.")
     best_epoch: int | None = Field(description="Epoch of the lowest validation nll.")
     train: Score | None = Field(description="Training split in the last epoch, as it ran.")

@@ -38,6 +38,12 @@ onstart:
         or_exit(study.write, Path("results/study.json"))
 
 
+if workflow.output_settings.dryrun:
+    print(
+        "What this takes in hours, disk and money: uv run ptbench plan", file=sys.stderr
+    )
+
+
 # At the very end: Snakemake prints all of rule `all` after the report is made.
 report_before = modified("results/report/index.html")
 

@@ -459,6 +459,31 @@ def status(
 
 
 @command(
+    "Say what a study takes: hours, disk, energy and money, before it runs.",
+    argument("configs", type=Path, nargs="*", help="configuration files; default: config.yaml"),
+    argument("--results", type=Path, default=Path("results"), help="whose finished runs are used"),
+    argument(
+        "--gpus", "--cores", dest="at_once", type=positive, default=1, metavar="N",
+        help="how many run at once (default: 1)",
+    ),
+    argument("--json", dest="as_json", action="store_true", help="for machines"),
+)  # fmt: skip
+def plan(configs: list[Path], results: Path, at_once: int, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ptbench.analysis.costs import Estimator
+    from ptbench.report import costs
+
+    study = load(*configs or [Path("config.yaml")])
+    estimator = Estimator(study, results)
+    if as_json:
+        print(costs.as_json(study, estimator, at_once))
+    else:
+        width = None if sys.stdout.isatty() else 120
+        costs.show(study, estimator, at_once, Console(width=width))
+
+
+@command(
     "Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors.",
     argument("--output", type=Path, required=True, help="folder of the schemas"),
 )
@@ -485,12 +510,12 @@ def validate(config: Path) -> None:
     print(f"{len(study.cells)} cells in all")
 
 
-def load(path: Path) -> Study:
-    """Return the study of a configuration file."""
+def load(*paths: Path) -> Study:
+    """Return the study of configuration files, the later of which win."""
     from ptbench.configuration.config import read_configuration
     from ptbench.configuration.study import load_study
 
-    return load_study(read_configuration([path]), path.name)
+    return load_study(read_configuration(paths), paths[-1].name)
 
 
 def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:

@@ -46,6 +46,26 @@ def as_list(value: Any, info: ValidationInfo) -> Any:
 OneOrSeveral = Annotated[Several[T], BeforeValidator(as_list)]
 
 
+class Prices(Model):
+    """What device time costs, for estimates: on-demand prices of the first half of 2026.
+
+    An H100 was rented for 2.5 to 4 USD an hour by specialised clouds, a core for 0.04 to 0.05.
+    """
+
+    currency: str = Field("USD", min_length=1, description="Of the prices.")
+    gpu_hour: float = Field(3.0, ge=0, description="Rent of a GPU, its energy included.")
+    core_hour: float = Field(0.05, ge=0, description="Rent of a CPU core, its energy included.")
+    kilowatt_hour: float = Field(0.2, ge=0, description="Energy, for machines of one's own.")
+    gpu_watts: float = Field(350.0, ge=0, description="Mean power of a GPU that trains [W].")
+    core_watts: float = Field(6.0, ge=0, description="Mean power of a CPU core that trains [W].")
+
+    def of(self, accelerator: Accelerator) -> tuple[float, float]:
+        """Return rent an hour and power [W] of a GPU, or of a CPU core."""
+        if accelerator == "cuda":
+            return self.gpu_hour, self.gpu_watts
+        return self.core_hour, self.core_watts
+
+
 class Config(Model):
     """config.yaml, with what `--configfile` and `--config` change in it."""
 
@@ -85,6 +105,7 @@ class Config(Model):
     equivalence_margin: float = Field(
         0.02, gt=0, lt=1, description="Largest difference of mean nll that does not matter [nats]."
     )
+    prices: Prices = Field(Prices(), description="What device time costs, for `ptbench plan`.")
     corpora: dict[Name, CorpusDefinition] = Field(
         {}, description="Corpora of your own by name, or other definitions of the built-in ones."
     )

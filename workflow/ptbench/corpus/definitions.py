@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
+from ptbench.corpus import CorpusError
 from ptbench.model.recipe import Model
 
 Split = Literal["train", "valid", "test"]
@@ -79,12 +80,24 @@ class Mirror(Model):
     paths: SplitPaths = Field(description="Where the three files are within the archive or folder.")
 
 
+class DocumentedSize(Model):
+    """How large a corpus is, for estimates before it has been prepared."""
+
+    train: int = Field(ge=1, description="Training tokens, <eos> counted [tokens].")
+    valid: int = Field(ge=1, description="Validation tokens, <eos> counted [tokens].")
+    test: int = Field(ge=1, description="Test tokens, <eos> counted [tokens].")
+    vocabulary: int = Field(ge=1, description="Word types.")
+
+
 class DownloadedCorpus(Model):
     """Three files from the first of several mirrors that serves them with the right checksums."""
 
     kind: Literal["download"] = Field(description="A corpus that is downloaded.")
     mirrors: tuple[Mirror, ...] = Field(min_length=1, description="Mirrors, tried in this order.")
     files: SplitChecksums = Field(description="SHA-256 of the three files, whichever the mirror.")
+    size: DocumentedSize | None = Field(
+        None, description="As its authors state it; used by estimates until it is prepared."
+    )
     timeout_seconds: float = Field(
         30.0, gt=0, description="Longest silence of a server before the try is given up [seconds]."
     )
@@ -201,7 +214,7 @@ CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
 # Keys that say where and how a corpus is fetched, not what is in it.
-TRANSPORT = {"mirrors", "timeout_seconds", "retries", "backoff_seconds"}
+TRANSPORT = {"mirrors", "size", "timeout_seconds", "retries", "backoff_seconds"}
 
 
 def content_of(definition: CorpusDefinition) -> dict[str, Any]:
@@ -223,3 +236,32 @@ def definition_from(
     """
     content = {**asked["content"], **fetching.get(asked["name"], {})}
     return asked["name"], CORPUS_DEFINITION.validate_python(content), asked["subset"]
+
+
+def planned_size(definition: CorpusDefinition) -> tuple[dict[str, int], int]:
+    """Return the tokens of each split and the vocabulary's size, before the corpus is prepared.
+
+    A synthetic text ends with a whole sentence, so it has a few tokens more.
+
+    Raises:
+        CorpusError: if only preparing the corpus can tell.
+    """
+    counts: dict[str, int] = {}
+    if isinstance(definition, FolderCorpus):
+        words = set[str]()
+        for split in SPLITS:
+            lines = (definition.folder / f"{split}.txt").read_text(encoding="utf-8").split("\n")
+            counts[split] = sum(len(line.split()) + 1 for line in lines)
+            words.update(*(line.split() for line in lines))
+        return counts, len(words) + 1
+    if isinstance(definition, DownloadedCorpus):
+        if definition.size is None:
+            raise CorpusError("its size is not known before it is prepared; give it a `size`")
+        size = definition.size
+        return {str(split): getattr(size, split) for split in SPLITS}, size.vocabulary
+    counts = {str(split): getattr(definition, f"{split}_tokens") for split in SPLITS}
+    if isinstance(definition, MarkovCorpus):
+        first_and_last = 2 * definition.openers_per_topic
+        of_topics = definition.topics * (first_and_last + definition.content_words_per_topic)
+        return counts, of_topics + definition.function_words + 1
+    return counts, definition.words + 1

@@ -1,0 +1,143 @@
+"""What a study takes: from finished runs where there are any, and from bounds elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.fake_results import metrics, write_cell
+
+from ptbench.analysis.costs import Costs, Estimator
+from ptbench.cli import load, main
+from ptbench.configuration.specification import Cell
+from ptbench.configuration.study import Study, load_study
+from ptbench.corpus.definitions import CORPUS_DEFINITION, planned_size
+from ptbench.corpus.prepare import prepare
+from ptbench.model import work
+from ptbench.model.work import CorpusSize
+from ptbench.report.costs import costs_of
+from ptbench.training.records import Seconds, score
+
+PTB = {"train": 929_589, "valid": 73_760, "test": 82_430}
+SECONDS = Seconds(
+    load=1, start_up=9, compile=10, training=1000, validation=130, test=50, checkpointing=10,
+    total=1220,
+)  # fmt: skip
+
+
+@pytest.fixture
+def study() -> Study:
+    return load_study({"experiments": ["zaremba-small", "zaremba-medium"], "seeds": [1, 2]})
+
+
+def finish(study: Study, results: Path, variant: str, seed: int, **changes: Any) -> Cell:
+    """Write the result of a run on one device in PyTorch."""
+    cell = Cell(variant=variant, framework="pytorch", devices=1, seed=seed)
+    fields = {
+        "fingerprint": study.specification(variant).fingerprint,
+        "seconds": SECONDS,
+        "train": score(5e6, PTB["train"] - 1),
+        "valid": score(5e5, PTB["valid"] - 1),
+        "test": score(5e5, PTB["test"] - 1),
+        "tokens_per_second": (PTB["train"] - 1) * 13 / 1000,
+    }
+    write_cell(results, metrics(cell, 4.7, **(fields | changes)))
+    return cell
+
+
+def cell_of(variant: str, seed: int) -> Cell:
+    return Cell(variant=variant, framework="pytorch", devices=1, seed=seed)
+
+
+def test_nothing_finished_leaves_the_bound_of_the_job(study: Study, tmp_path: Path) -> None:
+    cell = cell_of("zaremba-small", 1)
+    run = Estimator(study, tmp_path).run(cell)
+    recipe = study.specification("zaremba-small").recipe
+    minutes = work.runtime_minutes(recipe, "cpu", 1, CorpusSize(PTB, 10_000))
+    assert (run.seconds, run.source) == (60 * minutes, "bound")
+    assert run.disk_bytes == 4 * 4_651_600  # float32
+
+
+def test_finished_runs_and_other_seeds_take_what_was_measured(study: Study, tmp_path: Path) -> None:
+    cell = finish(study, tmp_path, "zaremba-small", 1)
+    estimator = Estimator(study, tmp_path)
+    assert estimator.run(cell)[1:3] == (1220, "finished")
+    assert estimator.run(cell_of("zaremba-small", 2))[1:3] == (1220, "other seeds")
+    total = costs_of(study.experiment("zaremba-small").cells, estimator)
+    assert len(total.left.runs) == len(total.runs) - 1
+
+
+def test_another_model_takes_longer_by_its_products(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, "zaremba-small", 1)
+    run = Estimator(study, tmp_path).run(cell_of("zaremba-medium", 1))
+    # Products of a token: 8 h^2 for each layer of h = e, and h words for the output.
+    small = 2 * 8 * 200**2 + 200 * 10_000
+    medium = 2 * 8 * 650**2 + 650 * 10_000
+    assert run.source == "speeds"
+    # 39 epochs for 13, and one token more in each split than can be predicted.
+    expected = 40 - 10 + medium / small * (3 * (1000 + 130) + 50)
+    assert run.seconds == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fingerprint": "0" * 12}, {"status": "diverged", "test": None}]
+)
+def test_other_recipes_and_diverged_runs_are_no_measure(
+    study: Study, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    finish(study, tmp_path, "zaremba-small", 1, **changes)
+    assert Estimator(study, tmp_path).run(cell_of("zaremba-small", 2)).source == "bound"
+
+
+def test_the_error_is_that_of_the_speeds_of_other_models(study: Study, tmp_path: Path) -> None:
+    finish(study, tmp_path, "zaremba-small", 1)
+    assert Estimator(study, tmp_path).error() == []
+    medium = finish(study, tmp_path, "zaremba-medium", 1, epochs=39)
+    estimator = Estimator(study, tmp_path)
+    recipe = study.specification("zaremba-medium").recipe
+    seconds, _ = estimator.without_its_row(medium, recipe, estimator.size(recipe))
+    assert 1220 / seconds in estimator.error()
+    assert len(estimator.error()) == 2
+
+
+def test_no_schedule_is_shorter_than_its_longest_run(study: Study, tmp_path: Path) -> None:
+    total = costs_of(study.cells, Estimator(study, tmp_path))
+    longest = max(run.seconds for run in total.runs) / 3600
+    assert total.hours(1) == pytest.approx(total.unit_hours)
+    assert total.hours(10_000) == longest
+    assert Costs([], total.prices, "cpu").hours(4) == 0
+
+
+@pytest.mark.parametrize("process", ["markov", "high-rank", "zipf"])
+def test_a_synthetic_corpus_has_about_the_size_that_its_definition_says(
+    process: str, tmp_path: Path
+) -> None:
+    sizes: dict[str, dict[str, Any]] = {
+        "markov": {"topics": 2, "openers_per_topic": 2, "content_words_per_topic": 4,
+                   "function_words": 5, "topic_loyalty": 0.9, "closing_probability": 0.2},
+        "high-rank": {"words": 20, "logit_deviation": 1.0},
+        "zipf": {"words": 30},
+    }  # fmt: skip
+    definition = CORPUS_DEFINITION.validate_python(
+        {"kind": "synthetic", "process": process, "train_tokens": 5000, "valid_tokens": 500,
+         "test_tokens": 500} | sizes[process]
+    )  # fmt: skip
+    prepare("mine", definition, None, tmp_path / "downloads", tmp_path / "mine")
+    prepared = work.corpus_size(str(tmp_path / "mine" / "corpus.json"))
+    tokens, words = planned_size(definition)
+    assert words == prepared.vocabulary_size
+    for split, count in tokens.items():
+        assert count <= prepared.tokens[split] < count + 250
+
+
+def test_the_command_counts_every_run_once(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "slurm/reproduction.yaml", "--gpus", "32", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"] == len(load(Path("slurm/reproduction.yaml")).cells)
+    assert found["sources"] == {"bound": found["runs"]}
+    assert sum(each["runs"] for each in found["experiments"].values()) > found["runs"]
+    assert found["left_hours"] == pytest.approx(found["unit_hours"] / 32)
+    main(["plan"])
+    assert "The dearest rows" in capsys.readouterr().out

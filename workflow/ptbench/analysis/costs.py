@@ -1,0 +1,212 @@
+"""What a study takes before it is run: device time, wall-clock time, disk, energy and money.
+
+A run's time comes from the first of these that there is: the run itself, if it has finished; the
+other seeds of its row; the speeds of its framework in other finished runs, scaled by the model's
+matrix products; the bound on the safe side that its job asks a cluster for.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ptbench.configuration.config import Prices
+from ptbench.configuration.specification import Cell
+from ptbench.configuration.study import Study
+from ptbench.corpus.definitions import planned_size
+from ptbench.errors import ConfigurationError
+from ptbench.model import work
+from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.shapes import parameter_count
+from ptbench.model.work import CorpusSize
+from ptbench.training.records import Metrics, read_metrics
+
+Source = Literal["finished", "other seeds", "speeds", "bound"]
+SOURCES: dict[Source, str] = {
+    "finished": "have finished, and took what they took",
+    "other seeds": "by other seeds of the same row",
+    "speeds": "by the speed of their framework in other finished runs",
+    "bound": "by bounds on the safe side, because nothing like them has finished here",
+}
+
+
+class Measured(NamedTuple):
+    """A finished run and what its time depends on."""
+
+    metrics: Metrics
+    recipe: Recipe
+    flops: float  # of the products of a training step for each token
+
+
+class RunCost(NamedTuple):
+    """What one planned run takes."""
+
+    cell: Cell
+    seconds: float
+    source: Source
+    units: int  # GPUs that it holds, or CPU cores
+    disk_bytes: int  # of its best parameters
+
+    @property
+    def unit_hours(self) -> float:
+        """Return GPU-hours or core-hours."""
+        return self.seconds * self.units / 3600
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What several runs take together."""
+
+    runs: Sequence[RunCost]
+    prices: Prices
+    accelerator: Accelerator
+
+    @property
+    def unit_hours(self) -> float:
+        """Return GPU-hours or core-hours."""
+        return sum(run.unit_hours for run in self.runs)
+
+    @property
+    def left(self) -> Costs:
+        """Return what is still to be run."""
+        runs = [run for run in self.runs if run.source != "finished"]
+        return Costs(runs, self.prices, self.accelerator)
+
+    def hours(self, units: int) -> float:
+        """Return the shortest wall-clock time on so many GPUs or cores [h].
+
+        No schedule is shorter than the longest run, nor than all runs without a gap.
+        """
+        longest = max((run.seconds / 3600 for run in self.runs), default=0.0)
+        return max(longest, self.unit_hours / units)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Return the size of all best parameters [bytes]."""
+        return sum(run.disk_bytes for run in self.runs)
+
+    @property
+    def kilowatt_hours(self) -> float:
+        """Return the energy, by the assumed power of a GPU or core [kWh]."""
+        return self.unit_hours * self.prices.of(self.accelerator)[1] / 1000
+
+    @property
+    def money(self) -> float:
+        """Return the rent of the GPUs or cores, which includes their energy."""
+        return self.unit_hours * self.prices.of(self.accelerator)[0]
+
+    @property
+    def by_source(self) -> dict[Source, int]:
+        """Return how many runs are estimated in which way."""
+        counts = {source: sum(run.source == source for run in self.runs) for source in SOURCES}
+        return {source: count for source, count in counts.items() if count}
+
+
+class Estimator:
+    """Estimates the time of runs from the finished runs of a results folder."""
+
+    def __init__(self, study: Study, results: Path) -> None:
+        """Read every finished run whose variant and meaning the study knows."""
+        self.study, self.results = study, results
+        self.finished: dict[Cell, Measured] = {}
+        self.rows: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+        self.sizes: dict[str, CorpusSize] = {}
+        for path in sorted((results / "cells").glob("*/*/devices-*/seed-*/metrics.json")):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            metrics = read_metrics(path)
+            specification = self.study.specification(metrics.cell.variant)
+        except (OSError, ValueError, ConfigurationError):
+            return  # of another configuration; what cannot be read is no measurement
+        if metrics.fingerprint != specification.fingerprint or metrics.status != "ok":
+            return
+        recipe, cell = specification.recipe, metrics.cell
+        flops = work.flops_per_token(recipe, metrics.vocabulary_size)
+        self.finished[cell] = Measured(metrics, recipe, flops)
+        self.rows[cell.variant, cell.framework, cell.devices].append(metrics.seconds.total)
+
+    def size(self, recipe: Recipe) -> CorpusSize:
+        """Return the size of a recipe's corpus, as prepared or else as defined."""
+        folder = recipe.corpus_folder
+        if folder not in self.sizes:
+            prepared = self.results / "corpora" / folder / "corpus.json"
+            if prepared.exists():
+                self.sizes[folder] = work.corpus_size(str(prepared))
+            else:
+                self.sizes[folder] = CorpusSize(*planned_size(self.study.corpus(folder)[1]))
+        return self.sizes[folder]
+
+    def run(self, cell: Cell) -> RunCost:
+        """Return what a run takes."""
+        recipe = self.study.specification(cell.variant).recipe
+        size = self.size(recipe)
+        seconds, source = self._seconds(cell, recipe, size)
+        config = self.study.config
+        units = cell.devices if config.accelerator == "cuda" else max(config.threads, cell.devices)
+        disk = 4 * parameter_count(recipe, size.vocabulary_size)
+        return RunCost(cell, seconds, source, units, disk)
+
+    def _seconds(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
+        if cell in self.finished:
+            return self.finished[cell].metrics.seconds.total, "finished"
+        if row := self.rows.get((cell.variant, cell.framework, cell.devices)):
+            return statistics.median(row), "other seeds"
+        return self.without_its_row(cell, recipe, size)
+
+    def without_its_row(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
+        """Return the seconds of a run by other models than its own, or by the bound."""
+        flops = work.flops_per_token(recipe, size.vocabulary_size)
+        alike = [
+            measured
+            for other, measured in self.finished.items()
+            if (other.framework, other.devices) == (cell.framework, cell.devices)
+            and measured.recipe.implementation == recipe.implementation
+            and other.variant != cell.variant
+        ]
+        if alike:
+            nearest = min(alike, key=lambda m: abs(math.log(m.flops / flops)))
+            return scaled(nearest, recipe, size, flops), "speeds"
+        accelerator = self.study.config.accelerator
+        return 60.0 * work.runtime_minutes(recipe, accelerator, cell.devices, size), "bound"
+
+    def error(self) -> list[float]:
+        """Return, for finished runs, the time they took over the estimate by other models."""
+        ratios = []
+        for cell, measured in self.finished.items():
+            seconds, source = self.without_its_row(
+                cell, measured.recipe, self.size(measured.recipe)
+            )
+            if source == "speeds":
+                ratios.append(measured.metrics.seconds.total / seconds)
+        return ratios
+
+
+def scaled(measured: Measured, recipe: Recipe, size: CorpusSize, flops: float) -> float:
+    """Return the seconds of a run whose products take as long as those of a finished run.
+
+    Args:
+        measured: the finished run.
+        recipe: of the run to estimate.
+        size: of its corpus.
+        flops: of its products of a training step for each token.
+    """
+    metrics, seconds = measured.metrics, measured.metrics.seconds
+    ratio = flops / measured.flops
+    assert metrics.train is not None  # the run ended well
+    assert metrics.valid is not None
+    assert metrics.test is not None
+    assert metrics.tokens_per_second is not None
+    train = ratio * size.tokens["train"] / metrics.tokens_per_second
+    valid = (
+        ratio * seconds.validation / metrics.epochs * size.tokens["valid"] / metrics.valid.tokens
+    )
+    test = ratio * seconds.test * size.tokens["test"] / metrics.test.tokens
+    rest = max(seconds.total - seconds.training - seconds.validation - seconds.test, 0.0)
+    return rest + recipe.epochs * (train + valid) + test

@@ -1,0 +1,137 @@
+"""Show what a study takes: `ptbench plan`."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ptbench.analysis.costs import SOURCES, Costs, Estimator, RunCost
+from ptbench.analysis.metrics import write_bytes, write_count, write_seconds
+from ptbench.configuration.experiments import load_library
+from ptbench.configuration.specification import Cell
+from ptbench.configuration.study import Study
+
+DEAREST = 10  # rows that are listed
+
+
+def costs_of(cells: Iterable[Cell], estimator: Estimator) -> Costs:
+    """Return what runs take, each counted once."""
+    config = estimator.study.config
+    runs = [estimator.run(cell) for cell in dict.fromkeys(cells)]
+    return Costs(runs, config.prices, config.accelerator)
+
+
+def groups(study: Study) -> dict[str, list[str]]:
+    """Return the study's experiments by document; those of no document are ours."""
+    papers = load_library().papers
+    found = {
+        paper: [name for name in names if name in study.experiments]
+        for paper, names in papers.items()
+    }
+    named = {name for names in found.values() for name in names}
+    found["our own"] = [name for name in study.experiments if name not in named]
+    return {group: names for group, names in found.items() if names}
+
+
+def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> None:
+    """Print what the study takes, by document and experiment, and its ten dearest runs."""
+    prices, cuda = study.config.prices, study.config.accelerator == "cuda"
+    unit = "GPU" if cuda else "core"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("experiment", overflow="fold")
+    for column in ("runs", f"{unit}-hours", "disk", "kWh", prices.currency):
+        table.add_column(column, justify="right")
+
+    def add(name: str, costs: Costs, style: str | None = None) -> None:
+        numbers = (costs.unit_hours, costs.kilowatt_hours, costs.money)
+        hours, energy, money = (f"{number:,.1f}" for number in numbers)
+        disk = write_bytes(costs.disk_bytes)
+        table.add_row(name, write_count(len(costs.runs)), hours, disk, energy, money, style=style)
+
+    for group, names in groups(study).items():
+        cells = [cell for name in names for cell in study.experiments[name].cells]
+        add(group, costs_of(cells, estimator), "bold")
+        for name in names:
+            add(f"  {name}", costs_of(study.experiments[name].cells, estimator))
+    total = costs_of(study.cells, estimator)
+    add("all, each run once", total, "bold")
+    console.print(table)
+    for sentence in sentences(total, estimator, at_once, unit):
+        console.print(sentence, soft_wrap=True)
+    console.print(dearest_rows(total, unit))
+
+
+def dearest_rows(total: Costs, unit: str) -> Table:
+    """Return the rows whose runs take most GPU-hours or core-hours."""
+    rows: dict[str, list[RunCost]] = defaultdict(list)
+    for run in total.runs:
+        rows[run.cell.path.rpartition("/")[0]].append(run)
+    table = Table(title="The dearest rows", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("row", overflow="fold")
+    for column in ("runs", f"{unit}s each", "hours each", f"{unit}-hours"):
+        table.add_column(column, justify="right")
+    hours = {path: sum(run.unit_hours for run in runs) for path, runs in rows.items()}
+    for path in sorted(hours, key=lambda path: -hours[path])[:DEAREST]:
+        runs = rows[path]
+        each = statistics.median(run.seconds / 3600 for run in runs)
+        counts = str(len(runs)), str(runs[0].units)
+        table.add_row(path, *counts, f"{each:,.1f}", f"{hours[path]:,.1f}")
+    return table
+
+
+def sentences(total: Costs, estimator: Estimator, at_once: int, unit: str) -> list[str]:
+    """Return how long it takes, how that is known, and how far such estimates were off."""
+    units = f"{at_once} {unit}{'' if at_once == 1 else 's'}"
+    prices = total.prices
+    hour, watts = prices.of(total.accelerator)
+    energy = total.kilowatt_hours * prices.kilowatt_hour
+    found = [
+        f"What is left takes {write_seconds(3600 * total.left.hours(at_once))} on {units} at best.",
+        *(f"{count:,} runs {SOURCES[source]}." for source, count in total.by_source.items()),
+        f"A {unit} is taken to cost {hour:g} {prices.currency} an hour and to use {watts:g} W (key "
+        f"`prices`). At {prices.kilowatt_hour:g} {prices.currency} a kWh the energy alone costs "
+        f"{energy:,.2f} {prices.currency}.",
+    ]
+    if ratios := estimator.error():
+        found.append(
+            f"{len(ratios)} finished runs took {statistics.median(ratios):.2f} times what the "
+            f"speeds of other models say (from {min(ratios):.2f} to {max(ratios):.2f})."
+        )
+    return found
+
+
+def as_json(study: Study, estimator: Estimator, at_once: int) -> str:
+    """Return the same for machines."""
+    total = costs_of(study.cells, estimator)
+
+    def facts(costs: Costs) -> dict[str, Any]:
+        return {
+            "runs": len(costs.runs),
+            "unit_hours": costs.unit_hours,
+            "disk_bytes": costs.disk_bytes,
+            "kilowatt_hours": costs.kilowatt_hours,
+            "money": costs.money,
+        }
+
+    ratios = estimator.error()
+    content = facts(total) | {
+        "unit": "GPU" if study.config.accelerator == "cuda" else "core",
+        "currency": study.config.prices.currency,
+        "left_hours": total.left.hours(at_once),
+        "at_once": at_once,
+        "sources": total.by_source,
+        "error": math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None,
+        "experiments": {
+            name: facts(costs_of(planned.cells, estimator))
+            for name, planned in study.experiments.items()
+        },
+    }
+    return json.dumps(content, indent=1)

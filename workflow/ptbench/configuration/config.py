@@ -18,7 +18,7 @@ from ptbench.corpus.definitions import (
     MirrorAddress,
 )
 from ptbench.errors import ConfigurationError
-from ptbench.model.recipe import Accelerator, Model, Name
+from ptbench.model.recipe import Accelerator, BudgetName, Model, Name
 from ptbench.yaml import Located, merged, parse_yaml, read_mapping, shown_path
 
 ALTERNATIVES = [
@@ -76,6 +76,11 @@ class Config(Model):
     )
     papers: OneOrSeveral[Name] | None = Field(
         None, description="Documents, folders of workflow/papers, whose experiments to run."
+    )
+    budget: BudgetName = Field(
+        "full",
+        description="full: train as the recipes say; quick: a few epochs on a part of the text; "
+        "smoke: a few steps of everything, to see that it runs.",
     )
     corpus: Name | None = Field(
         None, description="Train every recipe on this corpus; null: on the recipe's own."

@@ -370,6 +370,8 @@ def resolve(
         known(key, Recipe.model_fields, f"{where}: {base}", "recipe key")
     wanted = {"corpus": settings.corpus, "subset": settings.subset}
     values = {**overrides, **{k: v for k, v in wanted.items() if v is not None}}
+    if settings.budget != "full":
+        values["budget"] = settings.budget
     changed = parse(Recipe, {**recipe.model_dump(), **values}, where, base)
     known(changed.corpus, corpora, f"{where}: {base}: corpus", "corpus")
     return Specification(

@@ -9,6 +9,7 @@ with masked tokens, so shapes repeat and compiled frameworks compile once for ea
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
 import queue
 import threading
@@ -248,6 +249,26 @@ class Sentences(Feed):
 
     def shapes(self) -> list[Batch]:
         return [_blank(steps, self.batch_size) for steps in sorted(self._batches)]
+
+
+class First(Feed):
+    """The first batches of another feed, in every epoch."""
+
+    def __init__(self, feed: Feed, batches: int) -> None:
+        """Take so many batches of `feed`, or all if it has no more."""
+        self._feed, self._batches = feed, min(batches, len(feed))
+        self.carries_state, self.batch_size = feed.carries_state, feed.batch_size
+        self.predicted_tokens = sum(int(batch.mask.sum()) for batch in self.epoch(1))
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def epoch(self, number: int, start: int = 0) -> Batches:
+        with contextlib.closing(self._feed.epoch(number, start)) as batches:
+            yield from itertools.islice(batches, self._batches - start)
+
+    def shapes(self) -> list[Batch]:
+        return self._feed.shapes()
 
 
 class Prefetched(Feed):

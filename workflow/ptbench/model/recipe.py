@@ -6,7 +6,8 @@ specifications, which are built on it, are in `configuration/specification.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import math
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,11 +28,28 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+class Budget(NamedTuple):
+    """How much of a run is made."""
+
+    epochs: int
+    batches: int  # of each split, in each epoch
+    evaluation_batches: int
+
+
+BudgetName = Literal["full", "quick", "smoke"]
+BUDGETS: dict[BudgetName, Budget] = {"quick": Budget(3, 200, 50), "smoke": Budget(1, 6, 1)}
+
+
 class Recipe(Model):
     """Everything that defines a training run, except framework, device count and seed."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    budget: BudgetName = Field(
+        "full",
+        description="full: train as the other keys say; quick: a few epochs on a part of the text, "
+        "for a first look; smoke: a few steps, to see that it runs.",
+    )
     corpus: Name = Field("synthetic", description="Name of the corpus to train on.")
     subset: int | None = Field(
         None, ge=1, description="Use only the first lines of every split [lines]; null: all."
@@ -297,6 +315,22 @@ class Recipe(Model):
         if self.initialization == "pytorch" and self.forget_bias:
             raise ValueError("initialization=pytorch draws the biases: forget_bias must be 0")
         return self
+
+    def within_budget(self) -> Self:
+        """Return the recipe with no more epochs than its budget allows."""
+        if self.budget == "full":
+            return self
+        epochs = min(self.epochs, BUDGETS[self.budget].epochs)
+        constant = min(self.constant_epochs, epochs)
+        return self.model_copy(update={"epochs": epochs, "constant_epochs": constant})
+
+    def budget_tokens(self, split: str, batch_size: int) -> float:
+        """Return how many tokens of a split an epoch uses at most."""
+        if self.budget == "full":
+            return math.inf
+        budget = BUDGETS[self.budget]
+        batches = budget.batches if split == "train" else budget.evaluation_batches
+        return batches * batch_size * self.sequence_length
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -94,8 +94,10 @@ def runtime_minutes(
     latter counts for batches of one sequence, as when the test split is scored.
     """
 
+    recipe = recipe.within_budget()
+
     def seconds(split: str, batch_size: int, work: int) -> float:
-        tokens = size.tokens[split]
+        tokens = min(size.tokens[split], recipe.budget_tokens(split, batch_size))
         multiplications = 2 * weights_per_token(recipe, size.vocabulary_size) * tokens
         latency = STEP_LATENCY[accelerator] * recipe.layers * devices * tokens / batch_size
         return work * (multiplications / FLOPS[accelerator]) + latency

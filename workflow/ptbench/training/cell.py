@@ -19,14 +19,21 @@ from ptbench.backends import create
 from ptbench.backends.base import Backend, Setup
 from ptbench.backends.isolation import ignored_sentence
 from ptbench.configuration.specification import PROTOCOL, Cell, Specification
-from ptbench.corpus.batching import Feed, ParallelStreams, Prefetched, Sentences, Windows
+from ptbench.corpus.batching import (
+    Feed,
+    First,
+    ParallelStreams,
+    Prefetched,
+    Sentences,
+    Windows,
+)
 from ptbench.corpus.definitions import Split
 from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.files import write_atomically
 from ptbench.model.parameters import parameter_count
-from ptbench.model.recipe import Recipe
+from ptbench.model.recipe import BUDGETS, Recipe
 from ptbench.training.attempts import Attempt, now
 from ptbench.training.checkpoints import Checkpoints, Identity, write_arrays
 from ptbench.training.clocks import Clocks
@@ -120,7 +127,7 @@ class CellTrainer:
                 f"the specification is of {specification.variant}, not {cell.variant}"
             )
         self.cell, self.specification, self.paths = cell, specification, paths
-        self.recipe = specification.recipe
+        self.recipe = specification.recipe.within_budget()
         self.threads, self.attempt, self.say = threads, attempt, say
         self.clocks = Clocks()
         self.began = now()
@@ -357,6 +364,9 @@ def feed_split(
             fed = ParallelStreams(tokens, batch_size, recipe.sequence_length)
     except ValueError as error:
         raise PtbenchError(f"corpus {recipe.corpus_folder}: {error}") from error
+    if recipe.budget != "full":
+        budget = BUDGETS[recipe.budget]
+        fed = First(fed, budget.batches if training else budget.evaluation_batches)
     return Prefetched(fed, recipe.prefetch) if recipe.prefetch else fed
 
 
@@ -364,7 +374,7 @@ def create_backend(
     cell: Cell, specification: Specification, vocabulary_size: int, threads: int
 ) -> Backend:
     """Return the cell's model with its initial parameters, on its devices."""
-    recipe, accelerator = specification.recipe, specification.accelerator
+    recipe, accelerator = specification.recipe.within_budget(), specification.accelerator
     setup = Setup(recipe, vocabulary_size, cell.devices, cell.seed, accelerator, threads)
     return create(cell.framework, setup)
 

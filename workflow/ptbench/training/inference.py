@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
     @property
     def recipe(self) -> Recipe:
         """The recipe that it was trained with."""
-        return self.specification.recipe
+        return self.specification.recipe.model_copy(update={"budget": "full"})
 
 
 class NextWord(NamedTuple):

@@ -9,11 +9,15 @@ import pytest
 
 from ptbench.analysis.agreement import (
     Published,
+    best_reading,
     coefficient_of_variation,
     correlate,
     judge,
+    judge_published,
     prediction_interval,
 )
+from ptbench.analysis.claims import parse_row
+from ptbench.analysis.published import PublishedValue
 
 MARGIN = 0.02
 
@@ -70,6 +74,69 @@ def test_a_printed_deviation_is_used() -> None:
     assert narrow is not None
     assert wide is not None
     assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
+
+
+def published(value: float, **given: object) -> PublishedValue:
+    content = {
+        "experiment": "e", "variant": "v", "framework": None, "devices": 1,
+        "metric": "valid_perplexity", "source": "s", "locator": "Table 1", "note": "",
+    }  # fmt: skip
+    return PublishedValue.model_validate({**content, "value": value, **given})
+
+
+def verdict(given: PublishedValue, ours: list[float], over: list[float] | None = None) -> str:
+    return judge_published(given, ours, over or [], MARGIN).verdict
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound", "ours", "expected"),
+    [
+        ("above", 3000, [4000, math.inf, 3001], "reproduced"),
+        ("above", 3000, [140, 141, 139], "not reproduced"),
+        ("above", 3000, [140, 4000, 139], "cannot tell"),
+        ("below", 130, [100, 110, 120], "reproduced"),
+        ("below", 130, [math.inf, 140, 150], "not reproduced"),
+        ("diverges", math.inf, [math.inf, math.inf], "reproduced"),
+        ("diverges", math.inf, [100, 1e5], "not reproduced"),
+        ("diverges", math.inf, [100, math.inf], "cannot tell"),
+        ("diverges", math.inf, [], "cannot tell"),
+    ],
+)
+def test_a_bound_or_divergence_holds_if_it_does_for_all_seeds(
+    kind: str, bound: float, ours: list[float], expected: str
+) -> None:
+    assert verdict(published(bound, kind=kind), ours) == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(2.0, "reproduced"), (2.2, "not reproduced")],
+)
+def test_a_ratio_is_judged_by_the_runs_of_each_seed(ratio: float, expected: str) -> None:
+    """Runs of 10, 20 and 40 s take twice as long as 5, 10 and 20 s, give or take one percent."""
+    given = published(ratio, metric="total_seconds", over=parse_row("w"))
+    assert verdict(given, [10.0, 20.2, 39.6], [5.0, 10.0, 20.0]) == expected
+
+
+def test_times_of_other_hardware_are_judged_only_as_ratios() -> None:
+    assert verdict(published(10, metric="total_seconds"), [10.0, 10.0]) == "other hardware"
+
+
+def test_a_count_is_reproduced_if_it_rounds_to_the_printed_digits() -> None:
+    millions = {"metric": "parameters", "rounding": 0.5e6}
+    assert verdict(published(16e6, **millions), [16_395_200.0] * 3) == "reproduced"
+    assert verdict(published(16e6, **millions), [17_395_200.0] * 3) == "cannot tell"
+
+
+def test_seeds_that_diverged_reproduce_no_number() -> None:
+    assert verdict(published(100), [math.inf, math.inf]) == "not reproduced"
+    assert verdict(published(100), [100.0, math.inf]) == "cannot tell"
+
+
+def test_a_number_counts_by_the_reading_that_fits_best() -> None:
+    far, near = published(130), published(100)
+    ours = [99.9, 100.0, 100.1]
+    assert best_reading([judge_published(each, ours, [], MARGIN) for each in (far, near)]) == 1
 
 
 def test_cv_of_two_numbers_is_belz_s() -> None:

@@ -108,7 +108,7 @@ def test_a_missing_cell_is_run_again_alone_by_the_same_command_or_by_its_path(
 
 def test_a_new_published_number_is_set_beside_ours_without_training(finished: Project) -> None:
     with (finished.folder / "workflow/papers/zaremba2014/published.csv").open("a") as file:
-        file.write("tiny,tiny,,1,valid_perplexity,9.5,,Table 1,\n")
+        file.write("tiny,tiny,,1,,valid_perplexity,9.5,,,,Table 1,\n")
     tables = (
         "analysis.json", "comparison.csv", "differences.csv", "figures", "table.csv", "table.md",
         "table.tex",

@@ -7,7 +7,8 @@ Stanley 2016, PLOS ONE 11(9), e0162874; Patil, Peng and Leek 2016, Perspectives 
 Science 11(4), 539-544).
 
 Perplexities are compared as their logarithms [nats], times and rates as logarithms too. A number
-that the data cannot give is None, never nan.
+that the data cannot give is None, never nan. Bounds, ratios and runs that diverge have rules of
+their own: `judge_published`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
+from ptbench.analysis.metrics import METRICS
+from ptbench.analysis.published import PublishedValue
 from ptbench.analysis.statistics import CONFIDENCE, Sample, as_sample, has_spread
 
 TOLERANCE = 0.05  # nats: an interval wider than ± this can hold a number and prove nothing
 MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
 
-Agreement = Literal["reproduced", "close", "not reproduced", "cannot tell"]
+Agreement = Literal["reproduced", "close", "not reproduced", "cannot tell", "other hardware"]
+FITS: tuple[Agreement, ...] = (  # from the reading that fits best to the one that fits worst
+    "reproduced", "close", "cannot tell", "not reproduced", "other hardware",
+)  # fmt: skip
 
 
 class Published(NamedTuple):
@@ -43,6 +49,72 @@ class Judgement(NamedTuple):
     high: float | None
     seeds: int | None  # that would settle it, if it could not be told
     cv: float | None  # CV* of {published, ours} [%]
+
+
+def judge_published(
+    published: PublishedValue, ours: Sequence[float], over: Sequence[float], margin: float
+) -> Judgement:
+    """Judge a row of `published.csv` by the seeds of our row.
+
+    - A bound: reproduced if all seeds are beyond it, not reproduced if none is.
+    - `diverges`: reproduced if all seeds diverged, not reproduced if none did.
+    - A ratio: as a number, by the logarithms of the ratios of two runs with one seed.
+    - A time, speed or size is `other hardware`, unless it is a ratio.
+    - A count that all seeds have alike: reproduced if it rounds to the printed digits.
+    - Anything else: see `judge`. A seed that diverged is no such number, so it counts against it.
+
+    Args:
+        ours: the metric of each seed, in its own unit; infinite if the seed diverged.
+        over: that of the row that ours is divided by, in the same order; empty if there is none.
+        margin: difference that does not matter [nats, or log ratio].
+    """
+    if METRICS[published.metric].depends_on_machine and published.over is None:
+        return Judgement("other hardware", None, None, None, None)
+    if published.over is not None:
+        ours = [a / b if math.isfinite(b) else math.nan for a, b in zip(ours, over, strict=True)]
+    if published.kind != "number":
+        return _all_or_none([_is_beyond(published, value) for value in ours])
+    finite = [value for value in ours if math.isfinite(value)]
+    if not finite or len(finite) < len(ours):
+        verdict: Agreement = "cannot tell" if finite or not ours else "not reproduced"
+        return Judgement(verdict, None, None, None, None)
+    if _is_the_count(published, ours):
+        cv = coefficient_of_variation([math.log(published.value), math.log(ours[0])])
+        return Judgement("reproduced", None, None, None, cv)
+    std = None if published.std is None else published.std / published.value  # of the logarithm
+    return judge(
+        [math.log(value) for value in ours],
+        Published(math.log(published.value), std, published.runs or 1),
+        margin,
+    )
+
+
+def _is_beyond(published: PublishedValue, value: float) -> bool:
+    if published.kind == "below":
+        return value < published.value
+    return value == math.inf if published.kind == "diverges" else value > published.value
+
+
+def _all_or_none(beyond: Sequence[bool]) -> Judgement:
+    verdict: Agreement = "cannot tell"
+    if beyond and len(set(beyond)) == 1:
+        verdict = "reproduced" if beyond[0] else "not reproduced"
+    return Judgement(verdict, None, None, None, None)
+
+
+def _is_the_count(published: PublishedValue, ours: Sequence[float]) -> bool:
+    """Return whether all seeds have one count, and it is the printed one as far as it is printed.
+
+    A count is what has no unit and is neither better nor worse: parameters, epochs, steps.
+    """
+    metric = METRICS[published.metric]
+    is_count = published.over is None and metric.better == "neither"
+    return is_count and len(set(ours)) == 1 and abs(ours[0] - published.value) <= published.rounding
+
+
+def best_reading(judgements: Sequence[Judgement]) -> int:
+    """Return which of several readings of one printed number fits best; the first if several do."""
+    return min(range(len(judgements)), key=lambda i: FITS.index(judgements[i].verdict))
 
 
 def judge(ours: Sequence[float], published: Published, margin: float) -> Judgement:

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ptbench.analysis import findings
 from ptbench.analysis.findings import BEST_PROBABILITY, Evidence, Verdict
+from ptbench.analysis.metrics import MetricName
 from ptbench.analysis.statistics import holm
 from ptbench.backends import FRAMEWORKS
 from ptbench.model.recipe import Model
@@ -70,7 +71,7 @@ class ClaimTest(Model):
     """One test of a finding; `findings.py` says what each of them does."""
 
     test: TestKind = Field(description="How it is judged.")
-    metric: str = Field("valid_perplexity", description="What is compared.")
+    metric: MetricName = Field("valid_perplexity", description="What is compared.")
     left: list[RowField] = Field(min_length=1, description="Rows that the finding is about.")
     right: list[RowField] = Field([], description="Rows that they are compared with.")
     number: float | list[float] | None = Field(

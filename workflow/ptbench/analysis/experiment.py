@@ -11,6 +11,7 @@ from itertools import combinations
 
 from pydantic import Field
 
+from ptbench.analysis.claims import ClaimRow
 from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, State
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
 from ptbench.analysis.plan import Compared, ExperimentPlan
@@ -150,7 +151,7 @@ def analyse(
         pairs=pairs,
         all_equivalent_p=joint_equivalence_p([pair.outcome.p_equivalence for pair in pairs]),
         published=tuple(
-            _beside(value, row)
+            _beside(value, row, results)
             for value in published
             for row in results
             if value.experiment == plan.name
@@ -232,22 +233,36 @@ def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
     )
 
 
-def _beside(value: PublishedValue, row: RowResult) -> PublishedResult:
-    """Set a published number beside our summary of its metric, if the row is usable."""
-    ours = row.metrics.get(value.metric) if row.usable else None
-    low, high = (ours.low, ours.high) if ours else (None, None)
-    is_interval = METRICS[value.metric].kind is PERPLEXITY
+def _beside(value: PublishedValue, row: RowResult, rows: Sequence[RowResult]) -> PublishedResult:
+    """Set a published number beside our summary of its metric, if the row is usable.
+
+    A ratio is that of the two rows' numbers. A bound has no gap.
+    """
+    summary = row.metrics.get(value.metric) if row.usable else None
+    ours, low, high = (summary.value, summary.low, summary.high) if summary else (None, None, None)
+    if value.over is not None:
+        over = _divisor(value.over, row.framework, rows)
+        below = over.value(value.metric) if over and over.usable else None
+        ours, low, high = (ours / below if ours and below else None), None, None
+    number = value.kind == "number"
+    is_interval = METRICS[value.metric].kind is PERPLEXITY and number
     return PublishedResult(
         published=value,
         framework=row.framework,
         n_ok=row.n_ok,
-        ours=ours.value if ours else None,
+        ours=ours,
         low=low,
         high=high,
-        relative_gap=ours.value / value.value - 1 if ours else None,
+        relative_gap=ours / value.value - 1 if ours is not None and number else None,
         inside=(
             low <= value.value <= high
             if is_interval and low is not None and high is not None
             else None
         ),
     )
+
+
+def _divisor(over: ClaimRow, own: Framework, rows: Sequence[RowResult]) -> RowResult | None:
+    """Return the row that another is divided by: in its own framework, or in the named one."""
+    wanted = (over.variant, over.framework or own, over.devices)
+    return next((r for r in rows if (r.variant, r.framework, r.devices) == wanted), None)

@@ -143,6 +143,11 @@ class Metric:
     write: Callable[[float], str]  # for people
     read: Callable[[Result], float | None]  # from a run; of a perplexity, the mean nll [nats]
 
+    @property
+    def depends_on_machine(self) -> bool:
+        """Whether another machine gives another number: times, speeds and memory."""
+        return self.unit in ("s", "tokens/s", "bytes")
+
     def shown(self, value: float) -> float:
         """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
         return perplexity(value) if self.kind is PERPLEXITY else value

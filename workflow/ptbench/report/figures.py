@@ -340,7 +340,9 @@ def _published_lines(analysis: Analysis) -> list[tuple[tuple[str, int], str, flo
     """Return (group of rows, source, value) of the metric's published values, each once."""
     values = (line.published for line in analysis.published)
     lines = (
-        ((v.variant, v.devices), v.source, v.value) for v in values if v.metric == analysis.metric
+        ((v.variant, v.devices), v.source, v.value)
+        for v in values
+        if v.metric == analysis.metric and v.kind == "number" and v.over is None
     )
     return list(dict.fromkeys(lines))
 

@@ -218,16 +218,21 @@ def _matrices(analysis: Analysis) -> list[Matrix]:
 
 
 def _published_value(line: PublishedResult) -> str:
-    """Write the published value, followed by its standard deviation where one was printed."""
-    metric, std = METRICS[line.published.metric], line.published.std
-    text = metric.write(line.published.value)
-    return text if std is None else f"{text} ± {metric.write(std)}"
+    """Write the published value, with its standard deviation where one was printed."""
+    metric, value = METRICS[line.published.metric], line.published
+    if value.kind == "diverges":
+        return "diverges"
+    text = f"× {value.value:.3g}" if value.over else metric.write(value.value)
+    text = {"above": "> ", "below": "< "}.get(value.kind, "") + text
+    return text if value.std is None else f"{text} ± {metric.write(value.std)}"
 
 
 def _ours(line: PublishedResult) -> str:
     """Write our value, followed by its interval where it has one."""
     if line.ours is None:
         return NOTHING
+    if line.published.over:
+        return f"× {line.ours:.3g}"
     write = METRICS[line.published.metric].write
     if line.low is None or line.high is None:
         return write(line.ours)

@@ -95,8 +95,9 @@ def differences_csv(analysis: Analysis) -> str:
 
 
 COMPARISON_COLUMNS = (
-    "variant", "framework", "devices", "metric", "published", "published_std", "ours", "ours_low",
-    "ours_high", "n_ok", "relative_gap", "inside_interval", "source", "locator", "note",
+    "variant", "framework", "devices", "over", "metric", "kind", "published", "published_std",
+    "ours", "ours_low", "ours_high", "n_ok", "relative_gap", "inside_interval", "source", "locator",
+    "note",
 )  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def comparison_csv(analysis: Analysis) -> str:
         return {
             **line.published.model_dump(),
             "framework": line.framework,
+            "over": line.published.over and str(line.published.over),
             "published": line.published.value,
             "published_std": line.published.std,
             "ours": line.ours,

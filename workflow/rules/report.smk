@@ -7,10 +7,17 @@ rule report:
             experiment=study.experiments,
         ),
         expand(
-            "results/report/experiments/{experiment}.html", experiment=study.experiments
+            "results/report/experiments/{experiment}.html",
+            experiment=study.experiments,
         ),
     output:
-        multiext("results/report/", "index.html", "frameworks.html", "methods.html", "runs.html"),
+        multiext(
+            "results/report/",
+            "index.html",
+            "frameworks.html",
+            "methods.html",
+            "runs.html",
+        ),
     log:
         "results/logs/report.log",
     localrule: True

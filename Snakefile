@@ -4,6 +4,7 @@
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
+#   results/report/experiments/{experiment}.html                       its page of the report
 #   results/report/index.html                                          the report
 #   results/partial/index.html                                         the same on what is there (`partial`)
 #
@@ -35,7 +36,8 @@ rule all:
 onstart:
     if set(workflow.dag_settings.targets) != {"partial"}:
         or_exit(refuse_duplicates, Path.cwd())
-        or_exit(study.write, Path("results/study.json"))
+        again = command_without_targets(sys.argv, workflow.dag_settings.targets)
+        or_exit(study.write, Path("results/study.json"), again)
 
 
 if workflow.output_settings.dryrun:

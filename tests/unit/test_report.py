@@ -23,9 +23,12 @@ from tests.support.fake_results import (
 
 from ptbench.analysis.collect import AnalysisError
 from ptbench.analysis.experiment import Analysis
+from ptbench.analysis.plan import ExperimentPlan
 from ptbench.analysis.published import read_published
 from ptbench.report.experiment import analyse_experiment
-from ptbench.report.page import RunFacts, render_report
+from ptbench.report.experiment_page import write_experiment_page
+from ptbench.report.overview import write_overview
+from ptbench.report.site import RunFacts, Site
 
 PUBLISHED = Path(__file__).parents[2] / "workflow" / "papers"
 FACTS = RunFacts(
@@ -72,8 +75,15 @@ class Page(HTMLParser):
         return [a[name] or "" for t, a in self.elements if t == tag and name in a]
 
 
+def page_of(results: Path, experiment: ExperimentPlan) -> Path:
+    """Analyse an experiment, write its page of the report, and return where that is."""
+    folder = results / "experiments" / experiment.name
+    analysis = analyse_experiment(experiment, results, PUBLISHED, folder)
+    return write_experiment_page(Site(results / "report", results, FACTS), analysis, folder)
+
+
 def build(results: Path) -> Path:
-    """Two experiments, with a diverged run, missing runs and an invalid row; the page's path."""
+    """Two experiments, with a diverged run, missing runs and an invalid row; the report."""
     demo = plan("demo", variants=("tiny", "tiny+dropout=0.5"))
     write_results(results, demo)
     write_corpus(results, floor_perplexity=96.0, best_bigram_nll_nats=5.0)
@@ -84,24 +94,35 @@ def build(results: Path) -> Path:
     write_diverged(results, real.cells[0])
     for cell in real.cells[-2:]:
         (results / "cells" / cell.path / "metrics.json").unlink()
-    folders = [results / "experiments" / experiment.name for experiment in (demo, real)]
-    for experiment, folder in zip((demo, real), folders, strict=True):
-        analyse_experiment(experiment, results, PUBLISHED, folder)
-    return render_report(folders, results / "report", FACTS)
+    folders = []
+    for experiment in (demo, real):
+        page_of(results, experiment)
+        folders.append(results / "experiments" / experiment.name)
+    return write_overview(Site(results / "report", results, FACTS), folders).parent
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")
-def page(path: Path) -> Page:
-    return Page(path.read_text(encoding="utf-8"))
+def pages(report: Path) -> dict[str, Page]:
+    """Every page by its path."""
+    return {
+        str(path.relative_to(report)): Page(path.read_text(encoding="utf-8"))
+        for path in sorted(report.rglob("*.html"))
+    }
 
 
-def test_the_experiment_folder_is_whole(path: Path) -> None:
-    folder = path.parents[1] / "experiments" / "demo"
+@pytest.fixture(scope="module")
+def page(pages: dict[str, Page]) -> Page:
+    """The page of the experiment with a diverged run and missing ones."""
+    return pages["experiments/zaremba-small.html"]
+
+
+def test_the_experiment_folder_is_whole(report: Path) -> None:
+    folder = report.parent / "experiments" / "demo"
     written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     figures = {"perplexity", "learning-curves", "tokens-per-second", "seconds"}
     assert written == {
@@ -111,8 +132,8 @@ def test_the_experiment_folder_is_whole(path: Path) -> None:
     }
 
 
-def test_analysis_json_survives_reading(path: Path) -> None:
-    text = (path.parents[1] / "experiments" / "zaremba-small" / "analysis.json").read_text()
+def test_analysis_json_survives_reading(report: Path) -> None:
+    text = (report.parent / "experiments" / "zaremba-small" / "analysis.json").read_text()
     analysis = Analysis.model_validate_json(text)
     assert analysis.model_dump_json(indent=1) + "\n" == text
     assert (analysis.count("ok"), analysis.count("diverged"), analysis.count("missing")) == (
@@ -122,71 +143,86 @@ def test_analysis_json_survives_reading(path: Path) -> None:
     )
 
 
-def test_the_page_needs_neither_network_nor_script(page: Page) -> None:
-    assert not [tag for tag, _ in page.elements if tag in {"script", "iframe", "img", "object"}]
-    for _, attributes in page.elements:
-        assert "src" not in attributes
-        for name, value in attributes.items():
-            assert name.startswith("xmlns") or "//" not in (value or "")
-            assert not name.startswith("on")
+def test_the_report_has_every_page(pages: dict[str, Page]) -> None:
+    assert pages.keys() == {
+        *("index.html", "frameworks.html", "methods.html", "runs.html"),
+        *("experiments/demo.html", "experiments/zaremba-small.html"),
+    }
 
 
-def test_every_link_leads_to_a_file_or_a_place_on_the_page(path: Path, page: Page) -> None:
-    links = page.attributes("a", "href")
-    ids = {attributes.get("id") for _, attributes in page.elements}
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in ids
-        else:
-            assert (path.parent / unquote(link)).is_file(), link
-    assert sum(link.endswith("/metrics.json") for link in links) == 30 + 13
+def test_pages_need_no_network_and_open_without_script(pages: dict[str, Page]) -> None:
+    for page in pages.values():
+        assert not [tag for tag, _ in page.elements if tag in {"iframe", "img", "object"}]
+        for _, attributes in page.elements:
+            assert "src" not in attributes
+            for name, value in attributes.items():
+                assert name.startswith("xmlns") or "//" not in (value or "")
+                assert not name.startswith("on")
 
 
-def test_no_two_elements_share_an_id_and_every_reference_is_kept(page: Page) -> None:
-    ids = Counter(a["id"] for _, a in page.elements if "id" in a)
-    assert max(ids.values()) == 1
-    for value in page.attributes("use", "xlink:href"):
-        assert value[1:] in ids
-    for _, attributes in page.elements:
-        for value in attributes.values():
-            if value and "url(#" in value:
-                assert value.split("url(#")[1].split(")")[0] in ids
+def test_every_link_leads_to_a_file_or_a_place_on_a_page(
+    report: Path, pages: dict[str, Page]
+) -> None:
+    ids = {name: {a.get("id") for _, a in page.elements} for name, page in pages.items()}
+    for name, page in pages.items():
+        for link in page.attributes("a", "href"):
+            where, _, place = link.partition("#")
+            target = (report / name).parent / unquote(where) if where else report / name
+            assert target.exists(), (name, link)
+            if place:
+                assert unquote(place) in ids[str(target.resolve().relative_to(report))], (
+                    name,
+                    link,
+                )
+    files = [link for page in pages.values() for link in page.attributes("a", "href")]
+    assert sum(link.endswith("/metrics.json") for link in files) == 30 + 13
 
 
-def test_every_planned_run_is_on_the_page(page: Page) -> None:
-    assert "45 runs planned" in page.text
-    assert "42 ended well" in page.text
-    assert "1 diverged" in page.text
-    assert "2 missing" in page.text
-    assert "zaremba-small/jax/devices-1/seed-3" in page.text
+def test_no_two_elements_share_an_id_and_every_reference_is_kept(pages: dict[str, Page]) -> None:
+    for page in pages.values():
+        ids = Counter(a["id"] for _, a in page.elements if "id" in a)
+        assert max(ids.values(), default=1) == 1
+        for value in page.attributes("use", "xlink:href"):
+            assert value[1:] in ids
+        for _, attributes in page.elements:
+            for value in attributes.values():
+                if value and "url(#" in value:
+                    assert value.split("url(#")[1].split(")")[0] in ids
+
+
+def test_every_planned_run_is_on_its_page(page: Page) -> None:
+    assert "15 planned, 12 ended well, 1 diverged, 2 missing" in page.text
+    assert "cells/zaremba-small/jax/devices-1/seed-3/metrics.json" in page.text
     assert "invalid: seed 2 has no result, seed 3 has no result" in page.text
     assert "the training perplexity of epoch 1 is 2.1e+07, above 1e+06" in page.text
 
 
-def test_the_page_says_how_its_numbers_are_made(page: Page) -> None:
+def test_pages_say_how_their_numbers_are_made(pages: dict[str, Page], page: Page) -> None:
     for words in (
-        "95 % t interval",
+        "95 % interval",
         "Holm's correction",
         "ended well out of those planned",
-        "2.0 %",
     ):
-        assert words in page.text
-    assert "no model can stay below a perplexity of 96.00" in page.text
+        assert words in pages["methods.html"].text
+    assert "Margin of equivalence: 0.02 nats per word, 2.0 % of perplexity" in page.text
+    assert "no model can stay below a perplexity of 96.00" in pages["experiments/demo.html"].text
     assert "zhang2018tensorflow, Table 5.1" in page.text
     assert "Small & real." in page.text
 
 
-def test_headings_skip_no_level_and_tables_name_their_axes(page: Page) -> None:
-    levels = [int(tag[1]) for tag, _ in page.elements if tag in {"h1", "h2", "h3", "h4"}]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
-    assert all(a.get("scope") for tag, a in page.elements if tag == "th")
-    assert page.attributes("html", "lang") == ["en"]
+def test_headings_skip_no_level_and_tables_name_their_axes(pages: dict[str, Page]) -> None:
+    for page in pages.values():
+        levels = [int(tag[1]) for tag, _ in page.elements if tag in {"h1", "h2", "h3", "h4"}]
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+        assert all(a.get("scope") for tag, a in page.elements if tag == "th")
+        assert page.attributes("html", "lang") == ["en"]
 
 
-def test_figures_follow_the_page_colours_and_have_words(page: Page) -> None:
-    assert len(page.attributes("svg", "aria-hidden")) == 8
+def test_figures_follow_the_page_colours_and_have_words(pages: dict[str, Page]) -> None:
+    page = pages["experiments/demo.html"]
+    assert len(page.attributes("svg", "aria-hidden")) == 4
     styles = " ".join(a.get("style") or "" for _, a in page.elements)
     assert "var(--pytorch)" in styles
     assert "#c0392b" not in styles
@@ -203,9 +239,7 @@ def test_published_numbers_name_their_variants_and_many_are_folded_away(
     variants = list(dict.fromkeys(value.variant for value in numbers))
     experiment = plan(name, variants, ("keras",))
     write_results(tmp_path, experiment)
-    folder = tmp_path / "experiments" / name
-    analyse_experiment(experiment, tmp_path, PUBLISHED, folder)
-    page = Page(render_report([folder], tmp_path / "report", FACTS).read_text())
+    page = Page(page_of(tmp_path, experiment).read_text())
     assert f"{count} comparisons by metric, variant and framework" in page.text
     assert (("details", {"open": None}) in page.elements) == opened
     for variant in variants:
@@ -218,9 +252,7 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
         frameworks=("jax",), seeds=(1,), title="<script>x</script>", description='"><img src=x>'
     )
     write_results(tmp_path, experiment)
-    folder = tmp_path / "experiments" / "demo"
-    analyse_experiment(experiment, tmp_path, PUBLISHED, folder)
-    page = Page(render_report([folder], tmp_path / "report", FACTS).read_text())
+    page = Page(page_of(tmp_path, experiment).read_text())
     assert not [tag for tag, _ in page.elements if tag in {"script", "img"}]
     assert "<script>x</script>" in page.text
 
@@ -234,28 +266,24 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     ],
 )
 def test_the_page_says_whether_speeds_compare(
-    path: Path, tmp_path: Path, at_once: int | None, words: str, absent: str
+    tmp_path: Path, at_once: int | None, words: str, absent: str
 ) -> None:
-    results = tmp_path / "results"
-    shutil.copytree(path.parents[1], results)
-    for provenance in results.glob("cells/**/provenance.json"):
+    experiment = plan()
+    write_results(tmp_path, experiment)
+    for provenance in tmp_path.glob("cells/**/provenance.json"):
         content = json.loads(provenance.read_text())
         provenance.write_text(json.dumps({**content, "cells_at_once": at_once}))
-    folder = results / "experiments" / "demo"
-    analyse_experiment(plan(), results, PUBLISHED, folder)
-    page = Page(render_report([folder], results / "report", FACTS).read_text())
+    page = Page(page_of(tmp_path, experiment).read_text())
     assert words in page.text
     assert absent not in page.text
 
 
 def test_an_experiment_without_any_result_is_rendered(tmp_path: Path) -> None:
     experiment = plan()
-    folder = tmp_path / "experiments" / "demo"
-    analyse_experiment(experiment, tmp_path, PUBLISHED, folder)
-    page = Page(render_report([folder], tmp_path / "report", FACTS).read_text())
-    assert "This report is partial." in page.text
+    page = Page(page_of(tmp_path, experiment).read_text())
+    assert "This page is partial." in page.text
     assert page.text.count("no seed has a result") == 5
-    with (folder / "table.csv").open() as file:
+    with (tmp_path / "experiments" / "demo" / "table.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 5
 
 
@@ -264,15 +292,15 @@ def test_a_refused_analysis_writes_nothing(tmp_path: Path) -> None:
     write_results(tmp_path, experiment)
     write_cell(tmp_path, metrics(experiment.cells[0], 4.7, fingerprint="ffffffffffff"))
     with pytest.raises(AnalysisError, match="must not be averaged"):
-        analyse_experiment(experiment, tmp_path, PUBLISHED, tmp_path / "experiments" / "demo")
+        page_of(tmp_path, experiment)
     assert not (tmp_path / "experiments").exists()
+    assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("name", ["analysis.json", "figures/perplexity.svg"])
-def test_a_folder_that_is_not_whole_is_named(path: Path, tmp_path: Path, name: str) -> None:
+def test_a_folder_without_an_analysis_is_named(report: Path, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    shutil.copytree(path.parents[1] / "experiments" / "demo", folder)
-    (folder / name).unlink()
-    with pytest.raises(AnalysisError, match="is not a whole analysis of an experiment"):
-        render_report([folder], tmp_path / "report", FACTS)
+    shutil.copytree(report.parent / "experiments" / "demo", folder)
+    (folder / "analysis.json").unlink()
+    with pytest.raises(AnalysisError, match="demo is not a whole analysis of an experiment"):
+        write_overview(Site(tmp_path / "report", tmp_path, FACTS), [folder])
     assert not (tmp_path / "report").exists()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ptbench.corpus.definitions import Split
     from ptbench.corpus.store import Corpus
     from ptbench.model.recipe import Accelerator
+    from ptbench.report.site import Site
 
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ LOG = argument("--log", type=Path, help="file for all output; progress is also s
 PAPERS = argument(
     "--papers", type=Path, default=Path("workflow/papers"), help="folder of published numbers"
 )
+REPORT = argument("--report", type=Path, required=True, help="folder of the report")
 
 
 @command(
@@ -353,31 +355,44 @@ def enter_environment(framework: str, threads: int, folder: Path) -> None:
     PAPERS,
     argument("--results", type=Path, required=True, help="the results folder"),
     argument("--output", type=Path, required=True, help="folder of tables and figures"),
+    REPORT,
     LOG,
 )
-def analyse(plan: str, papers: Path, results: Path, output: Path, log: Path | None) -> None:
+def analyse(
+    plan: str, papers: Path, results: Path, output: Path, report: Path, log: Path | None
+) -> None:
     isolate(FIGURES, threads=1)
 
     from ptbench.analysis.plan import read_plan
     from ptbench.report.experiment import analyse_experiment
+    from ptbench.report.experiment_page import write_experiment_page
 
     planned = from_json("--plan", plan, read_plan)
     with Log(log):
-        analyse_experiment(planned, results, papers, output)
+        analysis = analyse_experiment(planned, results, papers, output)
+        write_experiment_page(site(report, results), analysis, output)
 
 
 @command(
-    "Make the report on all experiments.",
+    "Make the report's pages on all experiments together.",
     argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
-    argument("--output", type=Path, required=True, help="folder of the report"),
+    argument("--results", type=Path, required=True, help="the results folder"),
+    REPORT,
     LOG,
 )
-def report(experiments: list[Path], output: Path, log: Path | None) -> None:
-    from ptbench.report.page import RunFacts, render_report
-    from ptbench.training.provenance import run_facts
+def report(experiments: list[Path], results: Path, report: Path, log: Path | None) -> None:
+    from ptbench.report.overview import write_overview
 
     with Log(log):
-        render_report(experiments, output, RunFacts(**run_facts()))
+        write_overview(site(report, results), experiments)
+
+
+def site(folder: Path, results: Path) -> Site:
+    """Return the report in a folder, to write pages of."""
+    from ptbench.report.site import RunFacts, Site
+    from ptbench.training.provenance import run_facts
+
+    return Site(folder, results, RunFacts(**run_facts()))
 
 
 @command(
@@ -396,11 +411,12 @@ def partial(
     from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.study import load_study
     from ptbench.report.experiment import analyse_experiment
-    from ptbench.report.page import RunFacts, render_report
-    from ptbench.training.provenance import run_facts
+    from ptbench.report.experiment_page import write_experiment_page
+    from ptbench.report.overview import write_overview
 
     planned = from_json("--configuration", configuration, load_study)
     with Log(log) as opened:
+        pages = site(output, results)
         folders, done = [], set()
         for name, experiment in planned.experiments.items():
             folders.append(output / "experiments" / name)
@@ -411,9 +427,10 @@ def partial(
                 folders[-1],
                 {each.variant: each.fingerprint for each in experiment.specifications},
             )
+            write_experiment_page(pages, analysis, folders[-1])
             cells = (cell for row in analysis.rows for cell in row.cells)
             done |= {cell.path for cell in cells if cell.state != "missing"}
-        page = render_report(folders, output, RunFacts(**run_facts()))
+        page = write_overview(pages, folders)
         opened.say(f"The report on {len(done)} of {len(planned.cells)} cells is at {page}")
 
 

@@ -1,4 +1,4 @@
-# Tables, figures and verdicts of one experiment.
+# Tables, figures and verdicts of one experiment, and its page of the report.
 rule analyse:
     input:
         cells=lambda wildcards: [
@@ -17,6 +17,7 @@ rule analyse:
             "differences.csv",
         ),
         figures=directory("results/experiments/{experiment}/figures"),
+        page="results/report/experiments/{experiment}.html",
     log:
         "results/logs/experiments/{experiment}.log",
     localrule: True
@@ -27,4 +28,4 @@ rule analyse:
         plan=lambda wildcards: study.plan(wildcards.experiment),
     shell:
         "python -m ptbench analyse --plan {params.plan:q} --papers workflow/papers"
-        " --results results --output {params.folder:q} --log {log:q}"
+        " --results results --output {params.folder:q} --report results/report --log {log:q}"

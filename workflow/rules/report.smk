@@ -1,13 +1,23 @@
-# The report on all experiments of the configuration.
+# The report's pages on all experiments of the configuration together. Each experiment's own page is
+# written with its tables and figures.
 rule report:
     input:
         expand(
             "results/experiments/{experiment}/analysis.json",
             experiment=study.experiments,
         ),
-        expand("results/experiments/{experiment}/figures", experiment=study.experiments),
+        expand(
+            "results/report/experiments/{experiment}.html",
+            experiment=study.experiments,
+        ),
     output:
-        "results/report/index.html",
+        multiext(
+            "results/report/",
+            "index.html",
+            "frameworks.html",
+            "methods.html",
+            "runs.html",
+        ),
     log:
         "results/logs/report.log",
     localrule: True
@@ -19,8 +29,8 @@ rule report:
             "results/experiments/{experiment}", experiment=study.experiments
         ),
     shell:
-        "python -m ptbench report {params.experiments:q} --output {params.folder:q}"
-        " --log {log:q}"
+        "python -m ptbench report {params.experiments:q} --results results"
+        " --report {params.folder:q} --log {log:q}"
 
 
 # The report on what is there, with what is missing marked. Without an output, so that it is made

@@ -239,9 +239,15 @@ class Study:
         """The merged configuration as JSON; `load_study` makes the same study of it."""
         return self.config.model_dump_json(exclude_defaults=True)
 
-    def write(self, path: Path) -> None:
-        """Write configuration and cells for `ptbench status` and others who follow the run."""
+    def write(self, path: Path, command: str) -> None:
+        """Write configuration and cells for `ptbench status` and others who follow the run.
+
+        Args:
+            path: of the file.
+            command: what runs the workflow, without targets.
+        """
         content = {
+            "command": command,
             "config": self.config.model_dump(mode="json"),
             "cells": [cell.path for cell in self.cells],
         }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from ptbench.analysis.collect import OUTDATED
 from ptbench.configuration.specification import Cell, parse_cell_path
 from ptbench.configuration.study import Study
+from ptbench.report.commands import run_again
 from ptbench.report.formatting import framework_name
 from ptbench.slurm import job_numbers
 from ptbench.training.attempts import Seen, look, record_path
@@ -107,6 +107,11 @@ def _state(cell: Cell, study: Study, result: Path, seen: Seen | None) -> tuple[S
         if metrics.fingerprint != study.specification(cell.variant).fingerprint:
             return "missing", OUTDATED
         return ("done" if metrics.status == "ok" else "diverged"), metrics.reason
+    return attempt_state(seen)
+
+
+def attempt_state(seen: Seen | None) -> tuple[State, str | None]:
+    """Return the state of a cell without a result, and the reason, from its newest attempt."""
     if seen is None:
         return "missing", None
     reason = seen.record.reason
@@ -255,12 +260,10 @@ def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str])
         if cell.state not in ("failed", "interrupted"):
             continue
         target = results / "cells" / cell.path / "metrics.json"
-        # Snakemake sees no reason to make a file again that is there but cannot be read.
-        again = [*command, *(["--force"] if target.exists() else []), "--", str(target)]
         times = "" if cell.attempts < 2 else f" (attempt {cell.attempts})"
         paragraphs.append(
             f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}\n"
             f"  log:   {cell.log or 'none'}\n"
-            f"  again: {shlex.join(again)}"
+            f"  again: {run_again(command, target)}"
         )
     return "\n".join(paragraphs)

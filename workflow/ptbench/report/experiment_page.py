@@ -1,0 +1,201 @@
+"""The page of one experiment, from its `Analysis` and its figures.
+
+Words, numbers and links only: `ptbench.analysis` makes the numbers and `figures.py` the figures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
+from ptbench.analysis.metrics import METRICS, NOTHING, Metric
+from ptbench.analysis.statistics import SIGNIFICANCE
+from ptbench.report import formatting
+from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
+from ptbench.report.runs import runs_of
+from ptbench.report.site import Site
+from ptbench.report.svg import inline_svg
+from ptbench.report.tables import printed_metrics
+
+CELL_FILES = ("metrics.json", "history.csv", "provenance.json", "recipe.yaml")
+TABLE_FILES = (
+    "table.csv",
+    "table.md",
+    "table.tex",
+    "differences.csv",
+    "comparison.csv",
+    "analysis.json",
+)
+
+
+class Line(NamedTuple):
+    """One row of the results: for each metric its number, and its interval or quartiles."""
+
+    row: RowResult
+    texts: list[tuple[str, str]]
+
+
+class Group(NamedTuple):
+    """Rows that differ by framework alone."""
+
+    title: str
+    common: str  # what all of them share: metrics that are the same in every row
+    lines: list[Line]
+
+
+class Matrix(NamedTuple):
+    """Verdicts between the frameworks of one variant and number of devices."""
+
+    title: str
+    frameworks: list[str]
+    pairs: dict[tuple[str, str], PairResult]  # (row, column); the row is pair.b
+
+
+def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
+    """Write experiments/{name}.html and return where it is.
+
+    Args:
+        site: the report.
+        analysis: the experiment.
+        folder: with the tables and figures that the page shows and links to.
+    """
+    figures = [
+        (file, inline_svg(folder / "figures" / f"{file.name}.svg", f"figure-{index}"))
+        for index, file in enumerate(analysis.figures)
+    ]
+    columns, groups = results_table(analysis)
+    p = analysis.all_equivalent_p
+    kinds = {pair.outcome.test.kind for pair in analysis.pairs if pair.outcome.test}
+    return site.write(
+        "experiment.html.j2",
+        f"experiments/{analysis.name}.html",
+        analysis=analysis,
+        folder=folder,
+        columns=columns,
+        groups=groups,
+        printed=printed_metrics(analysis),
+        matrices=_matrices(analysis),
+        verdicts=Counter(pair.outcome.verdict for pair in analysis.pairs),
+        tests=" and ".join(sorted(kinds)),
+        all_equivalent=p is not None and p < SIGNIFICANCE,
+        figures=figures,
+        published=[
+            (metric, found)
+            for name, metric in METRICS.items()
+            if (found := [line for line in analysis.published if line.published.metric == name])
+        ],
+        published_value=_published_value,
+        ours=_ours,
+        runs=runs_of(analysis.rows, site.results),
+        machines=_distinct(analysis, "machines"),
+        commits=_distinct(analysis, "commits"),
+        versions={
+            framework: sorted({v for r in rows for v in r.framework_versions})
+            for framework, rows in _by_framework(analysis.rows).items()
+        },
+        cells_at_once=max((r.cells_at_once for r in analysis.rows if r.cells_at_once), default=0),
+        cell_files=CELL_FILES,
+        table_files=[name for name in TABLE_FILES if (folder / name).exists()],
+    )
+
+
+def _distinct(analysis: Analysis, field: str) -> list[str]:
+    return sorted({value for row in analysis.rows for value in getattr(row, field)})
+
+
+def _by_framework(rows: Sequence[RowResult]) -> dict[str, list[RowResult]]:
+    found: dict[str, list[RowResult]] = {}
+    for row in rows:
+        found.setdefault(row.framework, []).append(row)
+    return found
+
+
+def results_table(analysis: Analysis) -> tuple[list[Metric], list[Group]]:
+    """Return the columns of the results and their lines.
+
+    A metric that is the same in all frameworks of every group, such as the parameters, is said
+    once for the group and has no column.
+    """
+    metrics = printed_metrics(analysis)
+    texts = {metric.name: _column(metric, analysis.rows) for metric in metrics}
+    indices = [
+        [index for index, _ in group]
+        for _, group in groupby(enumerate(analysis.rows), key=lambda pair: group_key(pair[1]))
+    ]
+    common = [metric for metric in metrics if _is_common(texts[metric.name], indices)]
+    columns = [metric for metric in metrics if metric not in common]
+    groups = []
+    for own in indices:
+        shared = []
+        for metric in common:
+            said = next((texts[metric.name][i][0] for i in own if texts[metric.name][i][0]), "")
+            if said != NOTHING:
+                shared.append(f"{metric.title.lower()} {said}")
+        groups.append(
+            Group(
+                group_title(analysis.rows[own[0]]),
+                ", ".join(shared),
+                [Line(analysis.rows[i], [texts[m.name][i] for m in columns]) for i in own],
+            )
+        )
+    return columns, groups
+
+
+def _is_common(column: Sequence[tuple[str, str]], groups: Sequence[Sequence[int]]) -> bool:
+    """Return whether a column says the same in all rows of each group that have a number."""
+    if any(sub for _, sub in column) or max(map(len, groups)) == 1:
+        return False
+    return all(len({column[i][0] for i in own} - {NOTHING}) < 2 for own in groups)
+
+
+def _column(metric: Metric, rows: Sequence[RowResult]) -> list[tuple[str, str]]:
+    """Return what all rows show of a metric: its number with ±, and its interval or quartiles."""
+    summaries = [row.metrics.get(metric.name) for row in rows]
+    stds = [formatting.format_std(metric, summary).removeprefix("± ") for summary in summaries]
+    width = max(map(len, stds))
+    column = []
+    for summary, std in zip(summaries, stds, strict=True):
+        text = metric.text(summary.value if summary else None)
+        if width and summary:  # padded, so that the signs stand below one another
+            text += f" {'±' if std else ' '} {std.rjust(width, FIGURE_SPACE)}"
+        column.append((text, metric.spread_text(summary)))
+    return column
+
+
+def _matrices(analysis: Analysis) -> list[Matrix]:
+    """Return the verdicts of every group of rows that has at least two frameworks."""
+    matrices = []
+    for rows in grouped(analysis.rows):
+        pairs = [p for p in analysis.pairs if (p.variant, p.devices) == group_key(rows[0])]
+        if pairs:
+            frameworks = [row.framework for row in rows]
+            matrices.append(
+                Matrix(group_title(rows[0]), frameworks, {(p.b, p.a): p for p in pairs})
+            )
+    return matrices
+
+
+def _published_value(line: PublishedResult) -> str:
+    """Write the published value, with its standard deviation where one was printed."""
+    metric, value = METRICS[line.published.metric], line.published
+    if value.kind == "diverges":
+        return "diverges"
+    text = f"× {value.value:.3g}" if value.over else metric.write(value.value)
+    text = {"above": "> ", "below": "< "}.get(value.kind, "") + text
+    return text if value.std is None else f"{text} ± {metric.write(value.std)}"
+
+
+def _ours(line: PublishedResult) -> str:
+    """Write our value, followed by its interval where it has one."""
+    if line.ours is None:
+        return NOTHING
+    if line.published.over:
+        return f"× {line.ours:.3g}"
+    write = METRICS[line.published.metric].write
+    if line.low is None or line.high is None:
+        return write(line.ours)
+    return f"{write(line.ours)} ({write(line.low)} to {write(line.high)})"

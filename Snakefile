@@ -4,6 +4,7 @@
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
+#   results/papers/{paper}/answers.json                                findings and exhibits of a document
 #   results/report/index.html                                          the report
 #   results/partial/index.html                                         the same on what is there (`partial`)
 #
@@ -18,6 +19,7 @@ include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/analysis.smk"
+include: "workflow/rules/papers.smk"
 include: "workflow/rules/report.smk"
 
 

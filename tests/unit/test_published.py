@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from tests.support.fake_results import metrics, plan, score_of, write_cell
+from tests.support.fake_results import metrics, plan, score_of, write_cell, write_diverged
 
 from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows
 from ptbench.analysis.experiment import PublishedResult, analyse
@@ -275,11 +275,10 @@ def test_a_number_is_set_beside_its_framework_or_all_on_its_number_of_devices(
 
 def test_the_gap_is_ours_over_the_published_less_one(beside: list[PublishedResult]) -> None:
     assert beside[0].relative_gap == pytest.approx(0, abs=1e-5)
-    assert beside[0].inside is True
+    assert beside[0].verdict == "reproduced"
     assert beside[1].relative_gap == pytest.approx(109.947 / 220 - 1, abs=1e-5)
-    assert beside[1].inside is False
+    assert beside[1].verdict == "not reproduced"
     assert beside[3].relative_gap == pytest.approx(4_651_600 / 4_652_000 - 1)
-    assert beside[3].inside is None  # a count has no interval
 
 
 def test_a_ratio_is_set_beside_ours_and_a_bound_has_no_gap(
@@ -321,4 +320,27 @@ def test_a_time_is_set_beside_our_median_and_quartiles_and_a_size_beside_the_lar
     [line] = analyse(experiment, rows, CorpusFacts(), read_published(tmp_path)).published
     assert (line.ours, line.low, line.high) == (ours, low, high)
     assert line.relative_gap == pytest.approx(ours / 1000 - 1)
-    assert line.inside is None  # quartiles are no interval of a mean
+    assert line.verdict == ("not reproduced" if metric == "epochs" else "other hardware")
+
+
+def verdicts(results: Path, variant: str, *rows: str, diverged: bool = False) -> list[str]:
+    experiment = plan("zaremba-small", (variant,), ("tensorflow",))
+    for cell in experiment.cells:
+        if diverged:
+            write_diverged(results, cell)
+        else:
+            write_cell(results, metrics(cell, 4.7 + 0.01 * cell.seed))
+    write(results, HEADER, *rows)
+    found = collect_rows(experiment, results)
+    published = analyse(experiment, found, CorpusFacts(), read_published(results)).published
+    return [line.verdict for line in published]
+
+
+def test_a_run_of_a_part_of_the_corpus_judges_no_published_number(tmp_path: Path) -> None:
+    assert verdicts(tmp_path, "zaremba-small+budget=smoke", ROW) == ["reduced budget"]
+
+
+def test_a_number_is_judged_by_runs_that_diverged_too(tmp_path: Path) -> None:
+    rows = [ROW, ROW.replace("113.304", "diverges"), ROW.replace("113.304", ">3000")]
+    found = verdicts(tmp_path, "zaremba-small", *rows, diverged=True)
+    assert found == ["not reproduced", "reproduced", "reproduced"]

@@ -21,6 +21,7 @@ from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
+from ptbench.model.recipe import Implementation
 from ptbench.training.records import Metrics, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
@@ -100,6 +101,11 @@ class Row:
         read = METRICS[metric].read
         found = {seed: read(result) for seed, result in self.results().items()}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    @property
+    def implementation(self) -> Implementation:
+        """Return how its models compute: stock or tuned, as the recipe says."""
+        return self.planned.implementation
 
     @property
     def complete(self) -> bool:

@@ -5,21 +5,38 @@ Values in, values out; `collect.py` reads files, `ptbench.report` writes them.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+from typing import Literal
 
 from pydantic import Field
 
+from ptbench.analysis.agreement import Agreement, Judgement, judge_published
 from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, State
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
-from ptbench.analysis.plan import Compared, ExperimentPlan
+from ptbench.analysis.plan import ExperimentPlan, Settings
 from ptbench.analysis.published import PublishedValue
 from ptbench.analysis.statistics import Difference, Pair, compare_pairs, joint_equivalence_p
+from ptbench.analysis.variants import (
+    BestVariant,
+    Sweep,
+    TrendResult,
+    VariantComparison,
+    compare_variants,
+    find_sweeps,
+    variant_labels,
+)
 from ptbench.backends import Framework
+from ptbench.configuration.experiments import Compared
 from ptbench.configuration.papers import NamedRow
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model
+
+NOT_JUDGED = Judgement("cannot tell", None, None, None, None)
+REDUCED = ("corpus=", "subset=", "budget=")  # what a configuration changes in every variant
+PublishedVerdict = Agreement | Literal["reduced budget", "not run"]
 
 
 class CellLine(Model):
@@ -65,6 +82,15 @@ class RowResult(Model):
         """Return the number of each seed that ended well."""
         return [c.values[metric] for c in self.cells if c.state == "ok" and metric in c.values]
 
+    def finished(self, metric: str) -> dict[int, float]:
+        """Return the number of each seed that finished; a diverged one's perplexity is infinite."""
+        diverged = {"diverged": math.inf} if METRICS[metric].kind is PERPLEXITY else {}
+        return {
+            line.cell.seed: line.values[metric] if line.state == "ok" else diverged[line.state]
+            for line in self.cells
+            if (line.state == "ok" and metric in line.values) or line.state in diverged
+        }
+
 
 class PairResult(Model):
     """Two frameworks at one variant and number of devices, compared by the plan's metric."""
@@ -86,9 +112,21 @@ class PublishedResult(Model):
     low: float | None = Field(description="Lower end of our 95 % interval, or lower quartile.")
     high: float | None = Field(description="Upper end of our 95 % interval, or upper quartile.")
     relative_gap: float | None = Field(description="(ours - published) / published.")
-    inside: bool | None = Field(
-        description="Whether it lies in our 95 % interval, if there is one."
+    verdict: PublishedVerdict = Field(description="Whether the number is reproduced.")
+    expected_low: float | None = Field(
+        description="Lower end of the 95 % prediction interval: where the number was expected."
     )
+    expected_high: float | None = Field(description="Upper end of the same.")
+    seeds: int | None = Field(description="Seeds that would settle it, if it cannot be told.")
+    cv: float | None = Field(description="CV* of the published number and ours [%].")
+
+
+class VariantFacts(Model):
+    """What tells a variant from the others of its experiment."""
+
+    name: str = Field(description="Name of the variant.")
+    label: str = Field(description="A short name, by what tells it from the others.")
+    settings: Settings = Field(description="Its values of the keys in which variants differ.")
 
 
 class FigureFile(Model):
@@ -107,11 +145,17 @@ class Analysis(Model):
     title: str = Field(description="Heading.")
     description: str = Field(description="One paragraph.")
     corpus_folder: str = Field(description="Prepared corpus.")
-    metric: Compared = Field(description="What the frameworks are compared by.")
+    metric: Compared = Field(description="What frameworks and variants are compared by.")
     equivalence_margin: float = Field(description="Largest difference that does not matter [nats].")
     floor_perplexity: float | None = Field(description="No model can be better on average.")
     best_bigram_perplexity: float | None = Field(description="Best possible bigram model.")
     rows: tuple[RowResult, ...] = Field(description="The results table.")
+    variants: tuple[VariantFacts, ...] = Field(description="Its variants, in order.")
+    sweeps: tuple[Sweep, ...] = Field(description="What its variants sweep.")
+    baseline: str = Field(description="The variant that the others are compared with.")
+    comparisons: tuple[VariantComparison, ...] = Field(description="Variants and the baseline.")
+    trends: tuple[TrendResult, ...] = Field(description="Along each line of each sweep.")
+    best: tuple[BestVariant, ...] = Field(description="Of each framework and number of devices.")
     pairs: tuple[PairResult, ...] = Field(description="Frameworks against one another.")
     all_equivalent_p: float | None = Field(description="p that some pair is not equivalent.")
     published: tuple[PublishedResult, ...] = Field(description="Ours against published numbers.")
@@ -120,6 +164,10 @@ class Analysis(Model):
     def count(self, state: State) -> int:
         """Return the number of cells in the state."""
         return sum(cell.state == state for row in self.rows for cell in row.cells)
+
+    def label(self, variant: str) -> str:
+        """Return a variant's short name."""
+        return next(each.label for each in self.variants if each.name == variant)
 
 
 def analyse(
@@ -138,6 +186,10 @@ def analyse(
     """
     results = tuple(_row_result(row) for row in rows)
     pairs = _pairs(plan, rows)
+    settings = {row.variant: row.planned.settings for row in rows}
+    labels = variant_labels(settings)
+    sweeps = find_sweeps(settings)
+    compared = compare_variants(plan, rows, sweeps)
     return Analysis(
         name=plan.name,
         title=plan.title,
@@ -148,14 +200,23 @@ def analyse(
         floor_perplexity=corpus.floor_perplexity,
         best_bigram_perplexity=corpus.best_bigram_perplexity,
         rows=results,
+        variants=tuple(
+            VariantFacts(name=name, label=labels[name], settings=of)
+            for name, of in settings.items()
+        ),
+        sweeps=sweeps,
+        baseline=plan.baseline_variant,
+        comparisons=compared.baseline,
+        trends=compared.trends,
+        best=compared.best,
         pairs=pairs,
         all_equivalent_p=joint_equivalence_p([pair.outcome.p_equivalence for pair in pairs]),
         published=tuple(
-            _beside(value, row, results)
+            _beside(value, row, results, plan.equivalence_margin)
             for value in published
             for row in results
             if value.experiment == plan.name
-            and (value.variant, value.devices) == (row.variant, row.devices)
+            and (value.variant, value.devices) == (whole(row.variant), row.devices)
             and value.framework in (None, row.framework)
         ),
     )
@@ -233,19 +294,43 @@ def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
     )
 
 
-def _beside(value: PublishedValue, row: RowResult, rows: Sequence[RowResult]) -> PublishedResult:
-    """Set a published number beside our summary of its metric, if the row is usable.
+def whole(variant: str) -> str:
+    """Return a variant's name without what a configuration made of it.
 
-    A ratio is that of the two rows' numbers. A bound has no gap.
+    The options `corpus`, `subset` and `budget` change every variant; published numbers are set
+    beside the variant without them.
+    """
+    recipe, *overrides = variant.split("+")
+    return "+".join([recipe, *(each for each in overrides if not each.startswith(REDUCED))])
+
+
+def _beside(
+    value: PublishedValue, row: RowResult, rows: Sequence[RowResult], margin: float
+) -> PublishedResult:
+    """Set a published number beside ours and judge it by the seeds that finished.
+
+    Ours is the row's summary of the metric, if the row is usable. A ratio is that of two rows'
+    numbers; a bound has no gap.
     """
     summary = row.metrics.get(value.metric) if row.usable else None
     ours, low, high = (summary.value, summary.low, summary.high) if summary else (None, None, None)
+    seeds, divisors = row.finished(value.metric), dict[int, float]()
     if value.over is not None:
         over = _divisor(value.over, row.framework, rows)
         below = over.value(value.metric) if over and over.usable else None
         ours, low, high = (ours / below if ours and below else None), None, None
-    number = value.kind == "number"
-    is_interval = METRICS[value.metric].kind is PERPLEXITY and number
+        divisors = over.finished(value.metric) if over else {}
+        seeds = {seed: number for seed, number in seeds.items() if seed in divisors}
+        divisors = {seed: divisors[seed] for seed in seeds}
+    verdict: PublishedVerdict
+    if not seeds:
+        verdict, judged = "not run", NOT_JUDGED
+    elif whole(row.variant) != row.variant:
+        verdict, judged = "reduced budget", NOT_JUDGED
+    else:
+        judged = judge_published(value, list(seeds.values()), list(divisors.values()), margin)
+        verdict = judged.verdict
+    expected = [None if end is None else math.exp(end) for end in (judged.low, judged.high)]
     return PublishedResult(
         published=value,
         framework=row.framework,
@@ -253,16 +338,19 @@ def _beside(value: PublishedValue, row: RowResult, rows: Sequence[RowResult]) ->
         ours=ours,
         low=low,
         high=high,
-        relative_gap=ours / value.value - 1 if ours is not None and number else None,
-        inside=(
-            low <= value.value <= high
-            if is_interval and low is not None and high is not None
-            else None
+        relative_gap=(
+            ours / value.value - 1 if ours is not None and value.kind == "number" else None
         ),
+        verdict=verdict,
+        expected_low=expected[0],
+        expected_high=expected[1],
+        seeds=judged.seeds,
+        cv=judged.cv,
     )
 
 
 def _divisor(over: NamedRow, own: Framework, rows: Sequence[RowResult]) -> RowResult | None:
     """Return the row that another is divided by: in its own framework, or in the named one."""
     wanted = (over.variant, over.framework or own, over.devices)
-    return next((r for r in rows if (r.variant, r.framework, r.devices) == wanted), None)
+    found = (r for r in rows if (whole(r.variant), r.framework, r.devices) == wanted)
+    return next(found, None)

@@ -131,8 +131,8 @@ def trend(groups: Sequence[Sequence[float]], direction: Literal["rises", "falls"
     count = 0.0
     for i, first in enumerate(samples):
         for second in samples[i + 1 :]:
-            ahead = np.sign(second[None, :] - first[:, None])  # inf - inf: two that diverged
-            count += float(np.sum(np.nan_to_num(ahead) + 1) / 2)
+            behind, ahead = second[None, :] < first[:, None], second[None, :] > first[:, None]
+            count += float(np.sum(ahead.astype(np.float64) - behind + 1) / 2)
     sizes = np.array([len(sample) for sample in samples], np.float64)
     _, ties = np.unique(np.concatenate(samples), return_counts=True)
     n, t = sizes.sum(), ties.astype(np.float64)

@@ -8,17 +8,18 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ptbench.configuration.experiments import Compared, Value
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model, Name
 
 if TYPE_CHECKING:
     from ptbench.configuration.study import Study
 
-Compared = Literal["valid_perplexity", "test_perplexity"]
+Settings = dict[str, Value]  # keys of the recipe and their values
 
 
 class PlannedVariant(Model):
@@ -27,6 +28,9 @@ class PlannedVariant(Model):
     implementation: Implementation = Field("stock", description="As the recipe says.")
     paired: bool = Field(
         False, description="Whether runs of one seed differ by framework alone: no dropout."
+    )
+    settings: Settings = Field(
+        {}, description="Its values of the recipe's keys in which the experiment's variants differ."
     )
 
 
@@ -39,7 +43,10 @@ class ExperimentPlan(Model):
     corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
     cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs, each once.")
     variants: dict[str, PlannedVariant] = Field({}, description="What is known of variants.")
-    metric: Compared = Field("test_perplexity", description="What frameworks are compared by.")
+    baseline: str | None = Field(
+        None, description="Variant that the others are compared with; null: the first."
+    )
+    metric: Compared = Field("test_perplexity", description="What its rows are compared by.")
     equivalence_margin: float = Field(
         gt=0, description="Largest difference that does not matter [nats/token]."
     )
@@ -47,6 +54,11 @@ class ExperimentPlan(Model):
     def variant(self, name: str) -> PlannedVariant:
         """Return what is known about a variant."""
         return self.variants.get(name, PlannedVariant())
+
+    @property
+    def baseline_variant(self) -> str:
+        """Return the variant that the others are compared with."""
+        return self.baseline or self.cells[0].variant
 
 
 def read_plan(content: Mapping[str, Any]) -> ExperimentPlan:

@@ -23,6 +23,7 @@ from ptbench.yaml import Located, merged, parse_yaml, read_mapping, read_yaml, s
 WORKFLOW = Path(__file__).resolve().parents[2]
 
 Value = str | int | float | bool | None
+Compared = Literal["valid_perplexity", "test_perplexity"]
 T = TypeVar("T")
 
 
@@ -60,8 +61,11 @@ class Experiment(Model):
     frameworks: Several[Framework] = Field(list(FRAMEWORKS), description="Frameworks that run it.")
     devices: Several[Devices] = Field([1], description="Numbers of data-parallel replicas.")
     seeds: Several[Seed] = Field([1, 2, 3], description="One run for each.")
-    metric: Literal["valid_perplexity", "test_perplexity"] = Field(
-        "test_perplexity", description="What the frameworks are compared by."
+    metric: Compared = Field(
+        "test_perplexity", description="What frameworks and variants are compared by."
+    )
+    baseline: str | None = Field(
+        None, description="Variant that the others are compared with; null: the first."
     )
 
 

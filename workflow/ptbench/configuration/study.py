@@ -55,6 +55,7 @@ class PlannedExperiment:
     frameworks: list[Framework]
     devices: list[int]
     seeds: list[int]
+    baseline: str  # the variant that the others are compared with
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -69,11 +70,14 @@ class PlannedExperiment:
 
     def plan(self, equivalence_margin: float) -> str:
         """Return what the analysis has to know, as JSON (`ptbench.analysis.plan` reads it)."""
+        recipes = [each.recipe for each in self.specifications]
+        varied = [key for key in Recipe.model_fields if len({getattr(r, key) for r in recipes}) > 1]
         content = {
             "name": self.name,
             "title": self.definition.title,
             "description": self.definition.description,
             "metric": self.definition.metric,
+            "baseline": self.baseline,
             "equivalence_margin": equivalence_margin,
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {
@@ -81,6 +85,7 @@ class PlannedExperiment:
                     "implementation": each.recipe.implementation,
                     # Without dropout, runs of one seed differ by framework alone.
                     "paired": not each.recipe.drops,
+                    "settings": {key: getattr(each.recipe, key) for key in varied},
                 }
                 for each in self.specifications
             },
@@ -380,7 +385,16 @@ def plan_experiment(
             check_kernel(specification, framework, f"{where}: frameworks")
     repeated = list(range(1, settings.repeats + 1)) if settings.repeats else None
     seeds = settings.seeds or repeated or experiment.seeds
-    return PlannedExperiment(name, experiment, tuple(variants.values()), frameworks, devices, seeds)
+    baseline = next(iter(variants))
+    if experiment.baseline is not None:
+        [(base, overrides)] = expand(experiment.baseline, f"{where}: baseline")
+        baseline = resolve(
+            base, overrides, library.recipes, corpora, settings, f"{where}: baseline"
+        ).variant
+        known(baseline, variants, f"{where}: baseline", "variant")
+    return PlannedExperiment(
+        name, experiment, tuple(variants.values()), frameworks, devices, seeds, baseline
+    )
 
 
 def resolve(

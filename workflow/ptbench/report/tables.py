@@ -96,8 +96,8 @@ def differences_csv(analysis: Analysis) -> str:
 
 COMPARISON_COLUMNS = (
     "variant", "framework", "devices", "over", "metric", "kind", "published", "published_std",
-    "ours", "ours_low", "ours_high", "n_ok", "relative_gap", "inside_interval", "source", "locator",
-    "note",
+    "runs", "ours", "ours_low", "ours_high", "n_ok", "relative_gap", "verdict", "expected_low",
+    "expected_high", "seeds", "cv", "source", "locator", "note",
 )  # fmt: skip
 
 
@@ -116,7 +116,11 @@ def comparison_csv(analysis: Analysis) -> str:
             "ours_high": line.high,
             "n_ok": line.n_ok,
             "relative_gap": line.relative_gap,
-            "inside_interval": line.inside,
+            "verdict": line.verdict,
+            "expected_low": line.expected_low,
+            "expected_high": line.expected_high,
+            "seeds": line.seeds,
+            "cv": line.cv,
         }
 
     return _csv([record(line) for line in analysis.published], COMPARISON_COLUMNS)

@@ -534,7 +534,7 @@ def schema(output: Path) -> None:
 def validate(config: Path) -> None:
     from ptbench.analysis.claims import read_claims
     from ptbench.analysis.exhibits import read_exhibits
-    from ptbench.analysis.published import read_published
+    from ptbench.analysis.published import read_left_out, read_published
     from ptbench.configuration.experiments import WORKFLOW, read_papers
 
     study = load(config)
@@ -542,6 +542,7 @@ def validate(config: Path) -> None:
         read_claims(WORKFLOW / "papers" / paper)
         read_exhibits(WORKFLOW / "papers" / paper)
     read_published(WORKFLOW / "papers")
+    read_left_out(WORKFLOW / "papers")
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")
     print(f"{len(study.cells)} cells in all")

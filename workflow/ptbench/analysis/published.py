@@ -10,6 +10,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -82,13 +83,18 @@ class PublishedValue(Model):
 
 
 class LeftOut(Model):
-    """Printed numbers that are set beside nothing; `*` in a field stands for anything."""
+    """Printed numbers that are set beside nothing; `*` stands for anything, `[12]` for 1 or 2."""
 
     source: str = Field(min_length=1, description="Short name of the document: its folder.")
     locator: str = Field(min_length=1, description="Table, figure or section within it.")
     metric: str = Field(min_length=1, description="What was measured.")
     value: str = Field(min_length=1, description="The number, in our units.")
     reason: str = Field(min_length=1, description="Why no row of ours answers it.")
+
+    def covers(self, source: str, locator: str, metric: str, value: str) -> bool:
+        """Return whether a printed number is among those that are left out."""
+        patterns = ((locator, self.locator), (metric, self.metric), (value, self.value))
+        return source == self.source and all(fnmatchcase(*each) for each in patterns)
 
 
 def read_published(folder: Path) -> list[PublishedValue]:

@@ -5,6 +5,7 @@
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
 #   results/report/experiments/{experiment}.html                       its page of the report
+#   results/papers/{paper}/answers.json                                findings and exhibits of a document
 #   results/report/index.html                                          the report
 #   results/partial/index.html                                         the same on what is there (`partial`)
 #
@@ -19,6 +20,7 @@ include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/analysis.smk"
+include: "workflow/rules/papers.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ptbench.analysis.claims import Claim, ClaimRow, Result, judge_claims, parse_row
+from ptbench.analysis.claims import Claim, Result, judge_claims
+from ptbench.configuration.papers import NamedRow, parse_row
 
 PAPERS = Path(__file__).parents[2] / "workflow" / "papers"
 FILES = sorted(PAPERS.glob("*/claims.yaml"))
@@ -28,7 +29,7 @@ def claim(*tests: dict[str, Any], **test: Any) -> Claim:
 
 
 def judged(given: Claim, perplexities: dict[str, Sequence[float]]) -> Result:
-    def values(row: ClaimRow, metric: str) -> Sequence[float] | None:
+    def values(row: NamedRow, metric: str) -> Sequence[float] | None:
         assert metric == given.tests[0].metric
         return perplexities.get(str(row))
 
@@ -58,12 +59,12 @@ def test_there_are_201_findings() -> None:
 @pytest.mark.parametrize(
     ("text", "row"),
     [
-        ("zaremba-small", ClaimRow("zaremba-small", None, 1)),
-        ("zaremba-small+dropout=0.5 [jax]", ClaimRow("zaremba-small+dropout=0.5", "jax", 1)),
-        ("zhang-bm [tensorflow] [8]", ClaimRow("zhang-bm", "tensorflow", 8)),
+        ("zaremba-small", NamedRow("zaremba-small", None, 1)),
+        ("zaremba-small+dropout=0.5 [jax]", NamedRow("zaremba-small+dropout=0.5", "jax", 1)),
+        ("zhang-bm [tensorflow] [8]", NamedRow("zhang-bm", "tensorflow", 8)),
     ],
 )
-def test_a_row_is_a_variant_with_or_without_framework_and_devices(text: str, row: ClaimRow) -> None:
+def test_a_row_is_a_variant_with_or_without_framework_and_devices(text: str, row: NamedRow) -> None:
     assert parse_row(text) == row
 
 
@@ -181,7 +182,7 @@ def test_p_values_of_a_document_are_one_family() -> None:
     test = {"test": "lower", "left": ["a [jax]"], "right": ["b [jax]"]}
     weak = {"a [jax]": seeds(4.455, 0.02), "b [jax]": seeds(4.5, 0.02)}
 
-    def values(row: ClaimRow, metric: str) -> Sequence[float] | None:
+    def values(row: NamedRow, metric: str) -> Sequence[float] | None:
         assert metric == "valid_perplexity"
         return weak[str(row)]
 

@@ -374,6 +374,22 @@ def analyse(
 
 
 @command(
+    "Answer a document: its findings judged, and its tables and figures drawn again.",
+    argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
+    argument("--paper", type=Path, required=True, help="folder of the document"),
+    argument("--output", type=Path, required=True, help="folder of answers and exhibits"),
+    LOG,
+)
+def answer(experiments: list[Path], paper: Path, output: Path, log: Path | None) -> None:
+    isolate(FIGURES, threads=1)
+
+    from ptbench.report.paper import answer_paper
+
+    with Log(log):
+        answer_paper(paper, experiments, output)
+
+
+@command(
     "Make the report's pages on all experiments together.",
     argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
     argument("--results", type=Path, required=True, help="the results folder"),
@@ -516,11 +532,15 @@ def schema(output: Path) -> None:
     argument("config", type=Path, nargs="?", default=Path("config.yaml")),
 )
 def validate(config: Path) -> None:
+    from ptbench.analysis.claims import read_claims
+    from ptbench.analysis.exhibits import read_exhibits
     from ptbench.analysis.published import read_published
     from ptbench.configuration.experiments import WORKFLOW, read_papers
 
     study = load(config)
-    read_papers()
+    for paper in read_papers():
+        read_claims(WORKFLOW / "papers" / paper)
+        read_exhibits(WORKFLOW / "papers" / paper)
     read_published(WORKFLOW / "papers")
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")

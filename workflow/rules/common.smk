@@ -103,3 +103,4 @@ wildcard_constraints:
     seed="[^/]+",
     corpus_folder="[^/]+",
     experiment="[^/]+",
+    paper="[^/]+",

@@ -8,57 +8,26 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from ptbench.analysis import findings
 from ptbench.analysis.findings import BEST_PROBABILITY, Evidence, Verdict
-from ptbench.analysis.metrics import MetricName
+from ptbench.analysis.metrics import METRICS, MetricName
 from ptbench.analysis.statistics import holm
 from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.errors import parse
+from ptbench.configuration.papers import NamedRow, RowField
 from ptbench.model.recipe import Model
-
-ROW = re.compile(r"(?P<variant>[^\s\[\]]+)(?: \[(?P<framework>\w+)\])?(?: \[(?P<devices>\d+)\])?")
+from ptbench.yaml import read_mapping, shown_path
 
 # tests of p values, whose family is the document's; the others have a verdict of their own
 TESTS = ("lower", "higher", "equal", "ordering", "rises", "falls", "saturates", "interaction")
-
-
-class ClaimRow(NamedTuple):
-    """A row of our results: the seeds of one variant in one framework."""
-
-    variant: str
-    framework: str | None  # None: every framework that ran it
-    devices: int
-
-    def __str__(self) -> str:
-        framework = f" [{self.framework}]" if self.framework else ""
-        return f"{self.variant}{framework}" + (f" [{self.devices}]" if self.devices > 1 else "")
-
-
-def parse_row(text: object) -> object:
-    """Return the row that `variant [framework] [devices]` names; both brackets may be left out.
-
-    Raises:
-        ValueError: if it is not of that form, or there is no such framework.
-    """
-    if not isinstance(text, str):
-        return text
-    match = ROW.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not of the form: variant [framework] [devices]")
-    framework = match["framework"]
-    if framework is not None and framework not in FRAMEWORKS:
-        raise ValueError(f"{text!r}: there is no framework {framework}")
-    return ClaimRow(match["variant"], framework, int(match["devices"] or 1))
-
-
-RowField = Annotated[ClaimRow, BeforeValidator(parse_row)]
 
 
 TestKind = Literal[
@@ -110,7 +79,7 @@ class ClaimTest(Model):
         return self
 
     @property
-    def rows(self) -> list[ClaimRow]:
+    def rows(self) -> list[NamedRow]:
         """Every row that the test reads."""
         return list(dict.fromkeys([*self.left, *self.right]))
 
@@ -122,11 +91,50 @@ class ClaimTest(Model):
         return [math.nan if self.number is None else self.number] * len(self.left)
 
     @property
-    def pairs(self) -> list[tuple[ClaimRow, ClaimRow]]:
+    def sentence(self) -> str:
+        """The test in words."""
+        left, right = _listed(self.left), _listed(self.right)
+        numbers = ", ".join(f"{number:g}" for number in dict.fromkeys(self.numbers))
+        match self.test:
+            case "lower" | "higher":
+                words = f"{self.test} in {left} than in {right}"
+            case "equal":
+                words = f"equal in {left} and in {right}, within the margin"
+            case "ordering":
+                words = f"lower in each of these than in the next: {left}"
+            case "rises" | "falls":
+                words = f"{self.test} along {left}"
+            case "saturates":
+                assert self.at is not None
+                words = f"never lower by the margin after {self.left[self.at]} along {left}"
+            case "optimum":
+                words = f"lowest in {self.left[0]} of {_listed(self.rows)}"
+            case "interaction":
+                a, b, c, d = (*self.left, *self.right)
+                words = f"the ratio of {a} to {b} is lower than that of {c} to {d}"
+            case "value":
+                words = f"{numbers} in {left}"
+            case "ratio":
+                words = f"{left} over {right} is {numbers}"
+            case "slope":
+                words = f"the power law along {left} has the exponent {numbers}"
+            case "above":
+                words = f"above {numbers}, or diverged, in {left}"
+        return f"{METRICS[self.metric].title}: {words}"
+
+    @property
+    def pairs(self) -> list[tuple[NamedRow, NamedRow]]:
         """Each row on the left with the one that it is compared with."""
         size = max(len(self.left), len(self.right))
         left, right = (side * (size // len(side)) for side in (self.left, self.right))
         return list(zip(left, right, strict=True))
+
+
+def _listed(rows: Sequence[NamedRow]) -> str:
+    """Name the rows, or the first and the last where they are many."""
+    if len(rows) > 3:
+        return f"{rows[0]} to {rows[-1]} ({len(rows)} rows)"
+    return ", ".join(map(str, rows))
 
 
 class Claim(Model):
@@ -145,6 +153,24 @@ class Claim(Model):
         if bool(self.tests) == (self.untested is not None):
             raise ValueError("it needs tests, or the reason why it is untested")
         return self
+
+
+class ClaimFile(Model):
+    """`claims.yaml`."""
+
+    claims: list[Claim] = Field(description="In the order of the document.")
+
+
+def read_claims(folder: Path) -> list[Claim]:
+    """Return the findings of the document in a folder; none if it has no claims.yaml.
+
+    Raises:
+        ConfigurationError: with file and line, if one is malformed.
+    """
+    file = folder / "claims.yaml"
+    if not file.exists():
+        return []
+    return parse(ClaimFile, read_mapping(file), shown_path(file)).claims
 
 
 class Numbers(NamedTuple):
@@ -168,8 +194,8 @@ class Result:
 
 
 # Gives a metric's value of every seed of a row; None: the row has not been run.
-Values = Callable[[ClaimRow, str], Sequence[float] | None]
-Gathered = dict[ClaimRow, list[float]]
+Values = Callable[[NamedRow, str], Sequence[float] | None]
+Gathered = dict[NamedRow, list[float]]
 
 
 def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list[Result]:

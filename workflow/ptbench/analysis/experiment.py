@@ -11,13 +11,13 @@ from itertools import combinations
 
 from pydantic import Field
 
-from ptbench.analysis.claims import ClaimRow
 from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, State
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
 from ptbench.analysis.plan import Compared, ExperimentPlan
 from ptbench.analysis.published import PublishedValue
 from ptbench.analysis.statistics import Difference, Pair, compare_pairs, joint_equivalence_p
 from ptbench.backends import Framework
+from ptbench.configuration.papers import NamedRow
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Implementation, Model
 
@@ -262,7 +262,7 @@ def _beside(value: PublishedValue, row: RowResult, rows: Sequence[RowResult]) ->
     )
 
 
-def _divisor(over: ClaimRow, own: Framework, rows: Sequence[RowResult]) -> RowResult | None:
+def _divisor(over: NamedRow, own: Framework, rows: Sequence[RowResult]) -> RowResult | None:
     """Return the row that another is divided by: in its own framework, or in the named one."""
     wanted = (over.variant, over.framework or own, over.devices)
     return next((r for r in rows if (r.variant, r.framework, r.devices) == wanted), None)

@@ -15,10 +15,10 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from ptbench.analysis.claims import ClaimRow, RowField
 from ptbench.analysis.collect import AnalysisError
 from ptbench.analysis.metrics import METRICS, MetricName
 from ptbench.backends import Framework
+from ptbench.configuration.papers import NamedRow, RowField
 from ptbench.configuration.specification import VARIANT_PATTERN
 from ptbench.model.recipe import Model, Name
 
@@ -76,9 +76,9 @@ class PublishedValue(Model):
         return value
 
     @property
-    def row(self) -> ClaimRow:
+    def row(self) -> NamedRow:
         """The row of ours that it is set beside."""
-        return ClaimRow(self.variant, self.framework, self.devices)
+        return NamedRow(self.variant, self.framework, self.devices)
 
 
 class LeftOut(Model):

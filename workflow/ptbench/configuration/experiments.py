@@ -137,7 +137,17 @@ def published_files() -> list[Path]:
 def read_papers() -> dict[str, Paper]:
     """Return what is said of each document, by the name of its folder."""
     files = sorted((WORKFLOW / "papers").glob("*/paper.yaml"))
-    return {file.parent.name: parse(Paper, read_mapping(file), shown_path(file)) for file in files}
+    return {file.parent.name: read_paper(file.parent) for file in files}
+
+
+def read_paper(folder: Path) -> Paper:
+    """Return what is said of the document in a folder.
+
+    Raises:
+        ConfigurationError: with file and line, if its paper.yaml is missing or malformed.
+    """
+    file = folder / "paper.yaml"
+    return parse(Paper, read_mapping(file), shown_path(file))
 
 
 def inherited(

@@ -29,6 +29,7 @@ from ptbench.configuration.experiments import (
     load_library,
     published_files,
 )
+from ptbench.configuration.papers import answering, paper_files, paper_folders
 from ptbench.configuration.specification import Cell, Specification, parse_cell_path, variant_name
 from ptbench.corpus.definitions import (
     SPLITS,
@@ -218,6 +219,30 @@ class Study:
     def published_files(self) -> list[str]:
         """The published numbers that results are set beside, relative to the project."""
         return [str(file.relative_to(WORKFLOW.parent)) for file in published_files()]
+
+    @cached_property
+    def papers(self) -> dict[str, list[str]]:
+        """The experiments that answer a document, by document; those with none are left out."""
+        found = {name: answering(at, self.experiments) for name, at in paper_folders().items()}
+        return {name: experiments for name, experiments in found.items() if experiments}
+
+    def answering(self, paper: str) -> list[str]:
+        """Return the experiments that answer a document.
+
+        Raises:
+            ConfigurationError: if no experiment of the study does, or there is no such document.
+        """
+        known(paper, paper_folders(), "results/papers", "document")
+        if paper not in self.papers:
+            raise ConfigurationError(
+                f"no experiment of the study plans a row that {paper} names; "
+                f"run its own with `--config papers=[{paper}]`"
+            )
+        return self.papers[paper]
+
+    def paper_files(self, paper: str) -> list[str]:
+        """Return the files that a document's answers are made of, relative to the project."""
+        return [str(file.relative_to(WORKFLOW.parent)) for file in paper_files(paper)]
 
     def memory_megabytes(self, path: str, corpus_json: str, attempt: int) -> int:
         """Return the main memory that a cell's job asks for [MB]."""

@@ -377,16 +377,27 @@ def analyse(
     "Answer a document: its findings judged, and its tables and figures drawn again.",
     argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
     argument("--paper", type=Path, required=True, help="folder of the document"),
+    argument("--results", type=Path, required=True, help="the results folder"),
     argument("--output", type=Path, required=True, help="folder of answers and exhibits"),
+    REPORT,
     LOG,
 )
-def answer(experiments: list[Path], paper: Path, output: Path, log: Path | None) -> None:
+def answer(
+    experiments: list[Path],
+    paper: Path,
+    results: Path,
+    output: Path,
+    report: Path,
+    log: Path | None,
+) -> None:
     isolate(FIGURES, threads=1)
 
     from ptbench.report.paper import answer_paper
+    from ptbench.report.paper_page import write_paper_page
 
     with Log(log):
-        answer_paper(paper, experiments, output)
+        answers = answer_paper(paper, experiments, output)
+        write_paper_page(site(report, results), answers, output)
 
 
 @command(

@@ -1,5 +1,5 @@
 # Findings judged, and tables and figures drawn again, of one document: from the experiments that plan
-# a row which it names.
+# a row which it names. Its page of the report too.
 rule answer:
     input:
         analyses=lambda wildcards: expand(
@@ -9,6 +9,9 @@ rule answer:
         paper=lambda wildcards: study.paper_files(wildcards.paper),
     output:
         "results/papers/{paper}/answers.json",
+        exhibits=directory("results/papers/{paper}/exhibits"),
+        tables=directory("results/papers/{paper}/tables"),
+        page="results/report/papers/{paper}.html",
     log:
         "results/logs/papers/{paper}.log",
     localrule: True
@@ -21,4 +24,4 @@ rule answer:
         folder=subpath(output[0], parent=True),
     shell:
         "python -m ptbench answer {params.experiments:q} --paper workflow/papers/{wildcards.paper}"
-        " --output {params.folder:q} --log {log:q}"
+        " --results results --output {params.folder:q} --report results/report --log {log:q}"

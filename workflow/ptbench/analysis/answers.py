@@ -19,9 +19,16 @@ from ptbench.analysis.claims import Result, judge_claims, read_claims
 from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict, fill_exhibit, read_exhibits
 from ptbench.analysis.experiment import Analysis, RowResult
 from ptbench.analysis.metrics import METRICS, PERPLEXITY
-from ptbench.analysis.published import PublishedValue, ratios_within, read_published, readings
+from ptbench.analysis.published import (
+    LeftOut,
+    PublishedValue,
+    ratios_within,
+    read_left_out,
+    read_published,
+    readings,
+)
 from ptbench.backends import FRAMEWORKS, Framework
-from ptbench.configuration.experiments import Paper, read_paper
+from ptbench.configuration.experiments import Paper, load_library, read_paper
 from ptbench.configuration.papers import NamedRow
 from ptbench.model.recipe import Model
 
@@ -90,6 +97,7 @@ class Answers(Model):
     equivalence_margin: float = Field(description="Largest difference that does not matter [nats].")
     findings: tuple[Finding, ...] = Field(description="In the document's order.")
     published: tuple[PublishedNumber, ...] = Field(description="In the document's order.")
+    left_out: tuple[LeftOut, ...] = Field(description="Printed numbers that no row answers.")
     exhibits: tuple[ExhibitResult, ...] = Field(description="In the document's order.")
 
     def findings_by_verdict(self) -> dict[str, int]:
@@ -140,6 +148,8 @@ def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
 
     results = judge_claims(read_claims(folder), values, margin)
     verdicts = {value: number.verdict for group, number in numbers for value in group}
+    exhibits = read_exhibits(folder)
+    recipes = load_library().recipes if any(each.recipes for each in exhibits) else {}
     return Answers(
         paper=folder.name,
         about=read_paper(folder),
@@ -147,7 +157,8 @@ def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
         equivalence_margin=margin,
         findings=tuple(_finding(result, rows) for result in results),
         published=tuple(number for _, number in numbers),
-        exhibits=tuple(fill_exhibit(each, rows, verdicts) for each in read_exhibits(folder)),
+        left_out=tuple(each for each in read_left_out(folder.parent) if each.source == folder.name),
+        exhibits=tuple(fill_exhibit(each, rows, verdicts, recipes) for each in exhibits),
     )
 
 

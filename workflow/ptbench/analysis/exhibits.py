@@ -9,30 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from ptbench.analysis.agreement import Agreement, correlate
 from ptbench.analysis.experiment import RowResult
-from ptbench.analysis.metrics import METRICS, Summary
+from ptbench.analysis.metrics import MetricName, Summary
 from ptbench.analysis.published import PublishedValue
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.errors import parse
 from ptbench.configuration.papers import NamedRow, RowField
-from ptbench.model.recipe import Model, Name
+from ptbench.configuration.specification import format_override
+from ptbench.model.recipe import Model, Name, Recipe
 from ptbench.yaml import read_mapping, shown_path
-
-SPEED_UP = "speed_up"  # time per epoch of an exhibit's first row over a row's own
 
 NumberVerdict = Agreement | Literal["not run"]
 Kind = Literal["table", "curves", "sweep", "scaling", "settings"]
-
-
-def _is_metric(name: str) -> str:
-    if name not in METRICS and name != SPEED_UP:
-        raise ValueError(f"there is no metric {name}; there are {', '.join(METRICS)}, {SPEED_UP}")
-    return name
 
 
 class Exhibit(Model):
@@ -44,8 +37,9 @@ class Exhibit(Model):
     note: str | None = Field(None, description="What a reader must know to compare.")
     kind: Kind | None = Field(None, description="Its shape.")
     x: str | None = Field(None, description="On the horizontal axis: a recipe key, or epoch.")
-    metrics: list[Annotated[str, AfterValidator(_is_metric)]] = Field(
-        [], description="Columns of a table, panels of a figure."
+    metrics: list[MetricName] = Field([], description="Columns of a table, panels of a figure.")
+    relative_to: str | None = Field(
+        None, description="Label of the row that numbers are divided by; null: as they are."
     )
     rows: dict[str, RowField] = Field({}, description="Rows of ours by their label in it.")
     recipes: list[Name] = Field([], description="Recipes whose settings it lists.")
@@ -63,7 +57,14 @@ class Exhibit(Model):
             raise ValueError(f"kind {self.kind} needs rows and metrics")
         if self.kind in ("curves", "sweep", "scaling") and self.x is None:
             raise ValueError(f"kind {self.kind} needs x, what is on its horizontal axis")
+        if self.relative_to is not None and self.relative_to not in self.rows:
+            raise ValueError(f"relative_to: there is no row {self.relative_to}")
         return self
+
+    @property
+    def base(self) -> NamedRow | None:
+        """The row that numbers are divided by."""
+        return None if self.relative_to is None else self.rows[self.relative_to]
 
 
 class ExhibitFile(Model):
@@ -116,6 +117,9 @@ class ExhibitResult(Model):
 
     exhibit: Exhibit = Field(description="What is drawn.")
     lines: tuple[ExhibitLine, ...] = Field(description="Its rows.")
+    settings: dict[str, dict[str, str]] = Field(
+        {}, description="Of each recipe that it lists: the keys whose values are not the defaults."
+    )
     together: dict[str, Together] = Field(description="By metric, where three rows have both.")
     missing: str | None = Field(None, description="Why it is not drawn.")
 
@@ -124,6 +128,7 @@ def fill_exhibit(
     exhibit: Exhibit,
     rows: Mapping[NamedRow, RowResult],
     published: Mapping[PublishedValue, NumberVerdict],
+    recipes: Mapping[str, Recipe],
 ) -> ExhibitResult:
     """Return an exhibit with our numbers and the document's.
 
@@ -131,13 +136,16 @@ def fill_exhibit(
         exhibit: what to fill.
         rows: ours, each with its framework; a row of the exhibit without one stands for all.
         published: the document's numbers, with their verdicts.
+        recipes: all of them, by name.
     """
     at = {value: verdict for value, verdict in published.items() if _is_of(value, exhibit)}
     lines: list[ExhibitLine] = []
     for label, row in _each_framework(exhibit, rows):
         ours = rows.get(row)
         cells = {
-            metric: _cell(_ours(metric, ours, rows, exhibit), _published(at, row, metric), at)
+            metric: _cell(
+                _ours(metric, ours, rows, exhibit), _published(at, row, metric, exhibit.base), at
+            )
             for metric in exhibit.metrics
         }
         counts = (ours.n_ok, ours.n_diverged, ours.n_planned) if ours else (0, 0, 0)
@@ -154,6 +162,13 @@ def fill_exhibit(
     return ExhibitResult(
         exhibit=exhibit,
         lines=tuple(lines),
+        settings={
+            name: {
+                key: format_override(value)
+                for key, value in recipes[name].model_dump(exclude_defaults=True).items()
+            }
+            for name in exhibit.recipes
+        },
         together=_together(lines, exhibit.metrics),
         missing=exhibit.undrawn or _why_not(exhibit, lines),
     )
@@ -176,14 +191,11 @@ def _each_framework(
 def _ours(
     metric: str, row: RowResult | None, rows: Mapping[NamedRow, RowResult], exhibit: Exhibit
 ) -> Summary | None:
-    if row is None:
-        return None
-    if metric != SPEED_UP:
-        return row.metrics.get(metric)
-    first = rows.get(next(iter(exhibit.rows.values())))
-    base = first.value("seconds_per_epoch") if first else None
-    own = row.value("seconds_per_epoch")
-    return Summary(n=row.n_ok, value=base / own) if base and own else None
+    if row is None or exhibit.base is None:
+        return row.metrics.get(metric) if row else None
+    base, own = rows.get(exhibit.base), row.value(metric)
+    below = base.value(metric) if base else None
+    return Summary(n=row.n_ok, value=own / below) if own and below else None
 
 
 def _is_of(value: PublishedValue, exhibit: Exhibit) -> bool:
@@ -196,11 +208,14 @@ def _words(place: str) -> set[str]:
 
 
 def _published(
-    values: Iterable[PublishedValue], row: NamedRow, metric: str
+    values: Iterable[PublishedValue], row: NamedRow, metric: str, base: NamedRow | None
 ) -> PublishedValue | None:
     for value in values:
-        named = (value.variant, value.devices, value.metric)
-        if named == (row.variant, row.devices, metric) and value.framework in (None, row.framework):
+        named = (value.variant, value.devices, value.metric, value.over)
+        if named == (row.variant, row.devices, metric, base) and value.framework in (
+            None,
+            row.framework,
+        ):
             return value
     return None
 

@@ -1,22 +1,24 @@
-"""Write the folder of one document: answers.json, from the analyses of its experiments."""
+"""Write the folder of one document: its answers, tables and figures, from its experiments'."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from ptbench.analysis.answers import Answers, answer
-from ptbench.analysis.collect import AnalysisError, first_line
 from ptbench.analysis.experiment import Analysis
+from ptbench.configuration.papers import NamedRow
 from ptbench.files import write_atomically
+from ptbench.report.exhibits import Curve, Curves, curve_rows, write_exhibits
+from ptbench.report.overview import read_analysis
 
 
 def answer_paper(folder: Path, experiment_folders: Sequence[Path], output: Path) -> Answers:
-    """Judge a document's findings and write everything the report needs of it.
+    """Answer a document and write everything the report needs of it.
 
-    Writes answers.json last, because it tells that the others are there.
+    Writes exhibits/*.svg, *.png and *.csv, and tables/*.tex. Writes answers.json last, because it
+    tells that the others are there.
 
     Args:
         folder: of the document.
@@ -27,20 +29,44 @@ def answer_paper(folder: Path, experiment_folders: Sequence[Path], output: Path)
         AnalysisError: if an analysis cannot be read.
         ConfigurationError: if a file of the document is malformed.
     """
-    answers = answer(folder, [read_analysis(each) for each in experiment_folders])
+    analyses = [read_analysis(each) for each in experiment_folders]
+    answers = answer(folder, analyses)
+    wanted = curve_rows(answers.exhibits)
+    curves: Curves = {
+        row: found
+        for each, analysis in zip(experiment_folders, analyses, strict=True)
+        for row, found in _read_curves(each, analysis, wanted).items()
+    }
+    write_exhibits(answers.exhibits, curves, output)
     write_atomically(output / "answers.json", answers.model_dump_json(indent=1) + "\n")
     return answers
 
 
-def read_analysis(folder: Path) -> Analysis:
-    """Return the analysis of an experiment.
-
-    Raises:
-        AnalysisError: if the folder has none that can be read.
-    """
-    try:
-        return Analysis.model_validate_json((folder / "analysis.json").read_bytes())
-    except (OSError, ValidationError) as error:
-        raise AnalysisError(
-            f"{folder} is not a whole analysis of an experiment: {first_line(error)}"
-        ) from error
+def _read_curves(
+    folder: Path, analysis: Analysis, wanted: set[NamedRow]
+) -> dict[NamedRow, list[Curve]]:
+    """Return the curves of the wanted rows from an experiment's curves.csv."""
+    states = {
+        (NamedRow(row.variant, row.framework, row.devices), line.cell.seed): line.state
+        for row in analysis.rows
+        for line in row.cells
+    }
+    if wanted.isdisjoint(row for row, _ in states):
+        return {}
+    runs: dict[tuple[NamedRow, int], Curve] = {}
+    with (folder / "curves.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            row = NamedRow(line["variant"], line["framework"], int(line["devices"]))
+            if row not in wanted:
+                continue
+            key = row, int(line["seed"])
+            if key not in runs:
+                empty: dict[str, list[float]] = {"train_perplexity": [], "valid_perplexity": []}
+                runs[key] = Curve(states[key] == "diverged", [], empty)
+            runs[key].epochs.append(int(line["epoch"]))
+            for metric, values in runs[key].values.items():
+                values.append(float(line[metric]))
+    curves: dict[NamedRow, list[Curve]] = {}
+    for (row, _), curve in runs.items():
+        curves.setdefault(row, []).append(curve)
+    return curves

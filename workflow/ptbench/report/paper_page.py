@@ -1,0 +1,138 @@
+"""The page of one document, from its `Answers` and its drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from ptbench.analysis.answers import (
+    FINDING_VERDICTS,
+    NUMBER_VERDICTS,
+    Answers,
+    Finding,
+    PublishedNumber,
+    SeedNumbers,
+)
+from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict
+from ptbench.analysis.metrics import METRICS, NOTHING
+from ptbench.analysis.published import PublishedValue
+from ptbench.report import exhibits
+from ptbench.report.site import Site
+from ptbench.report.svg import inline_svg
+
+
+class Shown(NamedTuple):
+    """An exhibit as the page shows it."""
+
+    result: ExhibitResult
+    svg: Markup | None
+    headings: list[str]  # of its metrics
+    lines: list[tuple[str, str, list[tuple[str, str, NumberVerdict | None]]]]  # label, seeds, cells
+    words: str
+    keys: list[str]  # of settings
+
+
+def write_paper_page(site: Site, answers: Answers, folder: Path) -> Path:
+    """Write papers/{paper}.html and return where it is.
+
+    Args:
+        site: the report.
+        answers: of the document.
+        folder: with the drawings that the page shows and links to.
+    """
+    return site.write(
+        "paper.html.j2",
+        f"papers/{answers.paper}.html",
+        answers=answers,
+        folder=folder,
+        exhibits=[_shown(result, folder) for result in answers.exhibits],
+        finding_verdicts=[v for v in FINDING_VERDICTS if answers.findings_by_verdict()[v]],
+        number_verdicts=[v for v in NUMBER_VERDICTS if answers.numbers_by_verdict()[v]],
+        findings=sorted(answers.findings, key=lambda f: FINDING_VERDICTS.index(f.verdict)),
+        by_place=_by_place(answers.published),
+        seeds_in_words=seeds_in_words,
+        finding_note=finding_note,
+        number_text=number_text,
+        our_number=our_number,
+    )
+
+
+def _shown(result: ExhibitResult, folder: Path) -> Shown:
+    exhibit = result.exhibit
+    svg = None
+    if exhibits.is_drawn(result):
+        svg = inline_svg(folder / "exhibits" / f"{exhibit.id}.svg", exhibit.id)
+    lines = []
+    for line in [] if result.missing else result.lines:
+        cells = [
+            (
+                exhibits.our_text(result, metric, line),
+                exhibits.published_text(result, metric, line.cells[metric].published),
+                line.cells[metric].verdict,
+            )
+            for metric in exhibit.metrics
+        ]
+        lines.append((line.label, exhibits.seeds_text(line), cells))
+    keys = dict.fromkeys(key for settings in result.settings.values() for key in settings)
+    headings = [exhibits.title_of(result, metric) for metric in exhibit.metrics]
+    words = "" if result.missing or not lines else exhibits.in_words(result)
+    return Shown(result, svg, headings, lines, words, list(keys))
+
+
+def _by_place(numbers: Sequence[PublishedNumber]) -> dict[str, list[PublishedNumber]]:
+    """Return the published numbers by where they are printed, in the document's order."""
+    places: dict[str, list[PublishedNumber]] = {}
+    for number in numbers:
+        places.setdefault(number.published.locator, []).append(number)
+    return places
+
+
+def seeds_in_words(numbers: SeedNumbers) -> str:
+    """Write the range of a row's seeds, how many there are and how many diverged."""
+    metric = METRICS[numbers.metric]
+    finite = [value for value in numbers.values if value != float("inf")]
+    diverged = len(numbers.values) - len(finite)
+    said = f"; {diverged} diverged" if diverged else ""
+    if not finite:
+        return f"{diverged} seeds diverged" if diverged else "no number"
+    low, high = metric.write(min(finite)), metric.write(max(finite))
+    return f"{low}{'' if low == high else f' to {high}'}, n = {len(numbers.values)}{said}"
+
+
+def finding_note(finding: Finding) -> str:
+    """Write what a verdict rests on: p, effect, and the seeds that would settle it."""
+    parts = []
+    if finding.reason:
+        parts.append(finding.reason)
+    if finding.effect is not None:
+        parts.append(f"effect {finding.effect:+.3f}".replace("-", "−"))
+    if finding.p is not None:
+        parts.append("p < 0.001" if finding.p < 0.001 else f"p = {finding.p:.3f}")
+    if finding.verdict == "cannot tell" and finding.seeds:
+        parts.append(f"{finding.seeds} seeds would settle it")
+    return ", ".join(parts)
+
+
+def number_text(value: PublishedValue) -> str:
+    """Write a published number, or the ratio as which it is judged."""
+    metric = METRICS[value.metric]
+    if value.kind == "diverges":
+        return "diverges"
+    text = f"× {value.value:.3g}" if value.over else metric.write(value.value)
+    text = {"above": "> ", "below": "< "}.get(value.kind, "") + text
+    return text if value.std is None or value.over else f"{text} ± {metric.write(value.std)}"
+
+
+def our_number(number: PublishedNumber) -> str:
+    """Write ours of the reading that fits best."""
+    if number.best is None:
+        return NOTHING
+    reading = number.readings[number.best]
+    if reading.ours is None:
+        return "diverged"
+    if reading.published.over:
+        return f"× {reading.ours:.3g}"
+    return METRICS[reading.published.metric].write(reading.ours)

@@ -65,7 +65,7 @@ def groups_of(analyses: Iterable[Analysis]) -> Groups:
 
 
 def alone(a: RowResult, b: RowResult) -> bool:
-    """Return whether the speeds of two rows compare: one kind of machine, and no run beside them."""
+    """Return whether speeds compare: on one kind of machine, with no run beside them."""
     return (
         a.cells_at_once == b.cells_at_once == 1
         and a.machines == b.machines
@@ -116,10 +116,10 @@ def compare(
                 rows[a.framework, b.framework].append((a, b))
     if not rows:
         return None
-    pairs = {(a, b): _ratio(a, both, metric) for (a, b), both in rows.items()}
+    pairs = {couple: _ratio(couple[0], both, metric) for couple, both in rows.items()}
     standing: dict[str, list[float]] = defaultdict(list)
-    for (a, _), ratio in pairs.items():
-        standing[a].append(math.log(ratio.value))
+    for (name, _), ratio in pairs.items():
+        standing[name].append(math.log(ratio.value))
     reference = min(standing, key=lambda framework: float(np.mean(standing[framework])))
     ratios = [pairs[name, reference] for name in standing if (name, reference) in pairs]
     ratios.append(Ratio(reference, 1.0, None, None, 0, "variants"))

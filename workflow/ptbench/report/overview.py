@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,14 @@ from pydantic import ValidationError
 
 from ptbench.analysis import headline
 from ptbench.analysis.collect import AnalysisError, first_line
-from ptbench.analysis.experiment import Analysis, RowResult
+from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.headline import Comparison, Perplexities
 from ptbench.analysis.metrics import METRICS
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
 from ptbench.report import words
 from ptbench.report.commands import study_command
-from ptbench.report.runs import Run, missing, runs_of
+from ptbench.report.runs import Run, missing, runs_of, versions_of
 from ptbench.report.site import Site
 
 RUN_METRICS = ("test_perplexity", "tokens_per_second", "total_seconds")  # columns of runs.html
@@ -193,14 +193,6 @@ def read_document(folder: Path) -> Document:
         ) from error
 
 
-def versions_of(rows: Iterable[RowResult]) -> dict[str, list[str]]:
-    """Return the versions of each framework that the rows have."""
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found.setdefault(row.framework, set()).update(row.framework_versions)
-    return {name: sorted(found[name]) for name in FRAMEWORKS if name in found}
-
-
 def facts_of(runs: Mapping[str, Run], results: Path) -> dict[str, list[Facts]]:
     """Return what each framework ran with, from the first finished run of each implementation."""
     found: dict[tuple[str, str], Facts] = {}
@@ -212,13 +204,13 @@ def facts_of(runs: Mapping[str, Run], results: Path) -> dict[str, list[Facts]]:
         content: dict[str, Any] = json.loads(file.read_bytes())
         settings = {k: str(v) for k, v in content.get("settings", {}).items()}
         settings.pop("implementation", None)
-        about = {
+        named = {
             "Python": content.get("python"),
             "Threads": content.get("threads"),
             "System": content.get("system"),
             "Lock of its environment": (content.get("lock_sha256") or "")[:12],
         }
-        about = {name: str(value) for name, value in about.items() if value}
+        about = {name: str(value) for name, value in named.items() if value}
         found[key] = Facts(run.row.implementation, path, settings, about)
     return {
         name: [facts for (framework, _), facts in found.items() if framework == name]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ptbench.analysis.experiment import CellLine, RowResult
+from ptbench.backends import FRAMEWORKS
 from ptbench.report.commands import run_again, study_command
 from ptbench.report.status import State, attempt_state
 from ptbench.training.attempts import look
@@ -74,3 +75,11 @@ def missing(runs: Iterable[Run], results: Path) -> list[Batch]:
         targets = f"{shlex.quote(str(folder))}/seed-{text}/metrics.json"
         batches.append(Batch(first.row, seeds, first.reason, targets))
     return batches
+
+
+def versions_of(rows: Iterable[RowResult]) -> dict[str, list[str]]:
+    """Return the versions of each framework that the rows have."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.framework, set()).update(row.framework_versions)
+    return {name: sorted(found[name]) for name in FRAMEWORKS if name in found}

@@ -87,9 +87,10 @@ def perplexity_sentence(found: Perplexities) -> str:
     margin = listed([format_percent(math.expm1(margin))[1:] for margin in found.margins])
     if found.all_equivalent:
         pairs = "the one pair is" if total == 1 else f"all {total:,} pairs are"
+        p = format_p(found.p)
         return (
             f"Perplexity does not depend on the framework: {pairs} equivalent within {margin} "
-            f"(one claim, p {'' if format_p(found.p).startswith('<') else '= '}{format_p(found.p)})."
+            f"(one claim, p {p if p.startswith('<') else f'= {p}'})."
         )
     counts = found.verdicts
     parts = [f"{counts['equivalent']:,} are equivalent within {margin}"]

@@ -173,6 +173,18 @@ def read_analysis(folder: Path) -> Analysis:
         ) from error
 
 
+def read_analyses(results: Path) -> list[Analysis]:
+    """Return the analyses of a results folder.
+
+    Raises:
+        AnalysisError: if it has none, or one cannot be read.
+    """
+    folders = sorted(path.parent for path in results.glob("experiments/*/analysis.json"))
+    if not folders:
+        raise AnalysisError(f"{results} has no experiments/*/analysis.json: not a results folder")
+    return [read_analysis(folder) for folder in folders]
+
+
 def read_document(folder: Path) -> Document:
     """Return the verdicts that an answers.json gives.
 

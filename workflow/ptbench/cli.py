@@ -462,6 +462,27 @@ def partial(
 
 
 @command(
+    "Say which rows of two results folders moved: of two machines, or two versions.",
+    argument("first", type=Path, help="a results folder, with experiments/*/analysis.json"),
+    argument("second", type=Path, help="another"),
+    argument("--all", dest="every", action="store_true", help="rows that did not move too"),
+    argument("--json", dest="as_json", action="store_true", help="for machines"),
+)
+def compare(first: Path, second: Path, every: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from ptbench.analysis.movement import compare_folders
+    from ptbench.report.movement import show
+    from ptbench.report.overview import read_analyses
+
+    found = compare_folders(read_analyses(first), read_analyses(second))
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        show(found, every, Console(width=None if sys.stdout.isatty() else 120))
+
+
+@command(
     "Say how far the study is: which cells are done, running, failed or missing.",
     argument("--study", type=Path, help="default: results/study.json, if it is there"),
     argument("--config", type=Path, default=Path("config.yaml"), help="before any run"),

@@ -10,14 +10,31 @@ rule analyse:
         multiext(
             "results/experiments/{experiment}/",
             "analysis.json",
-            "table.csv",
             "table.md",
             "table.tex",
             "comparison.csv",
             "differences.csv",
         ),
-        figures=directory("results/experiments/{experiment}/figures"),
-        page="results/report/experiments/{experiment}.html",
+        # Snakemake's own report, of --report, shows what is marked with report().
+        page=report(
+            "results/report/experiments/{experiment}.html",
+            caption="../report/page.rst",
+            category="{experiment}",
+            labels={"result": "page", "kind": "HTML"},
+        ),
+        table=report(
+            "results/experiments/{experiment}/table.csv",
+            caption="../report/table.rst",
+            category="{experiment}",
+            labels={"result": "results", "kind": "table"},
+        ),
+        figures=report(
+            directory("results/experiments/{experiment}/figures"),
+            patterns=["{figure}.svg"],
+            caption="../report/figure.rst",
+            category="{experiment}",
+            labels={"result": "{figure}", "kind": "figure"},
+        ),
     log:
         "results/logs/experiments/{experiment}.log",
     localrule: True

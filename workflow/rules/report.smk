@@ -11,12 +11,18 @@ rule report:
             experiment=study.experiments,
         ),
     output:
+        report(
+            "results/report/index.html",
+            caption="../report/index.rst",
+            category="Report",
+            labels={"result": "first page", "kind": "HTML"},
+        ),
         multiext(
             "results/report/",
-            "index.html",
             "frameworks.html",
             "methods.html",
             "runs.html",
+            "report.md",
         ),
     log:
         "results/logs/report.log",

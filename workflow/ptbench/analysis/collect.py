@@ -60,6 +60,8 @@ class Provenance(BaseModel):
     cpu: str | None = Field(None, description="Processor.")
     gpus: tuple[dict[str, str], ...] = Field((), description="Name and driver of each GPU.")
     cells_at_once: int | None = Field(None, description="Most cells that its machine trained.")
+    started: str | None = Field(None, description="When the attempt that finished it began (UTC).")
+    finished: str | None = Field(None, description="When it ended (UTC).")
 
 
 @dataclass(frozen=True)

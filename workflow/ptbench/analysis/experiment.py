@@ -71,6 +71,8 @@ class RowResult(Model):
     machines: tuple[str, ...] = Field(description="Processors and GPUs of its runs.")
     cells_at_once: int | None = Field(description="Most cells that a machine trained at once.")
     commits: tuple[str, ...] = Field(description="Commits of its runs; `+changes` if not clean.")
+    started: str | None = Field(None, description="When the first of its runs began (UTC).")
+    finished: str | None = Field(None, description="When the last of its runs ended (UTC).")
     cells: tuple[CellLine, ...] = Field(description="Its runs, missing ones too.")
 
     def value(self, metric: str) -> float | None:
@@ -241,6 +243,8 @@ def _row_result(row: Row) -> RowResult:
         machines=_distinct(_machine(cell.provenance) for cell in row.cells),
         cells_at_once=max(at_once, default=None),
         commits=_distinct(_commit(cell.provenance) for cell in row.cells),
+        started=min(_distinct(cell.provenance.started for cell in row.cells), default=None),
+        finished=max(_distinct(cell.provenance.finished for cell in row.cells), default=None),
         cells=tuple(_cell_line(cell) for cell in row.cells),
     )
 

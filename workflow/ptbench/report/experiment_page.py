@@ -5,18 +5,17 @@ Words, numbers and links only: `ptbench.analysis` makes the numbers and `figures
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric
-from ptbench.analysis.statistics import SIGNIFICANCE
-from ptbench.report import formatting
+from ptbench.report import formatting, words
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
-from ptbench.report.runs import runs_of
+from ptbench.report.runs import runs_of, versions_of
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
 from ptbench.report.tables import printed_metrics
@@ -68,7 +67,6 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         for index, file in enumerate(analysis.figures)
     ]
     columns, groups = results_table(analysis)
-    p = analysis.all_equivalent_p
     kinds = {pair.outcome.test.kind for pair in analysis.pairs if pair.outcome.test}
     return site.write(
         "experiment.html.j2",
@@ -79,9 +77,10 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         groups=groups,
         printed=printed_metrics(analysis),
         matrices=_matrices(analysis),
-        verdicts=Counter(pair.outcome.verdict for pair in analysis.pairs),
         tests=" and ".join(sorted(kinds)),
-        all_equivalent=p is not None and p < SIGNIFICANCE,
+        speeds=headline.compare_speeds(headline.groups_of([analysis])),
+        perplexities=headline.compare_perplexities([analysis]),
+        words=words,
         figures=figures,
         published=[
             (metric, found)
@@ -93,10 +92,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         runs=runs_of(analysis.rows, site.results),
         machines=_distinct(analysis, "machines"),
         commits=_distinct(analysis, "commits"),
-        versions={
-            framework: sorted({v for r in rows for v in r.framework_versions})
-            for framework, rows in _by_framework(analysis.rows).items()
-        },
+        versions=versions_of(analysis.rows),
         cells_at_once=max((r.cells_at_once for r in analysis.rows if r.cells_at_once), default=0),
         cell_files=CELL_FILES,
         table_files=[name for name in TABLE_FILES if (folder / name).exists()],
@@ -105,13 +101,6 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
 
 def _distinct(analysis: Analysis, field: str) -> list[str]:
     return sorted({value for row in analysis.rows for value in getattr(row, field)})
-
-
-def _by_framework(rows: Sequence[RowResult]) -> dict[str, list[RowResult]]:
-    found: dict[str, list[RowResult]] = {}
-    for row in rows:
-        found.setdefault(row.framework, []).append(row)
-    return found
 
 
 def results_table(analysis: Analysis) -> tuple[list[Metric], list[Group]]:

@@ -1,48 +1,162 @@
-"""The pages on the whole study: index, frameworks, runs, methods.
+"""The pages on the whole study: index, frameworks, runs, methods, and the same in Markdown.
 
-They are made from the analysis.json of each experiment, whose own page `experiment_page.py` writes.
+They are made from the analysis.json of each experiment and the answers.json of each document,
+whose own pages are written with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from ptbench.analysis import headline
 from ptbench.analysis.collect import AnalysisError, first_line
 from ptbench.analysis.experiment import Analysis
+from ptbench.analysis.headline import Comparison, Perplexities
+from ptbench.analysis.metrics import METRICS
 from ptbench.backends import FRAMEWORKS
-from ptbench.report.runs import runs_of
+from ptbench.backends.features import read_features
+from ptbench.report import words
+from ptbench.report.commands import study_command
+from ptbench.report.runs import Run, missing, runs_of, versions_of
 from ptbench.report.site import Site
 
+RUN_METRICS = ("test_perplexity", "tokens_per_second", "total_seconds")  # columns of runs.html
+FAILURES_SHOWN = 3  # on index.html; runs.html has all
 
-def write_overview(site: Site, experiment_folders: Sequence[Path]) -> Path:
+
+class Document(NamedTuple):
+    """What the study answers to a document."""
+
+    name: str
+    title: str
+    numbers: Counter[str]  # published numbers by verdict
+    findings: Counter[str]  # findings by verdict
+
+    @property
+    def short(self) -> str:
+        """Return its authors and year."""
+        named = re.match(r"[^0-9]*[0-9]{4}", self.title)
+        return named[0] if named else self.title
+
+    @property
+    def holds(self) -> int:
+        """Return how many published numbers are reproduced or close."""
+        return self.numbers["reproduced"] + self.numbers["close"]
+
+    @property
+    def judged(self) -> int:
+        """Return how many published numbers could be told."""
+        return self.holds + self.numbers["not reproduced"]
+
+    @property
+    def decided(self) -> int:
+        """Return how many findings are upheld or contradicted."""
+        return self.findings["upheld"] + self.findings["contradicted"]
+
+
+class Line(NamedTuple):
+    """An experiment in the list of experiments."""
+
+    analysis: Analysis
+    speeds: Comparison | None
+    perplexities: Perplexities
+    folder: Path  # with its tables
+
+
+class Facts(NamedTuple):
+    """What a framework ran with, in one of its implementations; from one of its runs."""
+
+    implementation: str
+    path: str  # of the run
+    settings: dict[str, str]
+    about: dict[str, str]
+
+
+def write_overview(
+    site: Site, experiment_folders: Sequence[Path], paper_folders: Sequence[Path] = ()
+) -> Path:
     """Write the pages and return where index.html is.
 
     Args:
         site: the report.
         experiment_folders: what `analyse_experiment` wrote, in the order of the page.
+        paper_folders: with the answers.json of each document.
 
     Raises:
-        AnalysisError: if a folder has no readable analysis.json; nothing is written then.
+        AnalysisError: if a folder has no analysis or answers that can be read; nothing is written
+            then.
     """
     analyses = [read_analysis(folder) for folder in experiment_folders]
+    documents = [read_document(folder) for folder in paper_folders]
     rows = [row for analysis in analyses for row in analysis.rows]
-    versions = {
-        name: sorted({v for row in rows if row.framework == name for v in row.framework_versions})
-        for name in FRAMEWORKS
-        if any(row.framework == name for row in rows)
+    groups = headline.groups_of(analyses)
+    runs = runs_of(rows, site.results)
+    memory = "peak_memory_bytes"
+    if any("peak_device_memory_bytes" in row.metrics for row in rows):
+        memory = "peak_device_memory_bytes"
+    study = {
+        "analyses": analyses,
+        "documents": documents,
+        "runs": runs,
+        "states": Counter(run.state for run in runs.values()),
+        "unfinished": [run for run in runs.values() if run.state in ("failed", "interrupted")],
+        "versions": versions_of(rows),
+        "machines": sorted({machine for row in rows for machine in row.machines}),
+        "commits": sorted({commit for row in rows for commit in row.commits}),
+        "began": min((row.started for row in rows if row.started), default=None),
+        "ended": max((row.finished for row in rows if row.finished), default=None),
+        "speeds": headline.compare_speeds(groups),
+        "memory": headline.compare(groups, memory),
+        "memory_title": METRICS[memory].title,
+        "perplexities": headline.compare_perplexities(analyses),
+        "built_in": {
+            framework: (sum(each.built_in for each in features.values()), len(features))
+            for framework, features in read_features().items()
+        },
+        "words": words,
+        "command": shlex.join(study_command(site.results)),
     }
+    lines = [
+        Line(
+            analysis,
+            headline.compare_speeds(headline.groups_of([analysis])),
+            headline.compare_perplexities([analysis]),
+            folder,
+        )
+        for analysis, folder in zip(analyses, experiment_folders, strict=True)
+    ]
     site.write(
         "methods.html.j2",
         "methods.html",
         margins=sorted({analysis.equivalence_margin for analysis in analyses}),
         cells_at_once=max((row.cells_at_once for row in rows if row.cells_at_once), default=None),
     )
-    site.write("frameworks.html.j2", "frameworks.html", versions=versions)
-    site.write("runs.html.j2", "runs.html", runs=runs_of(rows, site.results))
-    return site.write("index.html.j2", "index.html", analyses=analyses, versions=versions)
+    site.write(
+        "frameworks.html.j2",
+        "frameworks.html",
+        features=read_features(),
+        kernels={name: row.kernels for name, row in FRAMEWORKS.items()},
+        run_with=facts_of(runs, site.results),
+        **study,
+    )
+    site.write(
+        "runs.html.j2",
+        "runs.html",
+        columns=RUN_METRICS,
+        batches=missing(runs.values(), site.results),
+        **study,
+    )
+    for name in ("report.md", "index.html"):
+        page = site.write(f"{name}.j2", name, lines=lines, shown=FAILURES_SHOWN, **study)
+    return page
 
 
 def read_analysis(folder: Path) -> Analysis:
@@ -57,3 +171,61 @@ def read_analysis(folder: Path) -> Analysis:
         raise AnalysisError(
             f"{folder} is not a whole analysis of an experiment: {first_line(error)}"
         ) from error
+
+
+def read_analyses(results: Path) -> list[Analysis]:
+    """Return the analyses of a results folder.
+
+    Raises:
+        AnalysisError: if it has none, or one cannot be read.
+    """
+    folders = sorted(path.parent for path in results.glob("experiments/*/analysis.json"))
+    if not folders:
+        raise AnalysisError(f"{results} has no experiments/*/analysis.json: not a results folder")
+    return [read_analysis(folder) for folder in folders]
+
+
+def read_document(folder: Path) -> Document:
+    """Return the verdicts that an answers.json gives.
+
+    Raises:
+        AnalysisError: if the folder has none, or it cannot be read.
+    """
+    try:
+        content = json.loads((folder / "answers.json").read_bytes())
+        return Document(
+            folder.name,
+            str(content["about"]["citation"]),
+            Counter(each["verdict"] for each in content["published"]),
+            Counter(each["verdict"] for each in content["findings"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AnalysisError(
+            f"{folder / 'answers.json'} is not what a study answers to a document: {error}"
+        ) from error
+
+
+def facts_of(runs: Mapping[str, Run], results: Path) -> dict[str, list[Facts]]:
+    """Return what each framework ran with, from the first finished run of each implementation."""
+    found: dict[tuple[str, str], Facts] = {}
+    for path, run in runs.items():
+        key = run.row.framework, run.row.implementation
+        file = results / "cells" / path / "provenance.json"
+        if key in found or run.line.state == "missing" or not file.exists():
+            continue
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        settings = {k: str(v) for k, v in content.get("settings", {}).items()}
+        settings.pop("implementation", None)
+        named = {
+            "Python": content.get("python"),
+            "Threads": content.get("threads"),
+            "System": content.get("system"),
+            "Lock of its environment": (content.get("lock_sha256") or "")[:12],
+        }
+        about = {name: str(value) for name, value in named.items() if value}
+        found[key] = Facts(run.row.implementation, path, settings, about)
+    return {
+        name: [facts for (framework, _), facts in found.items() if framework == name]
+        for name in FRAMEWORKS
+        if any(framework == name for framework, _ in found)
+    }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from ptbench.analysis.experiment import CellLine, RowResult
+from ptbench.backends import FRAMEWORKS
 from ptbench.report.commands import run_again, study_command
 from ptbench.report.status import State, attempt_state
 from ptbench.training.attempts import look
@@ -49,3 +52,34 @@ def _run(row: RowResult, line: CellLine, results: Path, command: Sequence[str]) 
         log if log and log.exists() else None,
         run_again(command, results / "cells" / line.path / "metrics.json"),
     )
+
+
+class Batch(NamedTuple):
+    """Runs without a result that differ by seed alone and are missing for the same reason."""
+
+    row: RowResult
+    seeds: list[int]
+    reason: str | None
+    targets: str  # what makes all of them, as a shell expands it
+
+
+def missing(runs: Iterable[Run], results: Path) -> list[Batch]:
+    """Return the missing runs, those of several seeds together, so that thousands fit on a page."""
+    own = (run for run in runs if run.state == "missing")
+    batches = []
+    for _, group in groupby(own, key=lambda run: (run.line.path.rpartition("/")[0], run.reason)):
+        first, *others = group
+        seeds = [run.line.cell.seed for run in (first, *others)]
+        text = f"{{{','.join(map(str, seeds))}}}" if others else str(seeds[0])
+        folder = results / "cells" / first.line.path.rpartition("/")[0]
+        targets = f"{shlex.quote(str(folder))}/seed-{text}/metrics.json"
+        batches.append(Batch(first.row, seeds, first.reason, targets))
+    return batches
+
+
+def versions_of(rows: Iterable[RowResult]) -> dict[str, list[str]]:
+    """Return the versions of each framework that the rows have."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.framework, set()).update(row.framework_versions)
+    return {name: sorted(found[name]) for name in FRAMEWORKS if name in found}

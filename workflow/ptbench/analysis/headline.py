@@ -1,0 +1,219 @@
+"""What a whole study says about the frameworks: which is faster and by what factor, whether their
+perplexities differ, and how much memory they take.
+
+Values in, values out: it reads the `Analysis` of each experiment. A run that experiments share
+counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ptbench.analysis.experiment import Analysis, PairResult, RowResult
+from ptbench.analysis.statistics import SIGNIFICANCE, joint_equivalence_p, t_interval
+from ptbench.backends import FRAMEWORKS
+
+Groups = Mapping[tuple[str, int], Mapping[str, RowResult]]  # rows by (variant, devices)
+
+
+class Ratio(NamedTuple):
+    """By what factor a framework's numbers are those of a reference: a geometric mean."""
+
+    framework: str
+    value: float
+    low: float | None  # ends of the 95 % interval, where there are two variants or two seeds
+    high: float | None
+    n: int  # what the interval is over
+    over: Literal["variants", "seeds"]
+
+
+class Comparison(NamedTuple):
+    """The frameworks by one metric, each against the one with the lowest numbers."""
+
+    metric: str
+    reference: str
+    ratios: dict[str, Ratio]  # by framework, highest first, the reference too
+    pairs: dict[tuple[str, str], Ratio]  # of the first framework to the second
+    fair: bool = True  # whether every number is of a run that had its machine to itself
+    cells_at_once: int | None = None  # most runs that shared a machine, where that is known
+
+    def leaders(self) -> list[str]:
+        """Return the framework with the highest numbers, and those that it is not proven above."""
+        first, *others = self.ratios
+        leads = ((name, self.pairs.get((first, name))) for name in others)
+        return [first, *(name for name, lead in leads if lead is None or not (lead.low or 0) > 1)]
+
+
+def groups_of(analyses: Iterable[Analysis]) -> Groups:
+    """Return the usable rows by variant and number of devices, then by framework.
+
+    Of a row that several experiments have, the one with most seeds is taken.
+    """
+    groups: dict[tuple[str, int], dict[str, RowResult]] = defaultdict(dict)
+    for analysis in analyses:
+        for row in analysis.rows:
+            own = groups[row.variant, row.devices]
+            if row.usable and (row.framework not in own or row.n_ok > own[row.framework].n_ok):
+                own[row.framework] = row
+    return groups
+
+
+def alone(a: RowResult, b: RowResult) -> bool:
+    """Return whether speeds compare: on one kind of machine, with no run beside them."""
+    return (
+        a.cells_at_once == b.cells_at_once == 1
+        and a.machines == b.machines
+        and (len(a.machines) == 1)
+    )
+
+
+def compare_speeds(groups: Groups) -> Comparison | None:
+    """Compare training speeds, by the rows whose runs had their machine to themselves.
+
+    Where there are none, all rows are taken and the comparison is not `fair`.
+
+    Returns:
+        None if no two frameworks have a speed of the same variant and number of devices.
+    """
+    metric = "tokens_per_second"
+    fair = compare(groups, metric, alone)
+    found = fair or compare(groups, metric)
+    if found is None:
+        return None
+    known = [r.cells_at_once for own in groups.values() for r in own.values() if r.cells_at_once]
+    return found._replace(fair=fair is not None, cells_at_once=max(known, default=None))
+
+
+def compare(
+    groups: Groups, metric: str, comparable: Callable[[RowResult, RowResult], bool] | None = None
+) -> Comparison | None:
+    """Compare frameworks by a positive metric.
+
+    The ratio of two frameworks is the geometric mean, over variants, of the ratios of the numbers
+    that stand for their rows (medians of speeds), after the geometric mean over the numbers of
+    devices of a variant. Its interval is the t interval of the mean logarithm over variants, which
+    are the units that differ; where there is one variant alone, over its seeds.
+
+    Args:
+        groups: as `groups_of` returns them.
+        metric: its name.
+        comparable: whether two rows may be compared; None: any.
+
+    Returns:
+        None if no two frameworks can be compared.
+    """
+    rows: dict[tuple[str, str], list[tuple[RowResult, RowResult]]] = defaultdict(list)
+    for own in groups.values():
+        having = [own[name] for name in FRAMEWORKS if name in own and own[name].value(metric)]
+        for a, b in permutations(having, 2):
+            if comparable is None or comparable(a, b):
+                rows[a.framework, b.framework].append((a, b))
+    if not rows:
+        return None
+    pairs = {couple: _ratio(couple[0], both, metric) for couple, both in rows.items()}
+    standing: dict[str, list[float]] = defaultdict(list)
+    for (name, _), ratio in pairs.items():
+        standing[name].append(math.log(ratio.value))
+    reference = min(standing, key=lambda framework: float(np.mean(standing[framework])))
+    ratios = [pairs[name, reference] for name in standing if (name, reference) in pairs]
+    ratios.append(Ratio(reference, 1.0, None, None, 0, "variants"))
+    ratios.sort(key=lambda ratio: -ratio.value)
+    return Comparison(metric, reference, {r.framework: r for r in ratios}, pairs)
+
+
+def _ratio(framework: str, rows: Sequence[tuple[RowResult, RowResult]], metric: str) -> Ratio:
+    logs, over = _logs(rows, metric)
+    low, high = t_interval(logs) or (None, None)
+    return Ratio(
+        framework,
+        math.exp(np.mean(logs)),
+        None if low is None else math.exp(low),
+        None if high is None else math.exp(high),
+        len(logs),
+        over,
+    )
+
+
+def _logs(
+    rows: Sequence[tuple[RowResult, RowResult]], metric: str
+) -> tuple[list[float], Literal["variants", "seeds"]]:
+    """Return the log ratios of a to b: one for each variant, or for each seed of the only one."""
+    variants: dict[str, list[float]] = defaultdict(list)
+    seeds: dict[int, list[float]] = defaultdict(list)
+    for a, b in rows:
+        first, second = a.value(metric), b.value(metric)
+        assert first
+        assert second
+        variants[a.variant].append(math.log(first / second))
+        own = [
+            {c.cell.seed: c.values[metric] for c in row.cells if c.state == "ok"} for row in (a, b)
+        ]
+        for seed in own[0].keys() & own[1].keys():
+            seeds[seed].append(math.log(own[0][seed] / own[1][seed]))
+    if len(variants) > 1 or not seeds:
+        return [float(np.mean(logs)) for logs in variants.values()], "variants"
+    return [float(np.mean(seeds[seed])) for seed in sorted(seeds)], "seeds"
+
+
+class Couple(NamedTuple):
+    """Two frameworks over all variants and numbers of devices."""
+
+    a: str
+    b: str
+    verdicts: Counter[str]
+    difference: float | None  # mean over them of nll(a) - nll(b) [nats]
+    largest: float | None  # the one that is furthest from zero
+
+
+class Perplexities(NamedTuple):
+    """Whether perplexity depends on the framework."""
+
+    verdicts: Counter[str]  # of all pairs
+    couples: dict[tuple[str, str], Couple]  # in the order of the frameworks
+    different: list[tuple[Analysis, PairResult]]
+    p: float | None  # that some pair is not equivalent; None: cannot be told
+    margins: list[float]  # of equivalence [nats]
+
+    @property
+    def all_equivalent(self) -> bool:
+        """Return whether the one claim holds that every pair is equivalent."""
+        return self.p is not None and self.p < SIGNIFICANCE
+
+
+def compare_perplexities(analyses: Iterable[Analysis]) -> Perplexities:
+    """Gather the verdicts of all experiments on pairs of frameworks, each pair of rows once."""
+    pairs: dict[tuple[str, int, str, str], tuple[Analysis, PairResult]] = {}
+    for analysis in analyses:
+        for pair in analysis.pairs:
+            pairs.setdefault((pair.variant, pair.devices, pair.a, pair.b), (analysis, pair))
+    couples: dict[tuple[str, str], list[PairResult]] = defaultdict(list)
+    for _, pair in pairs.values():
+        couples[pair.a, pair.b].append(pair)
+    return Perplexities(
+        verdicts=Counter(pair.outcome.verdict for _, pair in pairs.values()),
+        couples={key: _couple(*key, own) for key, own in couples.items()},
+        different=[
+            (analysis, pair)
+            for analysis, pair in pairs.values()
+            if pair.outcome.verdict == "different"
+        ],
+        p=joint_equivalence_p([pair.outcome.p_equivalence for _, pair in pairs.values()]),
+        margins=sorted({analysis.equivalence_margin for analysis, _ in pairs.values()}),
+    )
+
+
+def _couple(a: str, b: str, pairs: Sequence[PairResult]) -> Couple:
+    found = [p.outcome.difference for p in pairs if p.outcome.difference is not None]
+    return Couple(
+        a,
+        b,
+        Counter(pair.outcome.verdict for pair in pairs),
+        float(np.mean(found)) if found else None,
+        max(found, key=abs, default=None),
+    )

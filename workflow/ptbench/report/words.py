@@ -1,0 +1,128 @@
+"""The sentences of the report's first page, from the numbers of `analysis/headline.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ptbench.analysis.headline import Comparison, Couple, Perplexities, Ratio
+from ptbench.report.formatting import format_p, format_percent, framework_name
+
+
+def listed(words: Sequence[str]) -> str:
+    """Write `a`, `a and b` or `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def count(number: int, noun: str) -> str:
+    """Write `1 run` or `2 runs`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def factor(value: float) -> str:
+    """Write a factor with three significant digits, at most two of them after the point."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def interval(ratio: Ratio) -> str:
+    """Write `95 % interval of 1.20 to 1.34 over 12 variants`; or why there is none."""
+    over = count(ratio.n, ratio.over.removesuffix("s"))
+    if ratio.low is None or ratio.high is None:
+        return f"basis of {over} alone, so no interval"
+    return f"95 % interval of {factor(ratio.low)} to {factor(ratio.high)} over {over}"
+
+
+def speed_title(speeds: Comparison | None) -> str:
+    """Say in a line which framework is fastest."""
+    if speeds is None:
+        return "No two frameworks have a speed to compare yet"
+    leaders = [framework_name(name) for name in speeds.leaders()]
+    slowest = framework_name(speeds.reference)
+    ratio = next(iter(speeds.ratios.values()))
+    if len(leaders) == len(speeds.ratios):
+        said = "No framework is proven faster than all others"
+    elif len(leaders) == 1:
+        said = f"{leaders[0]} trains fastest, {factor(ratio.value)} times as fast as {slowest}"
+    else:
+        said = (
+            f"{listed(leaders)} train fastest, up to {factor(ratio.value)} times as fast as "
+            f"{slowest}"
+        )
+    return said if speeds.fair else f"{said} (not a fair comparison)"
+
+
+def speed_sentence(speeds: Comparison | None) -> str:
+    """Say by what factor the fastest framework leads, and what the comparison is worth."""
+    if speeds is None:
+        return ""
+    ratio = next(iter(speeds.ratios.values()))
+    first, second = list(speeds.ratios)[:2]
+    said = f"That factor has a {interval(ratio)}"
+    lead = speeds.pairs.get((first, second))
+    if lead and second != speeds.reference:
+        said += f"; over {framework_name(second)}, the second, it is {factor(lead.value)}"
+        if lead.low is not None and lead.high is not None:
+            said += f" ({factor(lead.low)} to {factor(lead.high)})"
+    return said + "."
+
+
+def speed_warning(speeds: Comparison | None) -> str:
+    """Say why speeds do not compare; nothing where they do."""
+    if speeds is None or speeds.fair:
+        return ""
+    if speeds.cells_at_once is None:
+        why = "it was not recorded whether runs shared their machine"
+    elif speeds.cells_at_once > 1:
+        why = f"up to {speeds.cells_at_once} runs shared a machine"
+    else:
+        why = "the frameworks ran on different machines"
+    return f"{why}; run with --cores 1 on one quiet machine to compare speed."
+
+
+def perplexity_sentence(found: Perplexities) -> str:
+    """Say whether perplexity depends on the framework."""
+    total = sum(found.verdicts.values())
+    if not total:
+        return "No two frameworks have a perplexity to compare yet."
+    margin = listed([format_percent(math.expm1(margin))[1:] for margin in found.margins])
+    if found.all_equivalent:
+        pairs = "the one pair is" if total == 1 else f"all {total:,} pairs are"
+        p = format_p(found.p)
+        return (
+            f"Perplexity does not depend on the framework: {pairs} equivalent within {margin} "
+            f"(one claim, p {p if p.startswith('<') else f'= {p}'})."
+        )
+    counts = found.verdicts
+    parts = [f"{counts['equivalent']:,} are equivalent within {margin}"]
+    if counts["different"]:
+        parts.append(f"{counts['different']:,} differ ({_differing(found)})")
+    else:
+        parts.append("none is shown to differ")
+    if counts["inconclusive"]:
+        parts.append(f"{counts['inconclusive']:,} cannot be told with these seeds")
+    return f"Of {count(total, 'pair')} of frameworks, {listed(parts)}."
+
+
+def _differing(found: Perplexities) -> str:
+    names = [
+        f"{framework_name(couple.a)} and {framework_name(couple.b)}"
+        for couple in found.couples.values()
+        if couple.verdicts["different"]
+    ]
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def couple_verdict(couple: Couple) -> str:
+    """Return the verdict that stands for two frameworks: different if they ever are."""
+    for verdict in ("different", "inconclusive"):
+        if couple.verdicts[verdict]:
+            return verdict
+    return "equivalent"
+
+
+def couple_text(couple: Couple) -> str:
+    """Write how often two frameworks have the verdict that stands for them."""
+    verdict, total = couple_verdict(couple), sum(couple.verdicts.values())
+    if couple.verdicts[verdict] == total:
+        return verdict
+    return f"{verdict} {couple.verdicts[verdict]}/{total}"

@@ -20,7 +20,7 @@ from ptbench.backends import Framework
 from ptbench.training.attempts import look
 from ptbench.training.records import read_history, read_metrics
 
-INTERRUPTIONS = 3  # of each run; starting a framework takes seconds
+INTERRUPTIONS = 2  # of each run; starting a framework takes seconds
 
 
 @pytest.fixture(scope="module")

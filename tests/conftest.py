@@ -1,4 +1,4 @@
-"""The command line of the tests, the cases they run on, and how two processes share them."""
+"""The command line of the tests, the cases they run on, and how three processes share them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 # The scopes of `Scheduling` that take longest, in the order of their time on two cores. The first
-# mostly waits for Slurm, and leaves the cores to others.
+# mostly waits for Slurm, so its process leaves the cores to the two others.
 LONGEST = (
     "slurm", "tests/workflow/test_demo.py", "jax", "keras", "tensorflow",
     "tests/faults/test_frameworks.py", "tests/workflow/test_planning.py", "mxnet", "pytorch",

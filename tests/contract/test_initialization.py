@@ -1,4 +1,8 @@
-"""Every framework starts from the parameters that are drawn in NumPy, on every replica."""
+"""Every framework starts from the parameters that are drawn in NumPy, on every replica.
+
+The oracle is left out: it draws in this environment and has no replicas. Its draw is in
+`tests/unit/test_initialization.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from tests.support import probes
 from tests.support.problems import SUM, VOCABULARY, new_oracle, random_batch, recipe, same, train
 from tests.support.remote import Backends, probe
 
+from ptbench.backends import FRAMEWORKS
 from ptbench.model.initialization import initial_parameters
 from ptbench.model.recipe import Recipe
 
@@ -19,6 +24,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.frameworks(*FRAMEWORKS)
 @pytest.mark.parametrize("drawn", RECIPES.values(), ids=RECIPES.keys())
 def test_a_new_backend_has_the_drawn_parameters(
     backends: Backends, framework: str, drawn: Recipe
@@ -33,6 +39,7 @@ def test_a_new_backend_has_the_drawn_parameters(
         assert same(parameters, expected)
 
 
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_the_shared_draw_is_the_same_in_every_environment(
     backends: Backends, framework: str
 ) -> None:
@@ -41,6 +48,7 @@ def test_the_shared_draw_is_the_same_in_every_environment(
     assert same(probe(probes.shared_parameters, backend, 7), expected)
 
 
+@pytest.mark.frameworks(*FRAMEWORKS)
 def test_every_replica_starts_from_the_parameters_that_are_reported(
     backends: Backends, framework: str
 ) -> None:

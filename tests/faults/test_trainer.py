@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.faults.harness import RECIPE, Trainer, make_corpus
+from tests.faults.hostile_shell import EVERYWHERE, finish_in_hostile_shell
 
 from ptbench.training.attempts import Failure, look
 from ptbench.training.records import read_metrics
@@ -77,6 +78,16 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(
     attempts = read_metrics(toy.output / "metrics.json").attempts
     assert did.count("killed") <= attempts <= toy.kills + 1
     assert {path.name for path in toy.checkpoints.iterdir()} == {"best.safetensors"}
+
+
+def test_the_users_shell_and_dot_files_change_nothing(
+    toy: Toy, uninterrupted: Any, tmp_path: Path
+) -> None:
+    settings = dict(EVERYWHERE)
+    # The toy's process imports NumPy before it ignores anything, and would end with a warning.
+    del settings["PYTHONWARNINGS"], settings["NPY_PROMOTION_STATE"]
+    finish_in_hostile_shell(toy, tmp_path / "home", settings)
+    assert toy.result() == uninterrupted
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

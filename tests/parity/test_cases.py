@@ -99,8 +99,9 @@ def test_training_steps_and_all_that_they_leave_are_the_oracle_s(
     )
     if case.recipe.clip_norm is not None:
         assert min(expected_norms) > case.recipe.clip_norm
-    assert nll == pytest.approx(expected_nll, rel=1e-4)
-    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    assert nll == pytest.approx(expected_nll, rel=1e-5)
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    # Ten steps move some parameters by little, of which rounding is a larger share.
     error, name = largest_error(moved(backend.parameters(), initial), moved(oracle.p, initial))
     assert error < 1e-4, name
     actual, expected = backend.snapshot(state), oracle.snapshot(expected_state)
@@ -109,7 +110,7 @@ def test_training_steps_and_all_that_they_leave_are_the_oracle_s(
     slots = [f"optimizer.{s}.{n}" for s, n in itertools.product(oracle.slots, oracle.shapes)]
     for name in [*slots, *oracle.state_widths]:
         assert actual[name].shape == expected[name].shape
-        assert relative_error(actual[name], expected[name]) < 1e-4, name
+        assert relative_error(actual[name], expected[name]) < 1e-5, name
 
 
 def test_a_restored_snapshot_continues_bit_for_bit(

@@ -95,6 +95,6 @@ def test_losses_and_final_parameters_of_a_run_are_the_oracle_s(
     oracle.load_parameters(initial)
     nll, parameters = probe(probes.run_on_corpus, backend, str(corpus))
     expected_nll, expected = probe(probes.run_on_corpus, oracle, str(corpus))
-    assert nll == pytest.approx(expected_nll, rel=1e-4)
+    assert nll == pytest.approx(expected_nll, rel=1e-5)
     error, name = largest_error(moved(parameters, initial), moved(expected, initial))
-    assert error < 1e-4, name
+    assert error < 2e-5, name

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,31 +97,51 @@ def test_a_model_trained_in_a_framework_is_the_same_in_the_oracle(
     assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=HALF)
 
 
-def test_the_command_line_evaluates_in_the_framework_s_own_environment(
-    backends: Backends, framework: str, folder: Path
-) -> None:
-    """Called with this interpreter, which has no framework."""
-    backends.get(framework, recipe())  # its environment is built
+@pytest.fixture(scope="module")
+def ask(folder: Path) -> Callable[..., Any]:
+    """Return what a command says of a model, by this interpreter, which has no framework."""
     saved = model({})
     parameters = random_parameters(saved, seed=4)
     path = save_model(folder / "cli.safetensors", saved, parameters, folder / "corpora/small")
-    arguments = ["--framework", framework, "--checkpoint", path, "--json"]
 
-    def ask(command: str, *options: str) -> Any:
+    def run(command: str, framework: str, *options: str) -> Any:
         answer = subprocess.run(
-            [sys.executable, "-m", "ptbench", command, *arguments, *options],
+            [sys.executable, "-m", "ptbench", command, "--framework", framework,
+             "--checkpoint", path, "--json", *options],
             cwd=ROOT, env=os.environ, capture_output=True, text=True,
         )  # fmt: skip
         assert answer.returncode == 0, answer.stderr
         return json.loads(answer.stdout)
 
-    expected = oracle_s_perplexity(folder, saved, parameters, seed=0)
-    assert ask("evaluate")["perplexity"] == pytest.approx(expected, rel=HALF)
-    said = ask("predict", "--words", "6", "--sample", "8", "--seed", "1")
-    arguments[1] = "oracle"
-    oracle_says = ask("predict", "--words", "6", "--sample", "8", "--seed", "1")
+    return run
+
+
+PREDICT = ("--words", "6", "--sample", "8", "--seed", "1")
+
+
+@pytest.fixture(scope="module")
+def oracle_says(ask: Callable[..., Any]) -> Any:
+    return ask("predict", "oracle", *PREDICT)
+
+
+def test_the_command_line_predicts_in_the_framework_s_own_environment(
+    backends: Backends, framework: str, ask: Callable[..., Any], oracle_says: Any
+) -> None:
+    backends.get(framework, recipe())  # its environment is built
+    said = ask("predict", framework, *PREDICT)
     assert said["sample"] == oracle_says["sample"]
     for ours, theirs in zip(said["predictions"], oracle_says["predictions"], strict=True):
         for name, value in theirs.items():
             number = isinstance(value, float)
             assert ours[name] == (pytest.approx(value, rel=1e-4) if number else value)
+
+
+# Both commands enter a framework's environment by the same function, which starts the framework
+# once more, for seconds; what each framework evaluates to is in the tests above.
+@pytest.mark.one_framework
+def test_the_command_line_evaluates_in_the_framework_s_own_environment(
+    backends: Backends, framework: str, folder: Path, ask: Callable[..., Any]
+) -> None:
+    backends.get(framework, recipe())  # its environment is built
+    expected = oracle_s_perplexity(folder, model({}), random_parameters(model({}), seed=4), seed=0)
+    assert ask("evaluate", framework)["perplexity"] == pytest.approx(expected, rel=HALF)

@@ -46,8 +46,16 @@ class Worker:
             self.process = subprocess.Popen(
                 [python, "-m", "tests.support.worker"],
                 cwd=ROOT,
-                # Waiting threads sleep: nothing is timed here, and spinning hinders other workers.
-                env=os.environ | {"PYTHONPATH": "workflow", "OMP_WAIT_POLICY": "passive"},
+                env=os.environ
+                | {
+                    "PYTHONPATH": "workflow",
+                    # Waiting threads sleep: nothing is timed here, and spinning hinders others.
+                    "OMP_WAIT_POLICY": "passive",
+                    # Backends that are alike, and workers that follow each other, compile once.
+                    "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+                    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

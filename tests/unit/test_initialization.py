@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import numpy as np
 import pytest
 from scipy import stats
+from tests.support.problems import same
 
+from ptbench.backends import ORACLE, create
+from ptbench.backends.base import Setup
 from ptbench.model.initialization import initial_parameters
 from ptbench.model.parameters import kept_weights, parameter_shapes
 from ptbench.model.recipe import Recipe
@@ -19,6 +25,12 @@ def test_every_parameter_is_drawn_in_float32() -> None:
     shapes = {name: array.shape for name, array in parameters.items()}
     assert list(shapes.items()) == list(parameter_shapes(RECIPE, VOCABULARY).items())
     assert {array.dtype for array in parameters.values()} == {np.dtype(np.float32)}
+
+
+def test_a_new_oracle_has_the_drawn_parameters() -> None:
+    with mock.patch.dict(os.environ):  # from which `create` removes settings
+        oracle = create(ORACLE, Setup(RECIPE, VOCABULARY, seed=5))
+    assert same(oracle.parameters(), initial_parameters(RECIPE, VOCABULARY, seed=5))
 
 
 @pytest.mark.parametrize("scale", [0.04, 0.1, 2.0])

@@ -1,6 +1,6 @@
 """The user's shell and dot files: which settings stay, which go, and that nothing is read before.
 
-That results are the same bit for bit is in `tests/contract/test_isolation.py`, for each framework.
+That results are the same bit for bit is in `tests/faults/test_frameworks.py`, for each framework.
 """
 
 from __future__ import annotations

@@ -87,25 +87,3 @@ def test_the_report_has_a_row_for_every_framework_and_device_count(demo: Project
     }
     for framework in FRAMEWORKS:
         assert f"../cells/demo-lstm/{framework}/devices-2/seed-1/metrics.json" in page
-
-
-def test_a_cell_run_twice_has_the_same_history_bit_for_bit(demo: Project) -> None:
-    """Two processes, dropout on; the columns that a clock wrote are left out."""
-    cells = [
-        demo.folder / f"results/cells/demo-lstm/{framework}/devices-2/seed-1"
-        for framework in FRAMEWORKS
-    ]
-    clocked = {"tokens_per_second", "training_seconds", "validation_seconds"}
-
-    def histories() -> list[list[dict[str, float]]]:
-        return [
-            [epoch.model_dump(exclude=clocked) for epoch in read_history(cell / "history.csv")]
-            for cell in cells
-        ]
-
-    before = histories()
-    for cell in cells:
-        (cell / "metrics.json").unlink()
-        (cell / "history.csv").unlink()
-    demo.snakemake("--cores", "2", "--config", "seeds=[1]")
-    assert histories() == before

@@ -1,20 +1,17 @@
-"""A run in a shell full of settings ends as one in a clean shell, bit for bit.
+"""A shell full of settings that a run must ignore, for each framework.
 
-With the trainer's own command, because some settings are read when a process starts. What each
-setting becomes is in `tests/unit/test_isolation.py`.
+The trainer's own command runs in it, because some settings are read when a process starts. What
+each setting becomes is in `tests/unit/test_isolation.py`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-from tests.faults.harness import RECIPE, Trainer, make_corpus
-
-from ptbench.backends import ORACLE
+from tests.faults.harness import Trainer
 
 # Every library's own rules, and settings that all frameworks could read.
 EVERYWHERE = {
@@ -38,7 +35,6 @@ TENSORFLOW = {
     "KERAS_MAX_EPOCHS": "1",
 }
 SETTINGS: dict[str, dict[str, str]] = {
-    "oracle": {},
     "pytorch": {
         "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",
         "TORCH_LINEAR_FLATTEN_3D": "1",
@@ -70,49 +66,26 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
-class Oracle(Trainer):
-    """The cell of the oracle, in JAX's name and this environment."""
+def finish_in_hostile_shell(trainer: Trainer, home: Path, settings: Mapping[str, str]) -> None:
+    """Run to the end with these settings and a `keras.json`, and check that the run names them.
 
-    def command(self) -> list[str | Path]:
-        return [sys.executable, "-m", "tests.support.toy_trainer"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def test_the_users_shell_and_dot_files_change_nothing(
-    framework: str, corpus: Path, tmp_path: Path
-) -> None:
-    recipe = RECIPE.model_copy(update={"epochs": 2})
-
-    def trainer(name: str) -> Trainer:
-        if framework == ORACLE:
-            return Oracle("jax", 1, corpus, tmp_path / name, recipe)
-        return Trainer(framework, 1, corpus, tmp_path / name, recipe)
-
-    clean, hostile = trainer("clean"), trainer("hostile")
-    clean.finish()
-
-    home = tmp_path / "home"
+    Args:
+        trainer: has not begun.
+        home: a folder to make, the user's home.
+        settings: environment variables that the run ignores.
+    """
     (home / ".keras").mkdir(parents=True)
     (home / ".keras" / "keras.json").write_text('{"floatx": "float16", "epsilon": 0.1}')
-    settings = EVERYWHERE | SETTINGS[framework]
-    if framework == ORACLE:  # its process imports NumPy first, which would end with a warning
-        del settings["PYTHONWARNINGS"], settings["NPY_PROMOTION_STATE"]
-    process = hostile.start(HOME=str(home), **settings)
+    process = trainer.start(HOME=str(home), **settings)
     said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, f"{said}\n{hostile.log.read_text()[-3000:]}"
-    assert hostile.result() == clean.result()
-
-    ignored: dict[str, Any] = json.loads((hostile.output / "provenance.json").read_text())[
+    assert process.returncode == 0, f"{said}\n{trainer.log.read_text()[-3000:]}"
+    ignored: dict[str, Any] = json.loads((trainer.output / "provenance.json").read_text())[
         "ignored_settings"
     ]
     files = {name for name in ignored if name.endswith("keras.json")}
-    assert len(files) == (framework in ("tensorflow", "keras"))
+    assert len(files) == (trainer.framework in ("tensorflow", "keras"))
     assert ignored.items() >= settings.items()
     assert set(ignored) - files == set(settings)
-    lines = [line for line in hostile.log.read_text().splitlines() if " ignored from the " in line]
+    lines = [line for line in trainer.log.read_text().splitlines() if " ignored from the " in line]
     assert len(lines) == 1
     assert all(f"{name}={value}" in lines[0] for name, value in settings.items())

@@ -18,7 +18,6 @@ from ptbench.analysis import agreement
 from ptbench.analysis.claims import Result, judge_claims, read_claims
 from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict, fill_exhibit, read_exhibits
 from ptbench.analysis.experiment import Analysis, RowResult
-from ptbench.analysis.metrics import METRICS, PERPLEXITY
 from ptbench.analysis.published import (
     LeftOut,
     PublishedValue,
@@ -177,20 +176,8 @@ def _finished(row: RowResult) -> int:
 
 
 def seed_values(row: RowResult, metric: str) -> dict[int, float] | None:
-    """Return a metric of every finished seed; None if none has finished.
-
-    A diverged seed has an infinite perplexity, and no other number: it ended before its time.
-    """
-    if not _finished(row):
-        return None
-    infinite = METRICS[metric].kind is PERPLEXITY
-    values = {}
-    for line in row.cells:
-        if line.state == "ok" and metric in line.values:
-            values[line.cell.seed] = line.values[metric]
-        elif line.state == "diverged" and infinite:
-            values[line.cell.seed] = math.inf
-    return values
+    """Return a metric of every finished seed; None if none has finished."""
+    return row.seed_values(metric) if _finished(row) else None
 
 
 def _finding(result: Result, rows: Mapping[NamedRow, RowResult]) -> Finding:

@@ -71,8 +71,8 @@ class RowResult(Model):
     machines: tuple[str, ...] = Field(description="Processors and GPUs of its runs.")
     cells_at_once: int | None = Field(description="Most cells that a machine trained at once.")
     commits: tuple[str, ...] = Field(description="Commits of its runs; `+changes` if not clean.")
-    started: str | None = Field(None, description="When the first of its runs began (UTC).")
-    finished: str | None = Field(None, description="When the last of its runs ended (UTC).")
+    began: str | None = Field(None, description="When the first of its runs began (UTC).")
+    ended: str | None = Field(None, description="When the last of its runs ended (UTC).")
     cells: tuple[CellLine, ...] = Field(description="Its runs, missing ones too.")
 
     def value(self, metric: str) -> float | None:
@@ -84,7 +84,7 @@ class RowResult(Model):
         """Return the number of each seed that ended well."""
         return [c.values[metric] for c in self.cells if c.state == "ok" and metric in c.values]
 
-    def finished(self, metric: str) -> dict[int, float]:
+    def seed_values(self, metric: str) -> dict[int, float]:
         """Return the number of each seed that finished; a diverged one's perplexity is infinite."""
         diverged = {"diverged": math.inf} if METRICS[metric].kind is PERPLEXITY else {}
         return {
@@ -243,8 +243,8 @@ def _row_result(row: Row) -> RowResult:
         machines=_distinct(_machine(cell.provenance) for cell in row.cells),
         cells_at_once=max(at_once, default=None),
         commits=_distinct(_commit(cell.provenance) for cell in row.cells),
-        started=min(_distinct(cell.provenance.started for cell in row.cells), default=None),
-        finished=max(_distinct(cell.provenance.finished for cell in row.cells), default=None),
+        began=min(_distinct(cell.provenance.started for cell in row.cells), default=None),
+        ended=max(_distinct(cell.provenance.finished for cell in row.cells), default=None),
         cells=tuple(_cell_line(cell) for cell in row.cells),
     )
 
@@ -318,12 +318,12 @@ def _beside(
     """
     summary = row.metrics.get(value.metric) if row.usable else None
     ours, low, high = (summary.value, summary.low, summary.high) if summary else (None, None, None)
-    seeds, divisors = row.finished(value.metric), dict[int, float]()
+    seeds, divisors = row.seed_values(value.metric), dict[int, float]()
     if value.over is not None:
         over = _divisor(value.over, row.framework, rows)
         below = over.value(value.metric) if over and over.usable else None
         ours, low, high = (ours / below if ours and below else None), None, None
-        divisors = over.finished(value.metric) if over else {}
+        divisors = over.seed_values(value.metric) if over else {}
         seeds = {seed: number for seed, number in seeds.items() if seed in divisors}
         divisors = {seed: divisors[seed] for seed in seeds}
     verdict: PublishedVerdict

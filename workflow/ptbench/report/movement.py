@@ -42,9 +42,7 @@ def show(found: Comparison, every: bool, console: Console) -> None:
     for which, rows in (("first", found.only_first), ("second", found.only_second)):
         if rows:
             more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-            console.print(
-                f"Only in the {which}: {', '.join(rows[:SHOWN])}{more}.", highlight=False
-            )
+            console.print(f"Only in the {which}: {', '.join(rows[:SHOWN])}{more}.", highlight=False)
 
 
 def _table(changes: list[Change]) -> Table:

@@ -174,8 +174,12 @@ def test_every_link_leads_to_a_file_or_a_place_on_a_page(
                     name,
                     link,
                 )
-    files = [link for page in pages.values() for link in page.attributes("a", "href")]
-    assert sum(link.endswith("/metrics.json") for link in files) == 30 + 13
+    results = {
+        name: sum(link.endswith("/metrics.json") for link in page.attributes("a", "href"))
+        for name, page in pages.items()
+    }
+    assert results["experiments/demo.html"] == 30
+    assert results["experiments/zaremba-small.html"] == 13
 
 
 def test_no_two_elements_share_an_id_and_every_reference_is_kept(pages: dict[str, Page]) -> None:
@@ -229,17 +233,16 @@ def test_figures_follow_the_page_colours_and_have_words(pages: dict[str, Page]) 
     assert page.text.count("Median tokens per second. tiny, 1 device, stock: PyTorch") == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "count", "opened"), [("singh-lstm2-rate", 12, True), ("singh-hidden", 28, False)]
-)
+@pytest.mark.parametrize(("name", "opened"), [("singh-lstm2-rate", True), ("singh-hidden", False)])
 def test_published_numbers_name_their_variants_and_many_are_folded_away(
-    tmp_path: Path, name: str, count: int, opened: bool
+    tmp_path: Path, name: str, opened: bool
 ) -> None:
     numbers = [value for value in read_published(PUBLISHED) if value.experiment == name]
     variants = list(dict.fromkeys(value.variant for value in numbers))
     experiment = plan(name, variants, ("keras",))
     write_results(tmp_path, experiment)
     page = Page(page_of(tmp_path, experiment).read_text())
+    count = sum(value.framework in (None, "keras") for value in numbers)
     assert f"{count} comparisons by metric, variant and framework" in page.text
     assert (("details", {"open": None}) in page.elements) == opened
     for variant in variants:

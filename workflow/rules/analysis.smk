@@ -20,6 +20,7 @@ rule analyse:
     log:
         "results/logs/experiments/{experiment}.log",
     localrule: True
+    retries: 0
     conda:
         "../../envs/workflow.yaml"
     params:

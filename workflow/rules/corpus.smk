@@ -9,6 +9,7 @@ rule corpus:
     log:
         "results/logs/corpora/{corpus_folder}.log",
     localrule: True
+    retries: 0
     conda:
         "../../envs/workflow.yaml"
     params:

@@ -12,6 +12,7 @@ rule environment:
         accelerator="cpu|cuda",
         digest="[0-9a-f]{12}",
     localrule: True
+    retries: 0
     conda:
         "../../envs/workflow.yaml"
     shell:

@@ -11,6 +11,7 @@ rule report:
     log:
         "results/logs/report.log",
     localrule: True
+    retries: 0
     conda:
         "../../envs/workflow.yaml"
     params:
@@ -29,6 +30,7 @@ rule partial:
     log:
         "results/logs/partial.log",
     localrule: True
+    retries: 0
     conda:
         "../../envs/workflow.yaml"
     params:

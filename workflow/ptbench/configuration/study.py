@@ -219,29 +219,37 @@ class Study:
         """The published numbers that results are set beside, relative to the project."""
         return [str(file.relative_to(WORKFLOW.parent)) for file in published_files()]
 
-    def memory_megabytes(self, path: str, corpus_json: str, attempt: int) -> int:
-        """Return the main memory that a cell's job asks for [MB]."""
+    def memory_megabytes(self, path: str, corpus_json: str, times: int = 1) -> int:
+        """Return the main memory that a cell's job asks for [MB], so many times the estimate."""
         cell = parse_cell_path(path)
         libraries = FRAMEWORKS[cell.framework].memory_megabytes
-        return work.memory_megabytes(
+        asked = work.memory_megabytes(
             self.recipe(path), self.config.accelerator, libraries, cell.devices,
-            work.corpus_size(corpus_json), attempt,
+            work.corpus_size(corpus_json), times,
         )  # fmt: skip
+        return min(asked, self.config.max_memory or asked)
 
-    def runtime_minutes(self, path: str, corpus_json: str, attempt: int) -> int:
-        """Return the time limit that a cell's job asks for [minutes]."""
+    def runtime_minutes(self, path: str, corpus_json: str, times: int = 1) -> int:
+        """Return the time limit that a cell's job asks for [minutes], as `memory_megabytes`."""
         devices, size = parse_cell_path(path).devices, work.corpus_size(corpus_json)
         accelerator = self.config.accelerator
-        return work.runtime_minutes(self.recipe(path), accelerator, devices, size, attempt)
+        asked = work.runtime_minutes(self.recipe(path), accelerator, devices, size, times)
+        return min(asked, self.config.max_runtime or asked)
 
     @cached_property
     def configuration(self) -> str:
         """The merged configuration as JSON; `load_study` makes the same study of it."""
         return self.config.model_dump_json(exclude_defaults=True)
 
-    def write(self, path: Path) -> None:
-        """Write configuration and cells for `ptbench status` and others who follow the run."""
+    def write(self, path: Path, command: str) -> None:
+        """Write what the run is of, for `ptbench status` and others who follow it.
+
+        Args:
+            path: to write.
+            command: that runs the study, without targets.
+        """
         content = {
+            "command": command,
             "config": self.config.model_dump(mode="json"),
             "cells": [cell.path for cell in self.cells],
         }
@@ -263,6 +271,15 @@ def read_study(path: Path) -> Study:
     if not isinstance(content, dict) or "config" not in content:
         raise ConfigurationError(f"{path}: is not a study; run the workflow to write it anew")
     return load_study(content["config"], path.name)
+
+
+def command_of(path: Path) -> str | None:
+    """Return the command that runs the study that `Study.write` wrote; None if it is unknown."""
+    try:
+        command = json.loads(path.read_bytes())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return command if isinstance(command, str) else None
 
 
 def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:

@@ -124,8 +124,8 @@ def test_more_is_asked_for_of_what_a_job_ran_out_of(
          "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
          True),
         ("sbatch: error: AssocMaxSubmitJobLimit", True),
-        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed: "
-         "Job violates accounting/QOS policy (job submit limit)", False),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed"
+         ": Job violates accounting/QOS policy (job submit limit)", False),
         ("sbatch: error: invalid partition specified: nosuch", False),
         ("sbatch: error: Batch job submission failed: Invalid qos specification", False),
         ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or "

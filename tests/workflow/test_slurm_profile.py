@@ -47,17 +47,24 @@ def plan(project: Project) -> str:
 
 
 @pytest.mark.usefixtures("plan")
-def test_a_dry_run_of_the_full_study_is_a_line_for_each_experiment(project: Project) -> None:
-    """And not fifty thousand lines."""
-    said = project.snakemake("--profile", "slurm", "-n").stdout
+def test_a_dry_run_of_many_jobs_is_a_line_for_each_experiment(project: Project) -> None:
+    """Of the full study, each job in full would be fifty thousand lines."""
+    said = project.snakemake("--profile", "slurm", "-n", "--config", "papers=zaremba2014").stdout
     assert "--quiet host lists every job" in said
-    study = load_study(read_yaml(REPRODUCTION))
+    study = load_study(read_yaml(REPRODUCTION) | {"papers": "zaremba2014"})
     for name, planned in study.experiments.items():
-        assert re.search(
-            rf"^{name} +{len(planned.cells)}  {len(planned.cells)}$", said, re.MULTILINE
-        )
+        count = len(planned.cells)
+        assert re.search(rf"^{name} +{count}  {count}$", said, re.MULTILINE)
     assert re.search(rf"^train +{len(study.cells)}$", said, re.MULTILINE)
-    assert len(said.splitlines()) < 50 + len(study.experiments)
+    assert len(said.splitlines()) < 60 + len(study.experiments)
+
+
+def test_in_a_path_with_a_space_nothing_is_submitted(tmp_path: Path) -> None:
+    project = Project(tmp_path / "a folder")
+    answer = project.snakemake("--profile", "slurm", expect=1)
+    assert "a folder: jobs cannot run in a path with a space" in answer.stderr
+    assert not (project.folder / "results/study.json").exists()
+    assert not (project.folder / "results/corpora").exists()
 
 
 def jobs(plan: str) -> dict[str, str]:

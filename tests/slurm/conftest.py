@@ -52,6 +52,7 @@ class Study(Project):
         epochs: int = 2,
     ) -> None:
         super().__init__(folder)
+        self.process: subprocess.Popen[bytes] | None = None  # the newest of `start`
         (self.folder / "workflow/experiments/tiny.yaml").write_text(
             EXPERIMENT.format(frameworks=frameworks, devices=devices, seeds=seeds, epochs=epochs)
         )
@@ -97,6 +98,7 @@ class Study(Project):
                 cwd=self.folder, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
                 env=self.environment(),
             )  # fmt: skip
+        self.process = process
         try:
             yield process
         finally:

@@ -49,9 +49,10 @@ def plan(project: Project) -> str:
 @pytest.mark.usefixtures("plan")
 def test_a_dry_run_of_many_jobs_is_a_line_for_each_experiment(project: Project) -> None:
     """Of the full study, each job in full would be fifty thousand lines."""
-    said = project.snakemake("--profile", "slurm", "-n", "--config", "papers=zaremba2014").stdout
+    changes = ("papers=zaremba2014", "repeats=10")
+    said = project.snakemake("--profile", "slurm", "-n", "--config", *changes).stdout
     assert "--quiet host lists every job" in said
-    study = load_study(read_yaml(REPRODUCTION) | {"papers": "zaremba2014"})
+    study = load_study({"papers": "zaremba2014", "repeats": 10})
     for name, planned in study.experiments.items():
         count = len(planned.cells)
         assert re.search(rf"^{name} +{count}  {count}$", said, re.MULTILINE)

@@ -43,6 +43,8 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         self.refused: list[str] = []  # what sbatch said to the last jobs, if it refused them
         self.told = threading.local()  # what the plugin says of this thread's job
         self.ends = threading.Event()  # no more jobs are to be submitted
+        # How the plugin would follow jobs is not used, and what it says about that misleads.
+        self.workflow.executor_settings.status_command = None
         super().__post_init__(test_mode)
 
     def shutdown(self) -> None:

@@ -37,9 +37,10 @@ rule all:
 # be running.
 onstart:
     if set(workflow.dag_settings.targets) != {"partial"}:
+        if not workflow.local_exec:
+            or_exit(refuse_paths, sys.executable, str(Path.cwd()))
         or_exit(refuse_duplicates, Path.cwd())
-        again = command_without_targets(sys.argv, workflow.dag_settings.targets)
-        or_exit(study.write, Path("results/study.json"), again)
+        or_exit(study.write, Path("results/study.json"), command())
 
 
 if workflow.output_settings.dryrun:
@@ -59,7 +60,7 @@ onsuccess:
 
 # Says what failed, why, and the command that runs it alone.
 onerror:
-    again = command_without_targets(sys.argv, workflow.dag_settings.targets)
+    again = command()
     shell(
         "python -m ptbench status --failed --snakemake-log {log:q} --again {again:q}"
     )

@@ -52,11 +52,13 @@ class Study(Project):
         epochs: int = 2,
     ) -> None:
         super().__init__(folder)
+        self.process: subprocess.Popen[bytes] | None = None  # the newest of `start`
         (self.folder / "workflow/experiments/tiny.yaml").write_text(
             EXPERIMENT.format(frameworks=frameworks, devices=devices, seeds=seeds, epochs=epochs)
         )
         (self.folder / "slurm/reproduction.yaml").write_text("experiments: [tiny]\n")
-        self.profile("slurm-init-seconds-before-status-checks: 40", 3)
+        self.profile("seconds-between-status-checks: 30", 2)
+        self.profile("max-jobs-per-timespan: 1/2s", "5/1s")
         self.profile("latency-wait: 60", 5)
         self.cells = [
             f"tiny/{framework}/devices-{count}/seed-{seed}"
@@ -82,14 +84,21 @@ class Study(Project):
         return (self.folder / "said").read_text()
 
     @contextlib.contextmanager
-    def start(self) -> Iterator[subprocess.Popen[bytes]]:
-        """`snakemake --profile slurm`, killed at the end of the block if it still runs."""
+    def start(self, *arguments: str, background: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+        """`snakemake --profile slurm`, killed at the end of the block if it still runs.
+
+        Args:
+            arguments: of it.
+            background: it ignores SIGINT, as a shell has it behind an `&`.
+        """
+        ignored = ["env", "--ignore-signal=INT"] if background else []
         with (self.folder / "said").open("ab") as said:
             process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", "--profile", "slurm"],
+                [*ignored, sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments],
                 cwd=self.folder, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
                 env=self.environment(),
             )  # fmt: skip
+        self.process = process
         try:
             yield process
         finally:

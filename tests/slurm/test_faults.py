@@ -1,56 +1,77 @@
 """Every fault of docs/slurm.md, on a real Slurm; after each, the same command finishes the study.
 
 A cell here trains the oracle in place of a framework, so slowly as the test asks for: it spends its
-time asleep. Faults are played side by side, in lanes, because each is mostly waiting; the tests
-wait for the outcomes. Only the faults of the first lane begin on the node that they bring down.
+time asleep. A study suffers several faults, and two studies are played side by side, because each
+is mostly waiting. What brings down the controller, for all, is played when they are done.
 """
 
 from __future__ import annotations
 
 import json
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests.slurm.conftest import Study
-from tests.slurm.testbed import GPUS, Testbed, wait_until
+from tests.slurm.testbed import GPUS, SPARE, Testbed, wait_until
 
+from ptbench.files import write_atomically
 from ptbench.training.records import read_history, read_metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
-EPOCHS = 20
+EPOCHS = 10
 CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}
-PATIENCE = 900  # seconds for anything that is waited for; on a quiet machine some are two minutes
+PATIENCE = 600  # seconds for anything that is waited for; on a quiet machine some take two minutes
 
 Fault = Callable[[Testbed, Path], "Faulty"]
 
 
 class Faulty(Study):
-    """A study of two cells that take some time."""
+    """A study whose cells take some time, on node1 if nothing else is said."""
 
-    def __init__(
-        self, testbed: Testbed, folder: Path, node: str | None = "node1", seeds: int = 2
-    ) -> None:
+    def __init__(self, testbed: Testbed, folder: Path, seeds: int) -> None:
         super().__init__(folder, ["pytorch"], [1], [*range(1, seeds + 1)], epochs=EPOCHS)
         self.replace(
-            "workflow/rules/training.smk", "-m ptbench train", "-m tests.support.toy_trainer train"
+            "workflow/rules/training.smk",
+            'f"{FRAMEWORK_PYTHON} -m ptbench train"',
+            'f"TOY_PACE=toy-{{wildcards.seed}} {FRAMEWORK_PYTHON}'
+            ' -m tests.support.toy_trainer train"',
         )
+        # tests/slurm/test_study.py goes on to the report
+        self.replace("Snakefile", '        "results/report/index.html",\n', "")
         self.testbed = testbed
-        self.step_seconds = 0.0  # that every training step sleeps
-        if node:
-            self.replace("slurm/profile.yaml", "=USR1@120", f"=USR1@120 --nodelist={node}")
+        self.takes(0.0, *self.cells)
+        self.extra("'--signal=USR1@120 --nodelist=node1'")
 
-    def environment(self) -> dict[str, str]:
-        return super().environment() | {"TOY_SECONDS": str(self.step_seconds)}
+    def extra(self, expression: str) -> None:
+        """Set the further options of sbatch, to a Python expression in wildcards."""
+        path = self.folder / "slurm/profile.yaml"
+        lines = path.read_text().splitlines()
+        [index] = [i for i, line in enumerate(lines) if line.startswith("    slurm_extra:")]
+        lines[index] = f'    slurm_extra: "{expression}"'
+        path.write_text("\n".join(lines) + "\n")
+
+    def takes(self, seconds: float, *cells: str) -> None:
+        """Let every training step of these cells sleep, those under way too."""
+        for cell in cells:
+            write_atomically(self.folder / f"toy-{cell.rpartition('-')[2]}", f"{seconds}\n")
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait until a condition holds; a failure tells what Snakemake said."""
+        """Wait until a condition holds; a failure, or Snakemake's end, tells what it said."""
+        running = self.process if self.process and self.process.poll() is None else None
+
+        def over() -> bool:
+            return condition() or (running is not None and running.poll() is not None)
+
         try:
-            wait_until(condition, what, PATIENCE)
+            wait_until(over, what, PATIENCE)
+            if not condition():
+                raise TimeoutError(f"Snakemake ended before {what}")
         except TimeoutError as error:
             raise TimeoutError(f"{error}; Snakemake said:\n{self.said()[-6000:]}") from None
 
@@ -76,20 +97,32 @@ class Faulty(Study):
         """What an attempt at a cell printed."""
         return (self.folder / f"results/attempts/{cell}/attempt-{attempt}.log").read_text()
 
+    def status(self) -> dict[str, str]:
+        """What `ptbench status` says of every cell."""
+        answer = subprocess.run(
+            [sys.executable, "-m", "ptbench", "status", "--json"],
+            cwd=self.folder, capture_output=True, text=True, check=True, env=self.environment(),
+        )  # fmt: skip
+        return {cell["path"]: cell["state"] for cell in json.loads(answer.stdout)["cells"]}
+
     def went_on(self, cell: str) -> bool:
         """Whether the log of the cell's newest attempt says that it began at a checkpoint."""
         return "goes on" in self.log(cell, len(self.attempts(cell)))
 
     def job_of(self, cell: str) -> str:
-        """The newest job of a cell that runs."""
+        """The job of a cell."""
         comment = f"rule_train_wildcards_{cell.replace('devices-', '').replace('seed-', '')}"
-        queue = self.testbed.ask("squeue", "-h", "-t", "running", "-o", "%i %k %Z").splitlines()
+        queue = self.testbed.ask("squeue", "-h", "-o", "%i %k %Z").splitlines()
         [job] = [
             line.split()[0]
             for line in queue
             if line.split()[1] == comment.replace("/", "_") and line.endswith(str(self.folder))
         ]
         return job
+
+    def state_of(self, job: str) -> str:
+        """A job's state, in Slurm's word."""
+        return self.testbed.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def jobs(self) -> list[str]:
         """Jobs of this study that are in the queue."""
@@ -99,9 +132,8 @@ class Faulty(Study):
     def finish(self) -> None:
         """Run the same command once more; everything is there then, and nothing was done twice."""
         before = self.finished()
-        self.step_seconds = 0.0
+        self.takes(0.0, *self.cells)
         self.run()
-        assert (self.folder / "results/report/index.html").exists()
         after = self.finished()
         assert after.keys() == set(self.cells)
         assert {cell: after[cell] for cell in before} == before
@@ -120,17 +152,72 @@ class Faulty(Study):
         ]
 
 
-def a_job_fails(testbed: Testbed, folder: Path) -> Faulty:
-    """Exits non-zero: the others finish; the same command runs that one alone."""
-    study = Faulty(testbed, folder)
-    study.profile("retries: 2", 0)
-    bad, good = study.cells
-    in_the_way = study.folder / "results/checkpoints" / bad
+def jobs_are_disturbed(testbed: Testbed, folder: Path) -> Faulty:
+    """One job fails, the others are cancelled, out of time, on a node that crashes, preempted."""
+    study = Faulty(testbed, folder, seeds=5)
+    failing, cancelled, timed, crashed, preempted = study.cells
+    study.extra("'--signal=USR1@10' + ' --nodelist=node1' * (int(wildcards.seed) < 4)")
+    study.replace(
+        "slurm/profile.yaml",
+        "    slurm_extra",
+        "    slurm_partition: \"'spare' if wildcards.seed == '5' else 'gpu'\"\n    slurm_extra",
+    )
+    study.profile("retries: 2", 1)
+    study.replace("workflow/ptbench/model/work.py", "START_UP = 900.0", "START_UP = 100.0")
+    study.replace(
+        "workflow/rules/training.smk",
+        '"time"\n        )',
+        '"time"\n        ) + 9 * (wildcards.seed != "3")',
+    )
+    in_the_way = study.folder / "results/checkpoints" / failing
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("not a folder")
-    said = study.run(expect=1)
-    assert f"results/cells/{bad}/metrics.json" in said
-    assert list(study.finished()) == [good]
+    study.takes(2.0, *study.cells)
+    with study.start() as snakemake:
+        study.wait(lambda: len(study.jobs()) == 5, "five jobs")
+        assert set(study.status().values()) <= {"queued", "starting", "running", "failed"}
+        study.wait_for_checkpoints(*study.cells[1:])
+        jobs = {cell: study.job_of(cell) for cell in study.cells[1:]}
+        limits = [testbed.ask("squeue", "-h", "-j", jobs[timed], "-o", "%l").strip()]
+        testbed.ask("scancel", jobs[cancelled])
+        testbed.crash("node2")
+        testbed.ask(
+            "sbatch", "--partition=urgent", f"--gpus={GPUS}", f"--nodelist={SPARE}",
+            "--output=/dev/null", "--wrap=sleep 10",
+        )  # fmt: skip
+        study.wait(lambda: study.state_of(jobs[preempted]) == "PENDING", "the preemption")
+        study.wait(lambda: study.state_of(jobs[crashed]) == "PENDING", "Slurm to see the crash")
+        states = study.status()
+        assert states[crashed] in ("queued", "starting")  # whatever the dead trainer's record says
+        study.takes(0.0, cancelled, crashed, preempted)
+        study.wait(lambda: len(study.attempts(timed)) == 2, "the attempt after the time limit")
+        study.takes(0.0, timed)
+        second = study.job_of(timed)
+        limits.append(testbed.ask("squeue", "-h", "-j", second, "-o", "%l").strip())
+        study.wait(lambda: snakemake.poll() is not None, "the study to end")
+    testbed.boot("node2")
+
+    # One failed, for a reason that is told, and the others did not mind.
+    assert snakemake.returncode == 1
+    assert list(study.finished()) == study.cells[1:]
+    said = study.said()
+    target = f"results/cells/{failing}/metrics.json"
+    assert f"{failing} failed (attempt 2): " in said
+    assert "uv run snakemake --profile slurm" in said or "snakemake --profile slurm" in said
+    assert said.rstrip().count(f"-- {target}") >= 1
+
+    assert study.submitted() == 5 + 3  # retries of the first three; Slurm requeued the others
+    for cell in (cancelled, timed, crashed, preempted):
+        assert len(study.attempts(cell)) == 2
+        assert study.went_on(cell)
+    assert limits == ["2:00", "4:00"]  # more time, and only where time was short
+    assert "SIGUSR1: saving" in study.log(timed, 1)
+    assert study.attempts(timed)[0]["status"] == "interrupted"
+    assert study.attempts(crashed)[0]["status"] == "killed"
+    assert study.facts(crashed)["slurm_job"] == jobs[crashed]
+    assert study.facts(crashed)["slurm_node"] == "node1"
+    assert study.facts(preempted)["slurm_job"] == jobs[preempted]
+
     in_the_way.unlink()
     before = study.submitted()
     study.finish()
@@ -138,134 +225,25 @@ def a_job_fails(testbed: Testbed, folder: Path) -> Faulty:
     return study
 
 
-def a_job_is_cancelled(testbed: Testbed, folder: Path) -> Faulty:
-    """scancel: the cell saves; Snakemake submits it again, and it goes on."""
-    study = Faulty(testbed, folder)
-    study.step_seconds = 0.5
-    with study.start() as snakemake:
-        study.wait_for_checkpoints()
-        cancelled, other = study.cells
-        testbed.ask("scancel", study.job_of(cancelled))
-        study.wait(lambda: snakemake.poll() is not None, "the study to end")
-    assert snakemake.returncode == 0, study.said()
-    assert study.submitted() == 3
-    assert study.went_on(cancelled)
-    assert len(study.attempts(other)) == 1
-    study.finish()
-    return study
+def snakemake_is_disturbed(testbed: Testbed, folder: Path) -> Faulty:
+    """It is interrupted, killed, and told to terminate."""
+    study = Faulty(testbed, folder, seeds=3)
+    first, *others = study.cells
+    target = f"results/cells/{first}/metrics.json"
 
-
-def a_job_runs_out_of_time(testbed: Testbed, folder: Path) -> Faulty:
-    """Slurm warns, the cell saves, and the next attempt has more time and goes on."""
-    study = Faulty(testbed, folder, seeds=1)
-    study.replace("slurm/profile.yaml", "=USR1@120", "=USR1@10")
-    study.replace(
-        "slurm/profile.yaml",
-        "  train:\n",
-        "  train:\n    runtime: 3 if attempt == 1 else 20  # minutes\n",
-    )
-    [cell] = study.cells
-    study.step_seconds = 2.5
-    with study.start() as snakemake:
-        study.wait_for_checkpoints()
-        first = study.job_of(cell)
-        limits = [testbed.ask("squeue", "-h", "-j", first, "-o", "%l").strip()]
-        study.wait(lambda: len(study.attempts(cell)) == 2, "the second attempt")
-        assert study.attempts(cell)[0]["status"] == "interrupted"
-        second = study.job_of(cell)
-        limits.append(testbed.ask("squeue", "-h", "-j", second, "-o", "%l").strip())
-        study.wait(lambda: snakemake.poll() is not None, "the study to end")
-    assert limits == ["3:00", "20:00"]
-    assert "SIGUSR1: saving" in study.log(cell, 1)
-    assert snakemake.returncode == 0, study.said()
-    assert study.went_on(cell)
-    study.finish()
-    return study
-
-
-def a_node_crashes(testbed: Testbed, folder: Path) -> Faulty:
-    """Slurm starts the job again elsewhere, under the same number."""
-    study = Faulty(testbed, folder, node=None, seeds=1)
-    study.step_seconds = 0.5
-    with study.start() as snakemake:
-        study.wait_for_checkpoints()
-        jobs = study.jobs()
-        testbed.crash("node2")
-        study.wait(lambda: snakemake.poll() is not None, "the study to end")
-    testbed.boot("node2")
-    testbed.wait_for_idle("node2")
-    assert snakemake.returncode == 0, study.said()
-    assert study.submitted() == 1  # no retry was used
-    assert sorted(study.facts(cell)["slurm_job"] for cell in study.cells) == sorted(jobs)
-    for cell in study.cells:
-        assert study.facts(cell)["slurm_node"] == "node1"
-        assert study.attempts(cell)[0]["status"] == "killed"
-        assert study.went_on(cell)
-    study.finish()
-    return study
-
-
-def a_job_is_preempted(testbed: Testbed, folder: Path) -> Faulty:
-    """Another's job takes the GPUs: the cell saves, is queued again, and goes on."""
-    study = Faulty(testbed, folder, node=None)
-    study.step_seconds = 0.5
-    with study.start() as snakemake:
-        study.wait_for_checkpoints()
-        jobs = study.jobs()
-        testbed.ask(
-            "sbatch", "--partition=urgent", f"--gpus={GPUS}", "--nodelist=node2",
-            "--output=/dev/null", "--wrap=sleep 10",
-        )  # fmt: skip
-        study.wait(lambda: snakemake.poll() is not None, "the study to end")
-    assert snakemake.returncode == 0, study.said()
-    assert study.submitted() == 2
-    assert sorted(study.facts(cell)["slurm_job"] for cell in study.cells) == sorted(jobs)
-    for cell in study.cells:
-        assert len(study.attempts(cell)) == 2
-        assert study.went_on(cell)
-    study.finish()
-    return study
-
-
-def snakemake_is_interrupted(testbed: Testbed, folder: Path) -> Faulty:
-    """SIGINT: its jobs are cancelled; what they had is not lost."""
-    study = Faulty(testbed, folder)
-    study.step_seconds = 4.0  # none ends before it is cancelled
-    with study.start() as snakemake:
-        study.wait_for_checkpoints()
+    # SIGINT: its jobs are cancelled; what they had is not lost.
+    study.takes(2.0, first)
+    with study.start(target) as snakemake:
+        study.wait_for_checkpoints(first)
         snakemake.send_signal(signal.SIGINT)
         study.wait(lambda: snakemake.poll() is not None, "Snakemake to end")
     assert snakemake.returncode != 0
     study.wait(lambda: not study.jobs(), "its jobs to be gone")
     assert not study.finished()
-    study.finish()
-    assert all(study.went_on(cell) for cell in study.cells)
-    return study
 
-
-def snakemake_is_terminated(testbed: Testbed, folder: Path) -> Faulty:
-    """SIGTERM: running jobs finish, and no more are submitted."""
-    study = Faulty(testbed, folder)
-    study.profile("jobs: 200", 1)
-    study.step_seconds = 0.5
-    with study.start() as snakemake:
-        study.wait(lambda: len(study.jobs()) == 1, "the first job")
-        time.sleep(2)
-        snakemake.send_signal(signal.SIGTERM)
-        study.wait(lambda: snakemake.poll() is not None, "Snakemake to end")
-    assert study.submitted() == 1
-    assert len(study.finished()) == 1
-    study.finish()
-    assert study.submitted() == 2
-    return study
-
-
-def snakemake_is_killed(testbed: Testbed, folder: Path) -> Faulty:
-    """SIGKILL: its jobs run on; another Snakemake does not submit them again."""
-    study = Faulty(testbed, folder, seeds=1)
-    study.step_seconds = 2.0
-    with study.start() as snakemake:
-        study.wait_for_checkpoints()
+    # SIGKILL: its jobs run on; another Snakemake does not submit them again.
+    with study.start(target) as snakemake:
+        study.wait(lambda: len(study.attempts(first)) == 2, "the second attempt")
         snakemake.kill()
     [job] = study.jobs()
     study.snakemake("--unlock")
@@ -275,44 +253,84 @@ def snakemake_is_killed(testbed: Testbed, folder: Path) -> Faulty:
     assert study.jobs() == [job]
 
     # Who submits it again all the same, without Snakemake's hooks, corrupts nothing.
-    [cell] = study.cells
-    study.run("--no-hooks", f"results/cells/{cell}/metrics.json")
-    assert study.submitted() == 2
+    with study.start("--no-hooks", target) as snakemake:
+        log = study.folder / f"results/logs/cells/{first}.log"
+        study.wait(lambda: "waiting for that to end" in log.read_text(), "the second job to wait")
+        study.takes(0.0, first)
+        study.wait(lambda: snakemake.poll() is not None, "Snakemake to end")
+    assert snakemake.returncode == 0
+    assert study.submitted() == 3
     study.wait(lambda: not study.jobs(), "the jobs to be done")
-    assert [attempt["status"] for attempt in study.attempts(cell)] == ["finished"]
-    assert study.facts(cell)["slurm_job"] == job
+    statuses = [attempt["status"] for attempt in study.attempts(first)]
+    assert statuses == ["interrupted", "finished"]
+    assert study.facts(first)["slurm_job"] == job
+    assert study.went_on(first)
+
+    # In the background it ignores SIGINT. SIGTERM: running jobs finish, and no more are submitted.
+    study.profile("jobs: 200", 1)
+    study.takes(2.0, *others)
+    with study.start(background=True) as snakemake:
+        study.wait(lambda: len(study.jobs()) == 1, "the first job")
+        snakemake.send_signal(signal.SIGINT)
+        study.wait(lambda: any(map(study.attempts, others)), "the first attempt")
+        assert snakemake.poll() is None
+        assert len(study.jobs()) == 1
+        snakemake.send_signal(signal.SIGTERM)
+        study.takes(0.0, *others)
+        study.wait(lambda: snakemake.poll() is not None, "Snakemake to end")
+    assert study.submitted() == 4
+    assert len(study.finished()) == 2
     study.finish()
-    assert study.submitted() == 2
+    assert study.submitted() == 5
     return study
 
 
-LANES: list[list[Fault]] = [
-    [a_node_crashes, a_job_is_preempted],
-    [a_job_runs_out_of_time],
-    [a_job_is_cancelled, snakemake_is_interrupted, a_job_fails],
-    [snakemake_is_killed, snakemake_is_terminated],
-]
-FAULTS = [fault for lane in LANES for fault in lane]
+def the_controller_is_away(testbed: Testbed, folder: Path) -> Faulty:
+    """While jobs are submitted, and while they end; before that, it refused them all."""
+    study = Faulty(testbed, folder, seeds=3)
+    study.replace("slurm/profile.yaml", "  # slurm_partition: gpu", "  slurm_partition: nosuch")
+    said = study.run(expect=1)
+    assert "sbatch refused 3 jobs in a row: sbatch: error: invalid partition" in said
+    assert "failed: not submitted: sbatch: error: invalid partition" in said
+    assert said.count("Error in rule train") <= 5  # and not three for each cell
+    assert study.submitted() == 0
+
+    study.replace("slurm/profile.yaml", "  slurm_partition: nosuch", "  slurm_partition: gpu")
+    study.takes(2.0, *study.cells)
+    testbed.stop_controller()
+    with study.start() as snakemake:
+        study.wait(lambda: "Trying again until it takes the job" in study.said(), "a refusal")
+        testbed.start_controller()
+        study.wait_for_checkpoints()
+        testbed.stop_controller()
+        study.wait(lambda: "Slurm does not answer" in study.said(), "Snakemake to see it")
+        study.takes(0.0, *study.cells)
+        study.wait(lambda: len(study.finished()) == 3, "the cells to finish all the same")
+        testbed.start_controller()
+        study.wait(lambda: snakemake.poll() is not None, "the study to end")
+    assert snakemake.returncode == 0, study.said()
+    assert study.submitted() == 3
+    study.finish()
+    assert study.submitted() == 3
+    return study
+
+
+LANES: list[Fault] = [jobs_are_disturbed, snakemake_is_disturbed]
+FAULTS: list[Fault] = [*LANES, the_controller_is_away]
 
 
 @pytest.fixture(scope="module")
 def outcomes(
     testbed: Testbed, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Fault, Future[Faulty]]]:
-    """Every fault, played in its lane."""
-    made = {fault: Future[Faulty]() for fault in FAULTS}
+    """Every study, played."""
     folders = {fault: tmp_path_factory.mktemp(fault.__name__) for fault in FAULTS}
-
-    def play(lane: list[Fault]) -> None:
-        for fault in lane:
-            try:
-                made[fault].set_result(fault(testbed, folders[fault]))
-            except BaseException as error:
-                made[fault].set_exception(error)
-
     with ThreadPoolExecutor(len(LANES)) as pool:
-        for lane in LANES:
-            pool.submit(play, lane)
+        made = {fault: pool.submit(fault, testbed, folders[fault]) for fault in LANES}
+        for outcome in made.values():
+            outcome.exception()
+        last = FAULTS[-1]
+        made[last] = pool.submit(last, testbed, folders[last])
         yield made
 
 
@@ -327,8 +345,9 @@ def test_a_study_that_was_disturbed_ends_as_one_that_was_not(
     outcomes: dict[Fault, Future[Faulty]], testbed: Testbed, tmp_path: Path
 ) -> None:
     """Bit for bit, whatever became of it on the way."""
-    quiet = Faulty(testbed, tmp_path)
-    quiet.run()
+    quiet = Faulty(testbed, tmp_path, seeds=5)
+    targets = [f"results/cells/{cell}/metrics.json" for cell in quiet.cells]
+    quiet.snakemake("--cores", "2", "--configfile", "slurm/reproduction.yaml", "--", *targets)
     for outcome in outcomes.values():
         disturbed = outcome.result().histories()
         assert disturbed == quiet.histories()[: len(disturbed)]

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture(scope="module")
 def study(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Eight cells that want 24 GPUs, run to the report on the testbed's eight."""
-    made = Study(tmp_path_factory.mktemp("study"), ["pytorch", "mxnet"], [2, 4], [1, 2])
+    """Four cells that want twelve GPUs, run to the report on the partition's eight."""
+    made = Study(tmp_path_factory.mktemp("study"), ["pytorch", "mxnet"], [2, 4], [1])
     made.run()
     assert testbed.ask("squeue", "-h") == ""
     return made

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, to throw away: two nodes with four fake GPUs each.
+"""A real Slurm on this machine, to throw away: three nodes with four fake GPUs each.
 
     uv run python tests/slurm/testbed.py start        # then sinfo, sbatch, snakemake
     uv run python tests/slurm/testbed.py crash node2  # as if its power went
@@ -34,7 +34,9 @@ MARK = "# Written by ptbench's tests, in "
 OWNER = "# for process "  # on the second line; without it somebody started the testbed by hand
 PROGRAMS = ("munged", "slurmctld", "slurmd", "squeue", "srun")
 PACKAGES = "slurmctld slurmd slurm-client munge"
-NODES = ("node1", "node2")
+NODES = ("node1", "node2")  # of the default partition
+SPARE = "node3"  # of the partition `spare`, whose jobs those of `urgent` preempt
+ALL = (*NODES, SPARE)
 GPUS = 4  # on each node
 CPUS = 16  # that a node claims to have
 
@@ -141,7 +143,7 @@ class Testbed:
         return testbed
 
     def _start(self) -> None:
-        for name in ("log", "state", "devices", "munge", *(f"spool-{node}" for node in NODES)):
+        for name in ("log", "state", "devices", "munge", *(f"spool-{node}" for node in ALL)):
             (self.folder / name).mkdir()
         for index in range(GPUS):
             make_device(self.folder / "devices" / f"nvidia{index}")
@@ -163,14 +165,14 @@ class Testbed:
             f"--seed-file={munge}/seed",
         )  # fmt: skip
         wait_until(lambda: (munge / "socket").exists(), "munged to listen")
-        self._daemon("slurmctld")
-        for node in NODES:
+        self.start_controller()
+        for node in ALL:
             self.boot(node)
-        self.wait_for_idle(*NODES)
+        self.wait_for_idle(*ALL)
 
     def _slurm_conf(self) -> str:
         host = socket.gethostname().partition(".")[0]
-        controller, *ports = free_ports(1 + len(NODES))
+        controller, *ports = free_ports(1 + len(ALL))
         text = f"""{MARK}{self.folder}
 {OWNER + self.owner if self.owner else "# by hand"}
 ClusterName=ptbench
@@ -187,6 +189,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 GresTypes=gpu
+EnforcePartLimits=ALL
 SchedulerParameters=sched_interval=5,batch_sched_delay=1,bf_interval=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -206,22 +209,35 @@ StateSaveLocation={self.folder}/state
 SlurmctldLogFile={self.folder}/log/slurmctld.log
 SlurmdLogFile={self.folder}/log/slurmd-%n.log
 """
-        for weight, node in enumerate(reversed(NODES)):  # the last node is filled first
+        for weight, node in enumerate(reversed(ALL)):  # the last node is filled first
             text += (
                 f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports.pop()} "
                 f"CPUs={CPUS} RealMemory=256000 Gres=gpu:{GPUS} Weight={weight + 1} State=UNKNOWN\n"
             )
-        nodes = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
-        text += f"PartitionName=gpu {nodes} Default=YES PriorityTier=1\n"
-        return text + f"PartitionName=urgent {nodes} PriorityTier=9\n"  # preempts the other
+        nodes, up = ",".join(NODES), "MaxTime=INFINITE State=UP"
+        text += f"PartitionName=gpu Nodes={nodes} {up} Default=YES PriorityTier=1\n"
+        text += f"PartitionName=short Nodes={nodes} MaxTime=1 State=UP PriorityTier=1\n"
+        text += f"PartitionName=spare Nodes={SPARE} {up} PriorityTier=1\n"
+        return text + f"PartitionName=urgent Nodes={SPARE} {up} PriorityTier=9\n"
 
     def _gres_conf(self) -> str:
         devices = f"{self.folder}/devices/nvidia[0-{GPUS - 1}]"
-        nodes = ",".join(NODES)
+        nodes = ",".join(ALL)
         return (
             f"{MARK}{self.folder}\nAutoDetect=off\n"
             f"NodeName={nodes} Name=gpu File={devices} Flags=nvidia_gpu_env\n"
         )
+
+    def start_controller(self) -> None:
+        """Start slurmctld, which knows the jobs that it had."""
+        self._daemon("slurmctld")
+
+    def stop_controller(self) -> None:
+        """End slurmctld; jobs run on."""
+        controller = daemon(self.folder / "slurmctld.pid")
+        assert controller is not None, "slurmctld is down already"
+        controller.terminate()
+        controller.wait(30)
 
     def boot(self, node: str) -> None:
         """Start a node's daemon."""
@@ -327,7 +343,7 @@ def main() -> None:
     commands.add_parser("start", help="start it, anew if it runs")
     commands.add_parser("stop", help="stop it and remove its files")
     for name, text in (("crash", "crash a node"), ("boot", "start a node's daemon again")):
-        commands.add_parser(name, help=text).add_argument("node", choices=NODES)
+        commands.add_parser(name, help=text).add_argument("node", choices=ALL)
     arguments = parser.parse_args()
     try:
         starts = arguments.command == "start"

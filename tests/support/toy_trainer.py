@@ -2,9 +2,9 @@
 
     TOY_SECONDS=0.01 python -m tests.support.toy_trainer train ...
 
-TOY_START is what building the model sleeps and TOY_SECONDS what a step does. At the N-th training
-step of the process TOY_FAILS=N raises an error and TOY_HANGS=N never returns. TOY_GRACE replaces
-the time that a signal leaves.
+TOY_START is what building the model sleeps and TOY_SECONDS what a step does; TOY_PACE is a file
+that says the latter anew at every step. At the N-th training step of the process TOY_FAILS=N raises
+an error and TOY_HANGS=N never returns. TOY_GRACE replaces the time that a signal leaves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 from tests.support.problems import new_oracle
@@ -32,7 +33,8 @@ class Toy(Oracle):
 
     def train_step(self, *arguments: Any) -> TrainStep:
         self.steps_here += 1
-        time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
+        pace = os.environ.get("TOY_PACE")
+        time.sleep(float(Path(pace).read_text() if pace else os.environ.get("TOY_SECONDS", "0")))
         if self.steps_here == int(os.environ.get("TOY_FAILS", "-1")):
             print("about to fail")
             raise RuntimeError("CUDA out of memory.\nTried to allocate 20.00 GiB")

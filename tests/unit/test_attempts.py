@@ -245,6 +245,24 @@ def test_what_snakemake_deletes_in_error_is_given_back(
         assert second.open(tmp_path / "cell") == (RESULT if given_back else None)
 
 
+def test_on_a_full_disk_an_attempt_still_says_why_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the room that its record has already; a new file would need more."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*_: object) -> None:
+        raise full
+
+    one = attempt(tmp_path)
+    one.open(tmp_path / "cell")
+    monkeypatch.setattr(attempts, "write_atomically", refuse)
+    with pytest.raises(OSError, match="No space left"), one:
+        raise full
+    assert content(tmp_path, 1)["status"] == "failed"
+    assert "No space left on device" in content(tmp_path, 1)["reason"]
+
+
 @pytest.mark.parametrize("change", [{"fingerprint": "another"}, {"corpus": "another"}])
 def test_a_finished_cell_is_run_again_if_it_would_mean_something_else(
     tmp_path: Path, change: dict[str, str]

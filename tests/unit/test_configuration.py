@@ -555,6 +555,20 @@ def test_the_recipes_of_zaremba_are_those_of_the_thesis() -> None:
             assert getattr(recipe, key) == pytest.approx(values[column], rel=1e-15), (size, key)
 
 
+def test_a_job_asks_for_no_more_than_the_configuration_allows(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.json"
+    tokens = {"train": 929_589, "valid": 73_760, "test": 82_430}
+    corpus.write_text(json.dumps({"tokens": tokens, "vocabulary_size": 10_000}))
+    cell = "zaremba-large/jax/devices-1/seed-1"
+    free = load_study({"experiments": ["zaremba-large"]})
+    capped = load_study({"experiments": ["zaremba-large"], "max_memory": 2000, "max_runtime": 90})
+    for times in (1, 3):
+        assert free.memory_megabytes(cell, str(corpus), times) > 2000 * times
+        assert free.runtime_minutes(cell, str(corpus), times) > 90 * times
+        assert capped.memory_megabytes(cell, str(corpus), times) == 2000
+        assert capped.runtime_minutes(cell, str(corpus), times) == 90
+
+
 def test_config_yaml_names_every_key_with_its_default() -> None:
     written = yaml.safe_load((ROOT / "config.yaml").read_text())
     assert written == Config().model_dump(mode="json")

@@ -25,10 +25,11 @@ from ptbench.cli import main
 from ptbench.configuration.specification import Cell, Specification
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
-from ptbench.model.recipe import Recipe
+from ptbench.model.recipe import Keep, Recipe
+from ptbench.model.shapes import kept_count, parameter_shapes
 from ptbench.training import inference
 from ptbench.training.cell import Paths, run_cell
-from ptbench.training.checkpoints import write_arrays
+from ptbench.training.checkpoints import PLACES, packed, read_arrays, unpacked, write_arrays
 
 SMALL = recipe(layers=1, embedding_size=4, hidden_size=4, test_batch_size=3, corpus="small")
 
@@ -65,8 +66,16 @@ def tokens_of(corpus: Corpus) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize(
+    ("keep", "files"),
+    [
+        ("best", {"best.safetensors"}),
+        ("all", {"best.safetensors", "last.safetensors", "previous.safetensors"}),
+        ("none", set()),
+    ],
+)
 def test_the_best_model_of_a_run_scores_what_the_run_said(
-    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: Keep, files: set[str]
 ) -> None:
     """Through the files alone: the corpus is found beside the checkpoints."""
 
@@ -75,14 +84,20 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
 
     monkeypatch.setattr("ptbench.training.cell.create_backend", create)
     trained = recipe(
-        **SMALL.model_dump() | {"epochs": 3, "constant_epochs": 3, "kept_weights": 0.5}
+        **SMALL.model_dump() | {"epochs": 3, "constant_epochs": 3, "kept_weights": 0.2}
     )
     specification = Specification(variant="mine", recipe=trained, corpus_definition={})
     cell = Cell(variant="mine", framework="pytorch", devices=1, seed=4)
     (tmp_path / "corpora").symlink_to(results / "corpora")
     folder = tmp_path / "checkpoints" / cell.path
     paths = Paths(results / "corpora/small", tmp_path / "cell", tmp_path / "attempts", folder)
-    metrics = run_cell(cell, specification, paths, threads=1, say=lambda _: None)
+    metrics = run_cell(cell, specification, paths, threads=1, say=lambda _: None, keep=keep)
+    assert {file.name for file in folder.iterdir()} == files
+    if keep == "none":
+        return
+    stored, _ = read_arrays(folder / "best.safetensors")  # of a sparse matrix, its weights alone
+    shape = parameter_shapes(trained, VOCABULARY)["rnn.0.recurrent"]
+    assert stored["rnn.0.recurrent"].size == kept_count(trained, "rnn.0.recurrent", shape)
 
     checkpoint = inference.read_checkpoint(folder / "best.safetensors")
     assert checkpoint.recipe == trained
@@ -93,6 +108,17 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
     assert metrics.valid is not None  # scored in training with the oracle's float64 parameters
     valid = inference.evaluate_split(backend, found, "valid")
     assert valid.nll == pytest.approx(metrics.valid.nll, rel=1e-5)
+
+
+def test_places_that_no_matrix_has_are_refused() -> None:
+    matrix = np.zeros((3, 4), np.float32)
+    matrix[1, 2] = 7.0
+    arrays = packed({"m": matrix}, ["m"])
+    assert np.array_equal(unpacked(arrays, {"m": (3, 4)})["m"], matrix)
+    with pytest.raises(ValueError, match=r"m\.places has a place outside m"):
+        unpacked(arrays, {"m": (1, 2)})
+    with pytest.raises(ValueError, match=r"it has m\.places and no m"):
+        unpacked({"m" + PLACES: arrays["m" + PLACES]}, {"m": (3, 4)})
 
 
 @pytest.mark.parametrize("feeding", ["parallel_streams", "windows", "sentences"])

@@ -1,4 +1,4 @@
-"""Jobs of an earlier run; tests/slurm/ asks a real queue."""
+"""What Slurm says, as recorded from its commands, and what is made of it; tests/slurm/ asks it."""
 
 from __future__ import annotations
 
@@ -6,39 +6,139 @@ from pathlib import Path
 
 import pytest
 
+from ptbench import slurm
 from ptbench.errors import PtbenchError
-from ptbench.slurm import queued, refuse_duplicates
 
 
-def test_jobs_of_this_folder_alone_stand_in_the_way(tmp_path: Path) -> None:
+def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a squeue on the PATH that runs a script."""
+    squeue = folder / "bin" / "squeue"
+    squeue.parent.mkdir(exist_ok=True)
+    squeue.write_text(f"#!/bin/sh\n{script}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(squeue.parent), prepend=":")
+
+
+def test_jobs_of_this_folder_alone_stand_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, elsewhere = tmp_path / "a clone", tmp_path / "another"
     here.mkdir()
     link = tmp_path / "link"
     link.symlink_to(here)
-    queue = "\n".join(
-        [
-            f"7 R rule_train_wildcards_tiny_jax_1_1 {here}",
-            f"8 PD rule_train_wildcards_tiny_jax_1_2 {link}",  # as a login node may see it
-            f"9 R rule_train_wildcards_tiny_jax_1_3 {elsewhere}",
-            f"10 R (null) {here}",  # the user's own
-        ]
-    )
-    assert queued(here, lambda: queue) == {
-        "7": "rule_train_wildcards_tiny_jax_1_1",
-        "8": "rule_train_wildcards_tiny_jax_1_2",
-    }
+    lines = [
+        f"7|RUNNING|2026-10-03T10:00:00|None|node2|rule_train_wildcards_tiny_jax_1_1|{here}",
+        f"8|PENDING|N/A|Resources||rule_train_wildcards_tiny_jax_1_2|{link}",  # a node's view
+        f"9|RUNNING|2026-10-03T10:00:00|None|node1|rule_train_wildcards_tiny_jax_1_3|{elsewhere}",
+        f"10|RUNNING|2026-10-03T10:00:00|None|node1|(null)|{here}",  # the user's own
+    ]
+    answer(tmp_path, monkeypatch, "cat <<'END'\n" + "\n".join(lines) + "\nEND")
+    assert [job.number for job in slurm.queue() or ()] == ["7", "8", "9", "10"]
     with pytest.raises(PtbenchError, match=r"^2 jobs of an earlier run .* scancel 7 8$"):
-        refuse_duplicates(here, lambda: queue)
-    refuse_duplicates(tmp_path, lambda: queue)
-    refuse_duplicates(here, lambda: "")
+        slurm.refuse_duplicates(here)
+    slurm.refuse_duplicates(tmp_path)
 
 
-def test_where_there_is_no_slurm_there_are_no_jobs(
+def test_where_slurm_is_not_or_does_not_answer_its_jobs_are_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    refuse_duplicates(tmp_path)
-    broken = tmp_path / "squeue"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    refuse_duplicates(tmp_path)  # the cells' locks still stand
+    assert slurm.queue() is None
+    slurm.refuse_duplicates(tmp_path)
+    answer(tmp_path, monkeypatch, "exit 1")
+    assert slurm.queue() is None
+    assert slurm.states("ptbench_1") is None
+    slurm.refuse_duplicates(tmp_path)  # the cells' locks still stand
+
+
+def test_a_cell_is_found_by_the_comment_of_its_job() -> None:
+    path = "tiny+layers=2/jax/devices-4/seed-11"
+    assert slurm.comment_of(path) == "rule_train_wildcards_tiny+layers=2_jax_4_11"
+
+
+@pytest.mark.parametrize("path", ["/home/a b/ptbench", "/home/$USER/ptbench", "/home/it's"])
+def test_a_path_that_a_shell_would_take_apart_is_refused(path: str) -> None:
+    slurm.refuse_paths("/home/a_b-c/ptbench.1")
+    with pytest.raises(PtbenchError, match=r"jobs cannot run in a path with a space"):
+        slurm.refuse_paths("/home/fine", path)
+
+
+@pytest.mark.parametrize(
+    ("state", "end"),
+    [
+        ("PENDING", None), ("RUNNING", None), ("COMPLETING", None), ("CONFIGURING", None),
+        ("REQUEUED", None), ("SUSPENDED", None), ("NODE_FAIL", None), ("PREEMPTED", None),
+        ("COMPLETED", "finished"), ("FAILED", "failed"), ("CANCELLED", "failed"),
+        ("TIMEOUT", "failed"), ("OUT_OF_MEMORY", "failed"), ("DEADLINE", "failed"),
+    ],
+)  # fmt: skip
+def test_slurm_s_word_for_a_state_says_how_a_job_ended(state: str, end: str | None) -> None:
+    assert slurm.judge(state, 0, requeues=True, outputs=[]) == end
+    ends = {"NODE_FAIL": "failed", "PREEMPTED": "failed"}
+    assert slurm.judge(state, 0, requeues=False, outputs=[]) == ends.get(state, end)
+
+
+def test_a_job_whose_record_has_left_the_queue_is_judged_by_its_output(tmp_path: Path) -> None:
+    output = tmp_path / "metrics.json"
+    assert slurm.judge(None, 1, requeues=True, outputs=[str(output)]) is None  # not seen once
+    assert slurm.judge(None, 2, requeues=True, outputs=[str(output)]) == "failed"
+    output.touch()
+    assert slurm.judge(None, 2, requeues=True, outputs=[str(output)]) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("state", "log", "lacking"),
+    [
+        ("FAILED", "SIGUSR1: saving, and ending", "time"),  # our trainer, warned
+        ("FAILED", "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT ... DUE TO TIME LIMIT ***",
+         "time"),
+        ("TIMEOUT", "", "time"),
+        ("FAILED", "srun: error: n1: task 0: Out Of Memory", "memory"),
+        ("FAILED", "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.", "memory"),
+        ("FAILED", "subprocess.CalledProcessError: Command returned non-zero exit status 137.",
+         "memory"),
+        ("FAILED", "numpy._core.ArrayMemoryError: Unable to allocate 2.0 TiB", "memory"),
+        ("OUT_OF_MEMORY", "", "memory"),
+        ("FAILED", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", None),
+        ("FAILED", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 80 bytes.", None),
+        ("FAILED", "ValueError: a bug", None),
+        ("CANCELLED", "SIGTERM: saving, and ending", None),
+        (None, "", None),
+    ],
+)  # fmt: skip
+def test_more_is_asked_for_of_what_a_job_ran_out_of(
+    state: str | None, log: str, lacking: str | None
+) -> None:
+    """Main memory and time can be asked for; a GPU's memory cannot, and a bug needs neither."""
+    assert slurm.scarce(state, log) == lacking
+
+
+@pytest.mark.parametrize(
+    ("said", "passing"),
+    [
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect "
+         "failure)", True),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation",
+         True),
+        ("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: "
+         "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+         True),
+        ("sbatch: error: AssocMaxSubmitJobLimit", True),
+        ("sbatch: error: QOSMaxWallDurationPerJobLimit\nsbatch: error: Batch job submission failed"
+         ": Job violates accounting/QOS policy (job submit limit)", False),
+        ("sbatch: error: invalid partition specified: nosuch", False),
+        ("sbatch: error: Batch job submission failed: Invalid qos specification", False),
+        ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or "
+         "exceeds some limit)", False),
+        ("sbatch: error: Batch job submission failed: Requested node configuration is not "
+         "available", False),
+    ],
+)  # fmt: skip
+def test_sbatch_is_asked_again_where_its_refusal_may_pass(said: str, passing: bool) -> None:
+    message = (
+        f"SLURM sbatch failed. The error message was '{said}'.\n    sbatch call:\n"
+        "        sbatch --parsable --wrap=\"echo 'connection refused'\"\n"
+    )
+    words = slurm.sbatch_words(message)
+    assert words == said.replace("\n", " ")
+    assert slurm.passes(words) is passing

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,9 @@ from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study, load_study
 from ptbench.errors import InterruptionError
 from ptbench.report.status import (
+    JobError,
     after_errors,
+    disk_sentence,
     distinct,
     failures,
     job_errors,
@@ -26,6 +29,7 @@ from ptbench.report.status import (
     status_json,
     study_status,
 )
+from ptbench.slurm import comment_of
 from ptbench.training.attempts import Attempt
 from ptbench.training.records import Metrics
 
@@ -78,7 +82,8 @@ def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: P
         counts = json.loads(status_json(status))
         assert counts["planned"] == 6
         assert counts["states"] == {
-            "done": 1, "diverged": 1, "running": 1, "interrupted": 1, "failed": 2, "missing": 0,
+            "done": 1, "diverged": 1, "running": 1, "starting": 0, "queued": 0, "interrupted": 1,
+            "failed": 2, "missing": 0,
         }  # fmt: skip
         text = failures(distinct(status), tmp_path, ["snakemake", "--cores", "1"])
         assert f"{failed.path} failed: " in text
@@ -111,7 +116,12 @@ def slurm_says(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
 @pytest.mark.parametrize(
     ("squeue", "gone", "there", "outside"),
     [
-        ("echo 42", "failed", "running", "running"),
+        (
+            "echo '42|RUNNING|2020-01-01T00:00:00|None|node7|mine|/tmp'",
+            "failed",
+            "running",
+            "running",
+        ),
         ("true", "failed", "failed", "running"),
         ("exit 1", "running", "running", "running"),  # Slurm's controller does not answer
     ],
@@ -128,11 +138,50 @@ def test_a_cell_whose_slurm_job_is_gone_has_failed(
     assert (f"{study.cells[0].path} failed: " in said) is (gone == "failed")
 
 
+@pytest.mark.parametrize(
+    ("job", "state", "reason"),
+    [
+        ("42|PENDING|N/A|Resources|", "queued", "job 42: Resources"),
+        ("43|RUNNING|2020-01-01T00:00:00|None|node7", "starting", "job 43 on node7"),
+        ("42|RUNNING|2020-01-01T00:00:00|None|node7", "running", None),
+        # after a crash: the attempt on the old node may seem to live, and its job waits, or starts
+        ("42|PENDING|2099-01-01T00:00:00|BeginTime|", "queued", "job 42: BeginTime"),
+        ("42|RUNNING|2099-01-01T00:00:00|None|node8", "starting", "job 42 on node8"),
+        ("43|PENDING|N/A|Priority|", "queued", "job 43: Priority"),
+    ],
+)
+def test_a_cell_with_a_job_is_queued_starting_or_running(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    job: str, state: str, reason: str | None,
+) -> None:  # fmt: skip
+    begun, fresh, other, *_ = study.cells
+    foreign(tmp_path, begun, "hpc 42")  # its newest attempt
+    lines = [
+        f"{job}|{comment_of(begun.path)}|{tmp_path.parent}",
+        f"50|PENDING|N/A|Dependency||{comment_of(fresh.path)}|{tmp_path.parent}",
+        f"51|PENDING|N/A|Dependency||{comment_of(other.path)}|/elsewhere",
+    ]
+    slurm_says(tmp_path, monkeypatch, "".join(f"echo '{line}'\n" for line in lines))
+    found = {cell.path: cell for cell in distinct(study_status(study, tmp_path))}
+    assert (found[begun.path].state, found[begun.path].reason) == (state, reason)
+    assert (found[fresh.path].state, found[fresh.path].reason) == ("queued", "job 50: Dependency")
+    assert found[other.path].state == "missing"
+    assert failures(found.values(), tmp_path, ["snakemake"]) == ""  # nothing to run again
+    console = Console(record=True, width=120)
+    show(study_status(study, tmp_path), console)
+    assert "queued 1: Dependency" in console.export_text()
+
+
 def test_a_cell_whose_result_was_removed_is_to_be_run_anew(study: Study, tmp_path: Path) -> None:
     cell = study.cells[0]
     with attempt(tmp_path, cell) as made:
         made.finish(finished(study, cell))
     assert states(study, tmp_path)[cell.path] == "missing"
+
+
+FURTHER = (  # as Snakemake ends the message about a job that failed
+    "For further error details see the cluster/cloud log and the log files of the involved rule(s)."
+)
 
 
 def block(cell: Cell, message: str = "", rule: str = "train") -> str:
@@ -156,19 +205,23 @@ def test_the_jobs_that_failed_are_read_from_snakemakes_log(study: Study) -> None
         f"rule train:\n    output: results/cells/{third.path}/metrics.json\n    jobid: 3\n\n"
         + block(first)
         + "Trying to restart job 3.\n"
-        + block(second, "SLURM-job '7' failed.\nSee its log.")
+        + block(second, f"Slurm job 7: it ended as FAILED. {FURTHER}")
         + block(other, rule="analyse")
         + "1 of 4 steps (25%) done\n"
     )
     slurm = "/p/results/logs/slurm/rule_train/2/7.log"
     assert job_errors(log) == {
-        first.path: f"results/logs/cells/{first.path}.log",
-        second.path: f"results/logs/cells/{second.path}.log, {slurm}",
+        first.path: JobError("", f"results/logs/cells/{first.path}.log"),
+        second.path: JobError(
+            "Slurm job 7: it ended as FAILED", f"results/logs/cells/{second.path}.log, {slurm}"
+        ),
     }
     assert job_errors("") == {}
 
 
-def test_a_corpus_that_failed_is_told_in_the_sentence_of_its_log(tmp_path: Path) -> None:
+def test_a_corpus_that_failed_is_told_in_the_sentence_of_its_log(
+    study: Study, tmp_path: Path
+) -> None:
     own = tmp_path / "mine.log"
     own.write_text("[mine] a mirror is gone\nptbench: corpus mine cannot be had\n")
     log = "".join(
@@ -176,11 +229,34 @@ def test_a_corpus_that_failed_is_told_in_the_sentence_of_its_log(tmp_path: Path)
         f"    log: {path} (check log file(s) for error details)\n    shell:\n        python\n"
         for name, path in (("mine", own), ("other", "nowhere.log"))
     )
-    assert preparation_failures(log) == (
+    assert preparation_failures(log, study, tmp_path) == (
         f"corpus mine failed: corpus mine cannot be had\n  log:   {own}\n"
         "corpus other failed: no reason is known\n  log:   nowhere.log"
     )
-    assert preparation_failures("") == ""
+    assert preparation_failures("", study, tmp_path) == ""
+
+
+def test_cells_whose_corpus_could_not_be_had_say_so_after_the_run_too(
+    study: Study, tmp_path: Path
+) -> None:
+    log = tmp_path / "logs/corpora/synthetic.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("ptbench: no mirror answers\n")
+    cells = distinct(study_status(study, tmp_path))
+    assert {cell.reason for cell in cells} == {"corpus synthetic failed: no mirror answers"}
+    said = f"corpus synthetic failed: no mirror answers\n  log:   {log}"
+    assert preparation_failures("", study, tmp_path) == said
+    corpus = tmp_path / "corpora/synthetic/corpus.json"
+    corpus.parent.mkdir(parents=True)
+    corpus.touch()
+    assert preparation_failures("", study, tmp_path) == ""
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disk_sentence(tmp_path) is None
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3_000_000))
+    said = f"The disk of {tmp_path} is full: 3 MB are free. Make room first."
+    assert disk_sentence(tmp_path) == said
 
 
 def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_before(
@@ -195,7 +271,8 @@ def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_befo
     old = (tmp_path / "study.json").stat().st_mtime - 60
     os.utime(tmp_path / "attempts" / before.path / "attempt-1.json", (old, old))
     write_cell(tmp_path, finished(study, done))  # at another try
-    errors = {cell.path: f"{cell.path}.log" for cell in (*study.cells[:5], outside)}
+    errors = {cell.path: JobError("", f"{cell.path}.log") for cell in (*study.cells[:5], outside)}
+    errors[outside.path] = JobError("not submitted: sbatch: error: no such partition", "x.log")
     with attempt(tmp_path, waiting):
         found = after_errors(distinct(study_status(study, tmp_path)), errors, study, tmp_path)
     listed = dict(
@@ -208,8 +285,9 @@ def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_befo
         never.path: early,
         before.path: early,
         waiting.path: held,
-        outside.path: early,
+        outside.path: "not submitted: sbatch: error: no such partition",
     }
+    assert "x.log" not in failures(found, tmp_path, [])  # no job, no log
     assert f"  log:   {before.path}.log\n" in failures(found, tmp_path, [])
 
 
@@ -250,8 +328,8 @@ def test_the_grid_has_every_framework_and_state(study: Study, tmp_path: Path) ->
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
     assert lines[0] == [
         "experiment", "framework", "planned",
-        "done", "diverged", "running", "interrupted", "failed", "missing",
+        "done", "diverged", "running", "starting", "queued", "interrupted", "failed", "missing",
     ]  # fmt: skip
-    assert ["demo", "PyTorch", "3", "1", "·", "·", "·", "·", "2"] in lines
-    assert ["JAX", "3", "·", "·", "·", "·", "·", "3"] in lines
-    assert ["all", "6", "1", "·", "·", "·", "·", "5"] in lines
+    assert ["demo", "PyTorch", "3", "1", *"······", "2"] in lines
+    assert ["JAX", "3", *"·······", "3"] in lines
+    assert ["all", "6", "1", *"······", "5"] in lines

@@ -21,14 +21,14 @@ ZAREMBA_SMALL = Recipe(
 
 
 def memory_megabytes(
-    spec: Specification, framework: str, devices: int, size: CorpusSize, attempt: int = 1
+    spec: Specification, framework: str, devices: int, size: CorpusSize, times: int = 1
 ) -> int:
     libraries = FRAMEWORKS[framework].memory_megabytes
-    return work.memory_megabytes(spec.recipe, spec.accelerator, libraries, devices, size, attempt)
+    return work.memory_megabytes(spec.recipe, spec.accelerator, libraries, devices, size, times)
 
 
-def runtime_minutes(spec: Specification, devices: int, size: CorpusSize, attempt: int = 1) -> int:
-    return work.runtime_minutes(spec.recipe, spec.accelerator, devices, size, attempt)
+def runtime_minutes(spec: Specification, devices: int, size: CorpusSize, times: int = 1) -> int:
+    return work.runtime_minutes(spec.recipe, spec.accelerator, devices, size, times)
 
 
 def specification(accelerator: str = "cuda", **changes: object) -> Specification:
@@ -63,12 +63,12 @@ def test_a_sparse_product_is_given_time_for_what_it_keeps_and_memory_for_the_who
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
-def test_time_and_memory_grow_with_the_attempt(accelerator: str) -> None:
+def test_time_and_memory_are_so_many_times_the_estimate(accelerator: str) -> None:
     spec = specification(accelerator)
-    minutes = [runtime_minutes(spec, 1, PTB, attempt) for attempt in (1, 2, 3)]
+    minutes = [runtime_minutes(spec, 1, PTB, times) for times in (1, 2, 3)]
     assert minutes[1] == pytest.approx(2 * minutes[0], abs=1)
     assert minutes[2] == pytest.approx(3 * minutes[0], abs=2)
-    memory = [memory_megabytes(spec, "jax", 1, PTB, attempt) for attempt in (1, 2, 3)]
+    memory = [memory_megabytes(spec, "jax", 1, PTB, times) for times in (1, 2, 3)]
     assert memory[1] == pytest.approx(2 * memory[0], abs=1)
     assert memory[2] == pytest.approx(3 * memory[0], abs=2)
 

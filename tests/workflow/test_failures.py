@@ -77,14 +77,15 @@ def test_a_partial_report_marks_what_is_missing_and_leaves_a_study_that_runs_alo
 ) -> None:
     project, _ = failed
     squeue = tmp_path / "squeue"
-    squeue.write_text(f"#!/bin/sh\necho '7 R rule_train_wildcards_tiny_jax_1_1 {project.folder}'\n")
+    job = "7|RUNNING|2026-10-03T10:00:00|None|node1|rule_train_wildcards_tiny_jax_1_1"
+    squeue.write_text(f"#!/bin/sh\necho '{job}|{project.folder}'\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     study = project.folder / "results" / "study.json"
     before = study.stat().st_mtime_ns
     assert "still in Slurm's queue" in project.snakemake("--cores", "1", expect=1).stderr
     assert study.stat().st_mtime_ns == before
-    project.snakemake("--cores", "1", "partial", *CONFIG)
+    project.snakemake("--cores", "1", "partial")  # of the study that was run, not of the demo
     assert study.stat().st_mtime_ns == before
     page = (project.folder / "results" / "partial" / "index.html").read_text()
     assert "seed 2 has no result" in page

@@ -43,7 +43,29 @@ def plan(project: Project) -> str:
         corpus.parent.mkdir(parents=True)
         tokens = '{"train": 929589, "valid": 73760, "test": 82430}'
         corpus.write_text(f'{{"tokens": {tokens}, "vocabulary_size": 10000}}')
-    return project.snakemake("--profile", "slurm", "-n").stdout
+    return project.snakemake("--profile", "slurm", "-n", "--quiet", "host").stdout
+
+
+@pytest.mark.usefixtures("plan")
+def test_a_dry_run_of_many_jobs_is_a_line_for_each_experiment(project: Project) -> None:
+    """Of the full study, each job in full would be fifty thousand lines."""
+    changes = ("papers=zaremba2014", "repeats=10")
+    said = project.snakemake("--profile", "slurm", "-n", "--config", *changes).stdout
+    assert "--quiet host lists every job" in said
+    study = load_study({"papers": "zaremba2014", "repeats": 10})
+    for name, planned in study.experiments.items():
+        count = len(planned.cells)
+        assert re.search(rf"^{name} +{count}  {count}$", said, re.MULTILINE)
+    assert re.search(rf"^train +{len(study.cells)}$", said, re.MULTILINE)
+    assert len(said.splitlines()) < 60 + len(study.experiments)
+
+
+def test_in_a_path_with_a_space_nothing_is_submitted(tmp_path: Path) -> None:
+    project = Project(tmp_path / "a folder")
+    answer = project.snakemake("--profile", "slurm", expect=1)
+    assert "a folder: jobs cannot run in a path with a space" in answer.stderr
+    assert not (project.folder / "results/study.json").exists()
+    assert not (project.folder / "results/corpora").exists()
 
 
 def jobs(plan: str) -> dict[str, str]:
@@ -66,9 +88,11 @@ def test_every_cell_asks_for_its_gpus_its_time_and_its_memory(plan: str) -> None
         resources = dict(re.findall(r"(\w+)=([^,\n]+)", block.partition("resources: ")[2]))
         assert resources["gpu"] == re.search(r"/devices-(\d+)/", cell)[1]
         assert resources["nodes"] == "1"
+        devices = int(resources["gpu"])
+        assert f"    threads: {max(4, devices)}\n" in block  # of a node, not of the login node
         assert resources["slurm_extra"].startswith("--signal=USR1@120")
-        assert int(resources["mem_mb"]) > 4000
-        assert int(resources["runtime"]) > 15
+        assert 4000 < int(resources["mem_mb"]) <= 300_000
+        assert 15 < int(resources["runtime"]) <= 2880
 
 
 def test_larger_models_ask_for_more(plan: str) -> None:

@@ -15,13 +15,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
 from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
 from ptbench.files import write_atomically
 from ptbench.log import Log
+from ptbench.model.recipe import Keep
 
 if TYPE_CHECKING:
     from ptbench.backends.base import Backend
@@ -150,6 +151,7 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
     argument("--attempts", type=Path, required=True, help="folder of its attempts' records"),
     argument("--wait-for-lock", type=float, default=0.0, metavar="SECONDS", help=WAIT_HELP),
     argument("--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"),
+    argument("--keep-checkpoints", dest="keep", choices=get_args(Keep), default="best"),
     argument("--threads", type=int, default=1, help="CPU threads; at least one per device"),
     LOG,
 )
@@ -162,6 +164,7 @@ def train(
     attempts: Path,
     wait_for_lock: float,
     checkpoint_minutes: float,
+    keep: Keep,
     threads: int,
     log: Path | None,
 ) -> None:
@@ -184,7 +187,7 @@ def train(
             signals.say, signals.abandon = opened.say, attempt.abandon
             metrics = run_cell(
                 which, specified, paths, threads, opened.say,
-                checkpoint_minutes, wait_for_lock, attempt, signals,
+                checkpoint_minutes, wait_for_lock, attempt, signals, keep,
             )  # fmt: skip
             test = metrics.test
             shown = f"test perplexity {test.perplexity:.2f}" if test else metrics.reason
@@ -424,7 +427,7 @@ def site(folder: Path, results: Path) -> Site:
 
 @command(
     "Make the report on the results that are there, and mark what is missing.",
-    argument("--configuration", required=True, help="of the study, as JSON"),
+    argument("--configuration", required=True, help="before any run: the study's, as JSON"),
     PAPERS,
     argument("--results", type=Path, default=Path("results")),
     argument("--output", type=Path, default=Path("results/partial")),
@@ -436,12 +439,14 @@ def partial(
     isolate(FIGURES, threads=1)
 
     from ptbench.analysis.plan import plan_experiment
-    from ptbench.configuration.study import load_study
+    from ptbench.configuration.study import load_study, read_study
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.experiment_page import write_experiment_page
     from ptbench.report.overview import write_overview
 
     planned = from_json("--configuration", configuration, load_study)
+    if (results / "study.json").exists():  # what was run, whatever this command was given
+        planned = read_study(results / "study.json")
     with Log(log) as opened:
         pages = site(output, results)
         folders, done = [], set()
@@ -490,7 +495,7 @@ def compare(first: Path, second: Path, every: bool, as_json: bool) -> None:
     argument("--json", dest="as_json", action="store_true", help="for machines"),
     argument("--failed", action="store_true", help="only the cells that failed"),
     argument("--snakemake-log", type=Path, nargs="*", default=[], help=SNAKEMAKE_LOG_HELP),
-    argument("--again", default="uv run snakemake --cores 1", help="what runs the workflow"),
+    argument("--again", help="what runs the workflow; default: what ran it last"),
 )
 def status(
     study: Path | None,
@@ -499,14 +504,15 @@ def status(
     as_json: bool,
     failed: bool,
     snakemake_log: list[Path],
-    again: str,
+    again: str | None,
 ) -> None:
     from rich.console import Console
 
-    from ptbench.configuration.study import read_study
+    from ptbench.configuration.study import command_of, read_study
     from ptbench.report import status as report
 
-    written = study or Path("results/study.json")
+    written = study or results / "study.json"
+    runs = shlex.split(again or command_of(written) or "uv run snakemake --cores 1")
     planned = read_study(written) if study or written.exists() else load(config)
     found = report.study_status(planned, results)
     if as_json:
@@ -515,12 +521,17 @@ def status(
     if not failed:
         report.show(found, Console(width=None if sys.stdout.isatty() else 120))
     log = "".join(path.read_text(errors="replace") for path in snakemake_log)
-    if text := report.preparation_failures(log):
-        print(text)
+    if sentence := report.disk_sentence(results):
+        print(sentence)
+    if unprepared := report.preparation_failures(log, planned, results):
+        print(unprepared)
     errors = report.job_errors(log)
     cells = report.after_errors(report.distinct(found), errors, planned, results)
-    if text := report.failures(cells, results, shlex.split(again)):
-        print(text)
+    failures = report.failures(cells, results, runs)
+    if failures:
+        print(failures)
+    if failures or unprepared:
+        print(f"The report on what is there: {shlex.join([*runs, 'partial'])}")
 
 
 @command(

@@ -70,6 +70,17 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def overwrite(path: Path, text: str) -> None:
+    """Write over a text file in its place, which needs no room if it is of about the same length.
+
+    A process that dies meanwhile leaves half of it, so this is for a full disk alone.
+    """
+    with path.open("r+", encoding="utf-8") as file:
+        file.write(text)
+        file.truncate()
+    flush(path)
+
+
 def write_new(path: Path, text: str) -> bool:
     """Make a text file; return False, and change nothing, if there is one already.
 

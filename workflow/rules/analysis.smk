@@ -37,6 +37,7 @@ rule analyse:
         ),
     log:
         "results/logs/experiments/{experiment}.log",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"

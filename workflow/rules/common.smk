@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from ptbench import environments
@@ -11,7 +12,8 @@ from ptbench.configuration.config import read_configuration
 from ptbench.configuration.study import load_study
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
-from ptbench.slurm import refuse_duplicates
+from ptbench.report.dry_run import Summary
+from ptbench.slurm import ran_out, refuse_duplicates, refuse_paths
 
 # Snakemake's own reader knows YAML 1.1 and not the lines of keys, so files and --config are read again,
 # in its order: config.yaml, every --configfile, --config.
@@ -58,7 +60,7 @@ def literal(text):
 # this machine's GPUs, which are not shared out among cells; a cluster does that. Otherwise one for each
 # replica on the CPU at least.
 def cores_of(path, devices):
-    here = workflow.local_exec and not workflow.remote_exec
+    here = workflow.nodes is None and not workflow.remote_exec
     if here and (ACCELERATOR == "cuda" or study.recipe(path).alone):
         return workflow.cores
     return max(study.config.threads, devices)
@@ -84,6 +86,17 @@ def inputs_of(wildcards, path):
     return inputs
 
 
+# What runs this study, whatever its targets are now.
+def command():
+    return command_without_targets(sys.argv, workflow.dag_settings.targets)
+
+
+# What a cell's job asks for: more of what it has run out of.
+def asked(estimate, wildcards, input, scarce):
+    path = CELL.format(**wildcards)
+    return estimate(path, input.corpus, 1 + ran_out[path, scarce])
+
+
 def modified(file):
     return Path(file).stat().st_mtime_ns if Path(file).exists() else None
 
@@ -93,6 +106,13 @@ def modified(file):
 # ignores.
 if workflow.remote_exec:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+# A dry run of thousands of jobs is summed up, unless how to print it was asked for.
+if workflow.output_settings.dryrun and not workflow.output_settings.quiet:
+    logger.addFilter(
+        Summary({name: each.cells for name, each in study.experiments.items()})
+    )
 
 
 # Anything between two slashes. The rules' inputs refuse what cannot be, in a sentence.

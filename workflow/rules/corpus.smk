@@ -8,6 +8,7 @@ rule corpus:
         "results/corpora/{corpus_folder}/corpus.json",
     log:
         "results/logs/corpora/{corpus_folder}.log",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"

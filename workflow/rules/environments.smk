@@ -11,6 +11,7 @@ rule environment:
     wildcard_constraints:
         accelerator="cpu|cuda",
         digest="[0-9a-f]{12}",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"

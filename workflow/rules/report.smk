@@ -26,6 +26,7 @@ rule report:
         ),
     log:
         "results/logs/report.log",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"
@@ -44,6 +45,7 @@ rule report:
 rule partial:
     log:
         "results/logs/partial.log",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"

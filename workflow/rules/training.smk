@@ -14,11 +14,11 @@ rule train:
     threads: lambda wildcards: cores_of(CELL.format(**wildcards), int(wildcards.devices))
     resources:
         nodes=1,  # or Slurm may spread GPUs over several
-        mem_mb=lambda wildcards, input, attempt: study.memory_megabytes(
-            CELL.format(**wildcards), input.corpus, attempt
+        mem_mb=lambda wildcards, input: asked(
+            study.memory_megabytes, wildcards, input, "memory"
         ),
-        runtime=lambda wildcards, input, attempt: study.runtime_minutes(
-            CELL.format(**wildcards), input.corpus, attempt
+        runtime=lambda wildcards, input: asked(
+            study.runtime_minutes, wildcards, input, "time"
         ),
     params:
         cell=CELL,
@@ -36,4 +36,5 @@ rule train:
         # its own job may take.
         " --attempts results/attempts/{params.cell:q} --wait-for-lock 1000000"
         f" --threads {study.config.threads}"
-        f" --checkpoint-minutes {study.config.checkpoint_minutes} --log {{log:q}}"
+        f" --checkpoint-minutes {study.config.checkpoint_minutes}"
+        f" --keep-checkpoints {study.config.keep_checkpoints} --log {{log:q}}"

@@ -18,7 +18,7 @@ from ptbench.corpus.definitions import (
     MirrorAddress,
 )
 from ptbench.errors import ConfigurationError
-from ptbench.model.recipe import Accelerator, BudgetName, Model, Name
+from ptbench.model.recipe import Accelerator, BudgetName, Keep, Model, Name
 from ptbench.yaml import Located, merged, parse_yaml, read_mapping, shown_path
 
 ALTERNATIVES = [
@@ -106,6 +106,17 @@ class Config(Model):
     )
     checkpoint_minutes: float = Field(
         10, gt=0, description="Time between checkpoints within an epoch [minutes]."
+    )
+    keep_checkpoints: Keep = Field(
+        "best",
+        description="Parameters to keep of a finished cell: none; the best; or all, its last "
+        "checkpoint too.",
+    )
+    max_memory: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Most main memory that a cell's Slurm job asks for [MB]; null: no limit."
+    )
+    max_runtime: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Longest time limit of a cell's Slurm job [minutes]; null: no limit."
     )
     equivalence_margin: float = Field(
         0.02, gt=0, lt=1, description="Largest difference of mean nll that does not matter [nats]."

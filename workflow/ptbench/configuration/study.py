@@ -249,20 +249,22 @@ class Study:
         """Return the files that a document's answers are made of, relative to the project."""
         return [str(file.relative_to(WORKFLOW.parent)) for file in paper_files(paper)]
 
-    def memory_megabytes(self, path: str, corpus_json: str, attempt: int) -> int:
-        """Return the main memory that a cell's job asks for [MB]."""
+    def memory_megabytes(self, path: str, corpus_json: str, times: int = 1) -> int:
+        """Return the main memory that a cell's job asks for [MB], so many times the estimate."""
         cell = parse_cell_path(path)
         libraries = FRAMEWORKS[cell.framework].memory_megabytes
-        return work.memory_megabytes(
+        asked = work.memory_megabytes(
             self.recipe(path), self.config.accelerator, libraries, cell.devices,
-            work.corpus_size(corpus_json), attempt,
+            work.corpus_size(corpus_json), times,
         )  # fmt: skip
+        return min(asked, self.config.max_memory or asked)
 
-    def runtime_minutes(self, path: str, corpus_json: str, attempt: int) -> int:
-        """Return the time limit that a cell's job asks for [minutes]."""
+    def runtime_minutes(self, path: str, corpus_json: str, times: int = 1) -> int:
+        """Return the time limit that a cell's job asks for [minutes], as `memory_megabytes`."""
         devices, size = parse_cell_path(path).devices, work.corpus_size(corpus_json)
         accelerator = self.config.accelerator
-        return work.runtime_minutes(self.recipe(path), accelerator, devices, size, attempt)
+        asked = work.runtime_minutes(self.recipe(path), accelerator, devices, size, times)
+        return min(asked, self.config.max_runtime or asked)
 
     @cached_property
     def configuration(self) -> str:
@@ -299,6 +301,15 @@ def read_study(path: Path) -> Study:
     if not isinstance(content, dict) or "config" not in content:
         raise ConfigurationError(f"{path}: is not a study; run the workflow to write it anew")
     return load_study(content["config"], path.name)
+
+
+def command_of(path: Path) -> str | None:
+    """Return the command that runs the study that `Study.write` wrote; None if it is unknown."""
+    try:
+        command = json.loads(path.read_bytes())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return command if isinstance(command, str) else None
 
 
 def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:

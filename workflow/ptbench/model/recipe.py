@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Accelerator = Literal["cpu", "cuda"]
+Keep = Literal["none", "best", "all"]  # which parameters of a finished cell stay
 Kernel = Literal["fused", "stepwise", "block", "sparse"]
 Implementation = Literal["stock", "tuned"]
 TokenSource = Literal["memory", "memory_map", "stream"]

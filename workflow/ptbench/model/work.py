@@ -5,7 +5,7 @@ of that bound says how much of its time goes elsewhere.
 
 The estimates are what a run asks a cluster for, on the safe side for the slowest framework on the
 slowest device that one would use. Asking for too much costs a wait in the queue; too little costs
-an attempt, which asks for more and goes on from the run's checkpoint.
+an attempt. The next one asks for more of what ran out, and goes on from the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ def memory_megabytes(
     libraries: int,
     devices: int,
     size: CorpusSize,
-    attempt: int = 1,
+    times: int = 1,
 ) -> int:
-    """Return the main memory to ask for [MB]; twice as much at the second attempt, and so on.
+    """Return the main memory to ask for [MB].
 
     Args:
         libraries: memory of a process that trains a small model, libraries included [MB].
+        times: ask for so many times the estimate.
     """
     libraries += CUDA_LIBRARIES if accelerator == "cuda" else 0
     shapes = parameter_shapes(recipe, size.vocabulary_size)
@@ -81,13 +82,13 @@ def memory_megabytes(
     )
     logits = batch * recipe.sequence_length * size.vocabulary_size * max(recipe.mixtures, 1)
     arrays = 4 * (COPIES * parameters * devices + LOGITS * logits + 2 * sum(size.tokens.values()))
-    return math.ceil((libraries + arrays / 1e6) * attempt)
+    return math.ceil((libraries + arrays / 1e6) * times)
 
 
 def runtime_minutes(
-    recipe: Recipe, accelerator: Accelerator, devices: int, size: CorpusSize, attempt: int = 1
+    recipe: Recipe, accelerator: Accelerator, devices: int, size: CorpusSize, times: int = 1
 ) -> int:
-    """Time limit to ask for [minutes]; twice as long at the second attempt, and so on.
+    """Return the time limit to ask for [minutes], so many times the estimate.
 
     A pass over n tokens in batches takes n times the multiplications of one token, and the latency
     of every time step of every layer, on the replicas one after another in the worst case. The
@@ -105,7 +106,7 @@ def runtime_minutes(
     epoch = seconds("train", recipe.global_batch_size(devices), 1 + BACKWARD)
     epoch += seconds("valid", recipe.evaluation_batch_size, 1)
     test = seconds("test", recipe.test_batch_size, 1)
-    return math.ceil((START_UP + recipe.epochs * epoch + test) * attempt / 60)
+    return math.ceil((START_UP + recipe.epochs * epoch + test) * times / 60)
 
 
 def weights_per_token(recipe: Recipe, vocabulary_size: int) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,15 +23,19 @@ from ptbench.configuration.specification import Cell, parse_cell_path
 from ptbench.configuration.study import Study
 from ptbench.report.commands import run_again
 from ptbench.report.formatting import framework_name
-from ptbench.slurm import job_numbers
+from ptbench.slurm import Job, comment_of, queue
 from ptbench.training.attempts import Seen, look, record_path
 from ptbench.training.records import read_metrics
 
-State = Literal["done", "diverged", "running", "interrupted", "failed", "missing"]
+State = Literal[
+    "done", "diverged", "running", "starting", "queued", "interrupted", "failed", "missing"
+]  # fmt: skip
 STATES: dict[State, str] = {  # and the colour of each
     "done": "green",
     "diverged": "magenta",
     "running": "cyan",
+    "starting": "cyan",
+    "queued": "blue",
     "interrupted": "yellow",
     "failed": "red",
     "missing": "dim",
@@ -37,9 +43,9 @@ STATES: dict[State, str] = {  # and the colour of each
 
 
 def _job_error(rule: str, output: str) -> re.Pattern[str]:
-    """Match a failed job in Snakemake's log: what its output is about, and its logs."""
+    """Match a failed job in Snakemake's log: a message, what its output is about, and its logs."""
     return re.compile(
-        rf"^Error in rule {rule}:\n(?:.*\n)*?"
+        rf"^Error in rule {rule}:\n(?: {{4}}message: (.+)\n)?(?:.*\n)*?"
         rf" {{4}}output: {output}\n(?: {{4}}log: (.+?)(?: \(check .*)?\n)?",
         re.MULTILINE,
     )
@@ -47,6 +53,10 @@ def _job_error(rule: str, output: str) -> re.Pattern[str]:
 
 JOB_ERROR = _job_error("train", r"results/cells/(.+)/metrics\.json")
 PREPARATION_ERROR = _job_error("(corpus|environment)", r"results/(?:corpora|environments)/(.+)/\S+")
+NOT_SUBMITTED = (
+    "not submitted"  # so begins what the executor says of a job that Slurm does not have
+)
+DISK = 100e6  # bytes that are to be free: a checkpoint takes as much
 
 
 class CellStatus(NamedTuple):
@@ -63,9 +73,9 @@ class CellStatus(NamedTuple):
 
 
 def cell_status(
-    cell: Cell, study: Study, results: Path, jobs: Collection[str] | None = None
+    cell: Cell, study: Study, results: Path, jobs: Collection[Job] | None = None
 ) -> CellStatus:
-    """Return the state of a cell, from its metrics.json and its newest attempt.
+    """Return the state of a cell, from its metrics.json, its newest attempt, and Slurm's queue.
 
     Args:
         cell: which.
@@ -77,7 +87,10 @@ def cell_status(
     seen = look(folder)
     if seen and jobs is not None and _without_job(seen, jobs):
         seen = seen._replace(lives=False)
-    state, reason = _state(cell, study, results / "cells" / cell.path / "metrics.json", seen)
+    comment, project = comment_of(cell.path), results.resolve().parent
+    own = [job for job in jobs or () if job.comment == comment and job.of(project)]
+    result = results / "cells" / cell.path / "metrics.json"
+    state, reason = _state(cell, study, result, seen, own[-1] if own else None)
     status = CellStatus(cell.path, cell, state, reason=reason)
     if seen is None:
         return status
@@ -90,7 +103,9 @@ def cell_status(
     )
 
 
-def _state(cell: Cell, study: Study, result: Path, seen: Seen | None) -> tuple[State, str | None]:
+def _state(
+    cell: Cell, study: Study, result: Path, seen: Seen | None, job: Job | None
+) -> tuple[State, str | None]:
     """Return the state of a cell and the reason for it.
 
     Args:
@@ -98,15 +113,23 @@ def _state(cell: Cell, study: Study, result: Path, seen: Seen | None) -> tuple[S
         study: knows its recipe.
         result: its metrics.json.
         seen: its newest attempt.
+        job: its job in Slurm's queue.
     """
+    outdated = False
     if result.exists() and not (seen and seen.status == "running"):
         try:
             metrics = read_metrics(result)
         except (OSError, ValueError):
             return "failed", f"{result} cannot be read"
-        if metrics.fingerprint != study.specification(cell.variant).fingerprint:
-            return "missing", OUTDATED
-        return ("done" if metrics.status == "ok" else "diverged"), metrics.reason
+        outdated = metrics.fingerprint != study.specification(cell.variant).fingerprint
+        if not outdated:
+            return ("done" if metrics.status == "ok" else "diverged"), metrics.reason
+    if job and not _trains(seen, job):
+        if job.state in ("RUNNING", "COMPLETING"):
+            return "starting", f"job {job.number} on {job.nodes}"
+        return "queued", f"job {job.number}: {job.reason}"
+    if outdated:
+        return "missing", OUTDATED
     return attempt_state(seen)
 
 
@@ -122,20 +145,47 @@ def attempt_state(seen: Seen | None) -> tuple[State, str | None]:
     return seen.status, reason
 
 
-def _without_job(seen: Seen, jobs: Collection[str]) -> bool:
-    """Return whether an attempt was made in a Slurm job that Slurm no longer has."""
+def _trains(seen: Seen | None, job: Job) -> bool:
+    """Return whether the newest attempt at a cell is of its job, or of another that lives."""
+    if seen is None:
+        return False
+    if _job_of(seen) != job.number:
+        return seen.lives
+    began = seen.record.started
+    # Slurm may have queued the job again, under its number, since the attempt.
+    since = job.started if job.state in ("RUNNING", "COMPLETING") else None
+    return since is not None and bool(began) and datetime.fromisoformat(began) >= since
+
+
+def _job_of(seen: Seen) -> str | None:
+    """Return the number of the Slurm job that an attempt was made in."""
     job = seen.record.holder.slurm_job
-    return job is not None and job.rpartition(" ")[2] not in jobs
+    return job and job.rpartition(" ")[2]
+
+
+def _without_job(seen: Seen, jobs: Collection[Job]) -> bool:
+    """Return whether an attempt was made in a Slurm job that Slurm no longer has."""
+    number = _job_of(seen)
+    return number is not None and all(job.number != number for job in jobs)
 
 
 def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
     """Return the cells of every experiment; cells that experiments share are in each of them."""
     known = {cell.path: cell_status(cell, study, results) for cell in study.cells}
-    running = [status.cell for status in known.values() if status.state == "running"]
     # Slurm is asked after the first look, or a job that has just begun would seem gone. Then the
     # cells are looked at again, because a job that has just ended may have recorded how.
-    jobs = job_numbers() if running else None
-    known |= {cell.path: cell_status(cell, study, results, jobs) for cell in running}
+    jobs = queue()
+    if jobs is not None:
+        known |= {
+            status.path: cell_status(status.cell, study, results, jobs)
+            for status in known.values()
+            if status.state not in ("done", "diverged")
+        }
+    for path, status in known.items():
+        corpus = study.specification(status.cell.variant).recipe.corpus_folder
+        reason = _preparation_reason(corpus_log(results, corpus))
+        if reason and status.state == "missing":
+            known[path] = status._replace(reason=f"corpus {corpus} failed: {reason}")
     return {
         name: [known[cell.path] for cell in planned.cells]
         for name, planned in study.experiments.items()
@@ -147,28 +197,64 @@ def distinct(status: Mapping[str, Sequence[CellStatus]]) -> list[CellStatus]:
     return list({cell.path: cell for cells in status.values() for cell in cells}.values())
 
 
-def job_errors(log: str) -> dict[str, str]:
-    """Return the cells whose jobs failed, by path, with their logs; from Snakemake's own log."""
-    return dict(JOB_ERROR.findall(log))
+class JobError(NamedTuple):
+    """A cell's job that failed, as Snakemake's log tells it."""
+
+    message: str  # may be empty
+    log: str | None
 
 
-def preparation_failures(log: str) -> str:
+def job_errors(log: str) -> dict[str, JobError]:
+    """Return the cells whose jobs failed, by path; from Snakemake's own log."""
+    return {
+        path: JobError(message.partition("For further error details")[0].strip(" ."), logs or None)
+        for message, path, logs in JOB_ERROR.findall(log)
+    }
+
+
+def corpus_log(results: Path, corpus: str) -> Path | None:
+    """Return the log of a corpus that is not there; None if it is, or nothing was tried."""
+    log = results / "logs" / "corpora" / f"{corpus}.log"
+    prepared = results / "corpora" / corpus / "corpus.json"
+    return log if log.exists() and not prepared.exists() else None
+
+
+def _preparation_reason(log: Path | None) -> str | None:
+    """Return why a corpus or an environment could not be made, from its log."""
+    text = log.read_text(errors="replace") if log and log.exists() else ""
+    reasons: list[str] = re.findall(r"^ptbench: (.*)$", text, re.MULTILINE)
+    return reasons[-1] if reasons else None
+
+
+def preparation_failures(log: str, study: Study, results: Path) -> str:
     """Return, of each corpus or environment whose job failed, why, and its own log.
 
     Args:
         log: Snakemake's own.
+        study: names the corpora and frameworks.
+        results: the results folder.
     """
-    paragraphs = []
-    for kind, name, path in dict.fromkeys(PREPARATION_ERROR.findall(log)):
-        own = Path(path).read_text(errors="replace") if Path(path).exists() else ""
-        reasons = re.findall(r"^ptbench: (.*)$", own, re.MULTILINE)
-        reason = reasons[-1] if reasons else "no reason is known"
-        paragraphs.append(f"{kind} {name} failed: {reason}\n  log:   {path}")
-    return "\n".join(paragraphs)
+    found = {(kind, name): Path(path) for kind, _, name, path in PREPARATION_ERROR.findall(log)}
+    for corpus in dict.fromkeys(study.recipe(cell.path).corpus_folder for cell in study.cells):
+        own = corpus_log(results, corpus)
+        if own and _preparation_reason(own):
+            found.setdefault(("corpus", corpus), own)
+    return "\n".join(
+        f"{kind} {name} failed: {_preparation_reason(own) or 'no reason is known'}\n  log:   {own}"
+        for (kind, name), own in found.items()
+    )
+
+
+def disk_sentence(results: Path) -> str | None:
+    """Say that the disk of the results is full, or nearly; None if it is not."""
+    free = shutil.disk_usage(results).free if results.exists() else DISK
+    if free >= DISK:
+        return None
+    return f"The disk of {results} is full: {free / 1e6:.0f} MB are free. Make room first."
 
 
 def after_errors(
-    cells: Iterable[CellStatus], errors: Mapping[str, str], study: Study, results: Path
+    cells: Iterable[CellStatus], errors: Mapping[str, JobError], study: Study, results: Path
 ) -> list[CellStatus]:
     """Return the cells, with those failed whose job failed before it began an attempt.
 
@@ -182,7 +268,7 @@ def after_errors(
     """
     known = {cell.path: cell for cell in cells}
     run_began = _touched(results / "study.json")
-    for path, log in errors.items():
+    for path, (message, log) in errors.items():
         cell = known.get(path) or cell_status(parse_cell_path(path), study, results)
         known[path] = cell
         record = record_path(results / "attempts" / path, cell.attempts)
@@ -190,10 +276,13 @@ def after_errors(
         if cell.state == "running":
             reason = f"its job failed, though a process on {cell.host} seems to be at it"
         elif cell.state == "missing" or old:
-            reason = "its job ended before its trainer began"
+            began = "its job ended before its trainer began"
+            reason = f"{began} ({message})" if message else began
+            if message.startswith(NOT_SUBMITTED):
+                reason, log = message, None
         else:
             continue
-        known[path] = CellStatus(path, cell.cell, "failed", reason=reason, log=log or None)
+        known[path] = CellStatus(path, cell.cell, "failed", reason=reason, log=log)
     return list(known.values())
 
 
@@ -216,7 +305,7 @@ def status_json(status: Mapping[str, Sequence[CellStatus]]) -> str:
 
 
 def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
-    """Print the grid by experiment and framework, the running cells, and how many are outdated."""
+    """Print the grid by experiment and framework, and what the cells are at that are under way."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("experiment", overflow="fold")
     table.add_column("framework", no_wrap=True)
@@ -236,6 +325,9 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
         for c in every
         if c.state == "running"
     ]
+    lines += [f"[cyan]starting[/] {c.path}: {c.reason}" for c in every if c.state == "starting"]
+    waiting = Counter((c.reason or "").partition(": ")[2] for c in every if c.state == "queued")
+    lines += [f"[blue]queued[/] {count}: {reason}" for reason, count in waiting.most_common()]
     if outdated := sum(cell.reason == OUTDATED for cell in every):
         lines.append(f"{outdated} of the missing have a result that is {OUTDATED}")
     for line in lines:

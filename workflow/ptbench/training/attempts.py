@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import re
 import shutil
 import threading
@@ -29,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from ptbench.errors import InterruptionError, PtbenchError
-from ptbench.files import write_atomically, write_new
+from ptbench.files import overwrite, write_atomically, write_new
 from ptbench.model.recipe import Model
 from ptbench.training import holders
 from ptbench.training.failures import reason_of, reason_of_death, tail_of
@@ -371,9 +372,14 @@ class Attempt:
                     return  # taken over, and closed by the process that did
                 if self.log and self._written:
                     shutil.copyfile(self._written, self.log)
+                try:
+                    write_atomically(self.path, text_of(self.record))
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    overwrite(self.path, text_of(self.record))
                 if status == "failed":
                     write_failure(self.folder, self.record, self.log)
-                write_atomically(self.path, text_of(self.record))
             except OSError as error:
                 print(f"ptbench: {self.path} cannot be written: {error.strerror}", flush=True)
 

@@ -33,9 +33,10 @@ from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.files import write_atomically
 from ptbench.model.parameters import parameter_count
-from ptbench.model.recipe import BUDGETS, Recipe
+from ptbench.model.recipe import BUDGETS, Keep, Recipe
+from ptbench.model.shapes import is_sparse
 from ptbench.training.attempts import Attempt, now
-from ptbench.training.checkpoints import Checkpoints, Identity, write_arrays
+from ptbench.training.checkpoints import Checkpoints, Identity, packed, write_arrays
 from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
 from ptbench.training.loop import Progress, Run, Splits, train
@@ -69,6 +70,7 @@ def run_cell(
     wait_for_lock: float = 0.0,
     attempt: Attempt | None = None,
     signals: Signals | None = None,
+    keep: Keep = "best",
 ) -> Metrics:
     """Train and score one cell and write its files, from its last checkpoint if it has one.
 
@@ -85,6 +87,7 @@ def run_cell(
         wait_for_lock: longest time to wait for another process that trains the cell [s].
         attempt: opened here, and closed by the caller if this fails.
         signals: whether the process has been told to end.
+        keep: which parameters of a finished cell stay.
 
     Raises:
         InterruptionError: if it has been, and had not finished.
@@ -101,7 +104,7 @@ def run_cell(
     trainer = CellTrainer(cell, specification, paths, threads, attempt, say)
     trainer.start()
     run = trainer.train(checkpoint_minutes, signals)
-    return trainer.finish(run)
+    return trainer.finish(run, keep)
 
 
 class CellTrainer:
@@ -187,11 +190,12 @@ class CellTrainer:
                 "from there"
             ) from None
 
-    def finish(self, run: Run) -> Metrics:
+    def finish(self, run: Run, keep: Keep) -> Metrics:
         """Write the cell's files, `metrics.json` last, and close the attempt."""
         self.attempt.check()
         with self.clocks("checkpointing"):
-            self.write_best_model(run)
+            if keep != "none":
+                self.write_best_model(run)
         # Measured while the replicas' processes are alive.
         peak, peak_on_devices = peak_memory_bytes(), self.backend.peak_device_memory()
         self.facts["cells_at_once"] = max(self.facts["cells_at_once"], cells_at_once())
@@ -208,7 +212,8 @@ class CellTrainer:
         }.items():
             write_atomically(self.paths.output / name, text)
         self.attempt.finish(metrics)
-        self.checkpoints.clear()
+        if keep != "all":
+            self.checkpoints.clear()
         return metrics
 
     def identity(self) -> Identity:
@@ -259,7 +264,9 @@ class CellTrainer:
             "vocabulary_sha256": self.corpus.vocabulary_sha256,
             "epoch": str(run.best.epoch),
         }
-        write_arrays(self.paths.checkpoints / "best.safetensors", run.best_parameters, metadata)
+        sparse = [name for name in run.best_parameters if is_sparse(self.recipe, name)]
+        arrays = packed(run.best_parameters, sparse)
+        write_arrays(self.paths.checkpoints / "best.safetensors", arrays, metadata)
 
     def metrics(self, run: Run, peak: int, peak_on_devices: int | None) -> Metrics:
         """Return `metrics.json` of the finished run."""

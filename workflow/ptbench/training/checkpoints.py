@@ -4,7 +4,8 @@ A cell's folder holds `last.safetensors` and `previous.safetensors`. Each has th
 snapshot, the best parameters so far as `best.{name}`, and in its header how far the run is. At
 every instant one of them is whole. A file that cannot be used is renamed `*.rejected-N` and never
 deleted. `best.safetensors` beside them, written when the run is over, has the model that was
-scored.
+scored; of the matrices of a sparse model, it has the kept weights alone, as `{name}`, and where
+they are, counted along the rows, as `{name}.places`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from ptbench.training.signals import Signals
 FORMAT = 1  # of the header; raised when what is in a checkpoint changes its meaning
 NAMES = ("last.safetensors", "previous.safetensors")
 BEST = "best."
+PLACES = ".places"  # after a matrix's name: where in it the weights are that are stored alone
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -260,6 +263,45 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     if metadata.pop("sha256", None) != checksum(arrays, metadata):
         raise RejectedError("its checksum is wrong")
     return arrays, metadata
+
+
+def packed(arrays: Mapping[str, npt.NDArray[Any]], names: Collection[str]) -> Arrays:
+    """Return arrays of which some hold their weights other than zero alone, and their places.
+
+    Args:
+        arrays: by name.
+        names: of the matrices of a sparse model.
+    """
+    result = dict(arrays)
+    for name in names:
+        flat = np.reshape(arrays[name], -1)
+        places = np.flatnonzero(flat)
+        if 3 * len(places) < flat.size:  # a place takes up to twice as much as a weight
+            result[name] = flat[places]
+            result[name + PLACES] = places.astype(np.min_scalar_type(flat.size))
+    return result
+
+
+def unpacked(
+    arrays: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> Arrays:
+    """Return the whole arrays; the reverse of `packed`.
+
+    Raises:
+        ValueError: if places are not those of an array of these shapes.
+    """
+    result = {name: array for name, array in arrays.items() if not name.endswith(PLACES)}
+    for name in arrays.keys() - result.keys():
+        matrix = name.removesuffix(PLACES)
+        if matrix not in result or matrix not in shapes:
+            raise ValueError(f"it has {name} and no {matrix}")
+        whole = np.zeros(math.prod(shapes[matrix]), result[matrix].dtype)
+        try:
+            whole[arrays[name]] = result[matrix]
+        except IndexError as error:
+            raise ValueError(f"{name} has a place outside {matrix}") from error
+        result[matrix] = whole.reshape(shapes[matrix])
+    return result
 
 
 def checksum(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Parameters, check_parameters, parameter_shapes
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.training.cell import feed_split, read_specification
-from ptbench.training.checkpoints import RejectedError, read_arrays
+from ptbench.training.checkpoints import RejectedError, read_arrays, unpacked
 from ptbench.training.loop import evaluate
 from ptbench.training.records import Score
 
@@ -81,7 +81,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         why = str(error).splitlines()[0]
         raise PtbenchError(f"{path} cannot be used: {why}; {wanted}") from error
     try:
-        check_parameters(arrays, parameter_shapes(specification.recipe, size))
+        shapes = parameter_shapes(specification.recipe, size)
+        arrays = unpacked(arrays, shapes)
+        check_parameters(arrays, shapes)
     except ValueError as error:
         raise PtbenchError(f"{path} is no trained model: {error}; {wanted}") from None
     return Checkpoint(path, cell, specification, size, vocabulary, arrays)

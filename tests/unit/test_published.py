@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tests.support.fake_results import metrics, plan, score_of, write_cell, write_diverged
 
-from ptbench.analysis.claims import Claim, ClaimRow, parse_row
+from ptbench.analysis.claims import Claim
 from ptbench.analysis.collect import AnalysisError, CorpusFacts, collect_rows
 from ptbench.analysis.experiment import PublishedResult, analyse
 from ptbench.analysis.metrics import METRICS, MetricName
@@ -25,6 +25,7 @@ from ptbench.analysis.published import (
     read_published,
     readings,
 )
+from ptbench.configuration.papers import NamedRow, parse_row
 from ptbench.configuration.study import load_study
 from ptbench.training.records import Seconds
 
@@ -79,7 +80,7 @@ def test_every_published_number_is_within_what_its_metric_can_be() -> None:
 def test_every_row_that_a_document_names_is_planned() -> None:
     study = load_study({"experiments": "all"})
     planned = {
-        (name, ClaimRow(cell.variant, framework, cell.devices))
+        (name, NamedRow(cell.variant, framework, cell.devices))
         for name, experiment in study.experiments.items()
         for cell in experiment.cells
         for framework in (cell.framework, None)

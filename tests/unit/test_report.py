@@ -230,7 +230,7 @@ def test_figures_follow_the_page_colours_and_have_words(pages: dict[str, Page]) 
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "opened"), [("singh-lstm2-rate", 12, True), ("singh-hidden", 28, False)]
+    ("name", "count", "opened"), [("singh-lstm2-rate", 12, True), ("singh-hidden", 34, False)]
 )
 def test_published_numbers_name_their_variants_and_many_are_folded_away(
     tmp_path: Path, name: str, count: int, opened: bool

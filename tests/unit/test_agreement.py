@@ -16,7 +16,6 @@ from ptbench.analysis.agreement import (
     judge_published,
     prediction_interval,
 )
-
 from ptbench.analysis.published import PublishedValue
 from ptbench.configuration.papers import parse_row
 

@@ -16,8 +16,8 @@ from ptbench.analysis.agreement import (
     judge_published,
     prediction_interval,
 )
-from ptbench.analysis.claims import parse_row
 from ptbench.analysis.published import PublishedValue
+from ptbench.configuration.papers import parse_row
 
 MARGIN = 0.02
 

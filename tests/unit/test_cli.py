@@ -23,6 +23,7 @@ def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["nonsense"], 2, "invalid choice"),
         (["validate", "no-such.yaml"], 2, "cannot read no-such.yaml: No such file"),
         (["environments", "torch", "--output", "x"], 2, "invalid choice: 'torch'"),
+        (["compare", "here", "there"], 2, "here has no experiments/*/analysis.json"),
         (["status", "--study", "nope"], 2, "nope: cannot be read: No such file"),
         (
             ["corpus", "--corpus", "{}", "--downloads", "y", "--output", "z"],

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import subprocess
+from pathlib import Path
 
-from ptbench.report.commands import command_without_targets
+import pytest
+from tests.support.fake_results import plan
+
+from ptbench.analysis.collect import CorpusFacts, collect_rows
+from ptbench.analysis.experiment import analyse
+from ptbench.configuration.study import load_study
+from ptbench.report.commands import command_without_targets, study_command
+from ptbench.report.runs import missing, runs_of
 
 
 @pytest.mark.parametrize(
@@ -28,3 +36,24 @@ def test_a_command_is_repeated_without_its_targets_and_with_its_quotes(
     argv: list[str], targets: set[str], expected: str
 ) -> None:
     assert command_without_targets(argv, targets) == expected
+
+
+def test_a_study_tells_how_it_was_begun(tmp_path: Path) -> None:
+    assert study_command(tmp_path) == ["uv", "run", "snakemake", "--cores", "1"]
+    command = "snakemake --profile slurm --config 'mirrors={ptb: x}'"
+    load_study({}).write(tmp_path / "study.json", command)
+    assert study_command(tmp_path) == ["snakemake", "--profile", "slurm", "--config",
+                                       "mirrors={ptb: x}"]  # fmt: skip
+
+
+def test_a_shell_makes_of_missing_runs_their_paths(tmp_path: Path) -> None:
+    experiment = plan("x", ("a+dropout=0.5", "b"), ("jax", "keras"), (1, 2), (1, 3))
+    analysis = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), [])
+    batches = missing(runs_of(analysis.rows, tmp_path).values(), tmp_path / "my results")
+    assert len(batches) == 8
+    script = "printf '%s\\n' " + " ".join(batch.targets for batch in batches)
+    paths = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+    assert sorted(paths.splitlines()) == sorted(
+        str(tmp_path / "my results" / "cells" / cell.path / "metrics.json")
+        for cell in experiment.cells
+    )

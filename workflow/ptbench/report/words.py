@@ -25,11 +25,11 @@ def factor(value: float) -> str:
 
 
 def interval(ratio: Ratio) -> str:
-    """Write `95 % interval of 1.20 to 1.34 over 12 variants`; or why there is none."""
+    """Write `with a 95 % interval of 1.20 to 1.34 over 12 variants`, or that there is none."""
     over = count(ratio.n, ratio.over.removesuffix("s"))
     if ratio.low is None or ratio.high is None:
-        return f"basis of {over} alone, so no interval"
-    return f"95 % interval of {factor(ratio.low)} to {factor(ratio.high)} over {over}"
+        return f"without an interval, from {over} alone"
+    return f"with a 95 % interval of {factor(ratio.low)} to {factor(ratio.high)} over {over}"
 
 
 def speed_title(speeds: Comparison | None) -> str:
@@ -57,7 +57,10 @@ def speed_sentence(speeds: Comparison | None) -> str:
         return ""
     ratio = next(iter(speeds.ratios.values()))
     first, second = list(speeds.ratios)[:2]
-    said = f"That factor has a {interval(ratio)}"
+    said = (
+        f"{framework_name(first)} trained {factor(ratio.value)} times as fast as "
+        f"{framework_name(speeds.reference)}, {interval(ratio)}"
+    )
     lead = speeds.pairs.get((first, second))
     if lead and second != speeds.reference:
         said += f"; over {framework_name(second)}, the second, it is {factor(lead.value)}"

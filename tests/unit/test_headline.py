@@ -1,0 +1,192 @@
+"""Which framework is faster, by what factor, and whether perplexities differ: from drawn rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from tests.support.fake_results import metrics, plan, write_cell, write_results
+
+from ptbench.analysis.collect import CorpusFacts, collect_rows
+from ptbench.analysis.experiment import Analysis, analyse
+from ptbench.analysis.headline import (
+    Comparison,
+    compare,
+    compare_perplexities,
+    compare_speeds,
+    groups_of,
+)
+from ptbench.analysis.plan import ExperimentPlan
+from ptbench.configuration.specification import Cell
+from ptbench.report import words
+
+Speed = Callable[[Cell], float]
+
+
+def analysed(results: Path, experiment: ExperimentPlan) -> Analysis:
+    return analyse(experiment, collect_rows(experiment, results), CorpusFacts(), [])
+
+
+def of_speeds(results: Path, experiment: ExperimentPlan, speed: Speed, **facts: object) -> Analysis:
+    """An experiment whose runs have these training speeds; each had its machine to itself."""
+    for cell in experiment.cells:
+        write_cell(results, metrics(cell, 4.7, tokens_per_second=speed(cell)))
+        path = results / "cells" / cell.path / "provenance.json"
+        path.write_text(json.dumps({"cpu": "A", "cells_at_once": 1, **facts}))
+    return analysed(results, experiment)
+
+
+def speeds_of(*analyses: Analysis) -> Comparison:
+    found = compare_speeds(groups_of(analyses))
+    assert found is not None
+    return found
+
+
+TWO = ("pytorch", "jax")
+FACTORS = {("a", 1): 2.0, ("a", 2): 8.0, ("b", 1): 1.0, ("b", 2): 1.0}  # of JAX over PyTorch
+
+
+def planted(cell: Cell) -> float:
+    """A variant's own speed, times the planted factor; seeds agree."""
+    own = {"a": 500.0, "b": 9000.0}[cell.variant] * cell.devices
+    return own * (FACTORS[cell.variant, cell.devices] if cell.framework == "jax" else 1.0)
+
+
+def test_the_factor_is_a_geometric_mean_over_devices_and_then_over_variants(
+    tmp_path: Path,
+) -> None:
+    found = speeds_of(of_speeds(tmp_path, plan("x", ("a", "b"), TWO, (1, 2)), planted))
+    ratio = found.ratios["jax"]
+    assert (found.reference, found.fair, ratio.n, ratio.over) == ("pytorch", True, 2, "variants")
+    assert ratio.value == pytest.approx(2.0)  # of 4, which is that of 2 and 8, and 1
+    logs = [math.log(4), 0.0]
+    half = stats.t.ppf(0.975, 1) * math.dist(logs[:1], logs[1:]) / math.sqrt(2) / math.sqrt(2)
+    assert ratio.low == pytest.approx(math.exp(math.log(2) - half))
+    assert ratio.high == pytest.approx(math.exp(math.log(2) + half))
+    back = found.pairs["pytorch", "jax"]
+    assert (back.value, back.low) == pytest.approx((1 / ratio.value, 1 / ratio.high))
+
+
+def test_a_run_that_experiments_share_counts_once(tmp_path: Path) -> None:
+    both = of_speeds(tmp_path, plan("x", ("a", "b"), TWO), planted)
+    one = of_speeds(tmp_path, plan("y", ("a",), TWO), planted)
+    assert speeds_of(both, one, one).ratios == speeds_of(both).ratios
+
+
+def test_of_one_variant_the_interval_is_over_its_seeds(tmp_path: Path) -> None:
+    factors = {1: 2.0, 2: 2.2, 3: 1.9}
+
+    def speed(cell: Cell) -> float:
+        return 1000.0 * (factors[cell.seed] if cell.framework == "jax" else cell.seed)
+
+    ratio = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO), speed)).ratios["jax"]
+    logs = [math.log(factor / seed) for seed, factor in factors.items()]
+    low, high = stats.t.interval(0.95, 2, sum(logs) / 3, stats.sem(logs))
+    assert (ratio.n, ratio.over) == (3, "seeds")
+    assert (ratio.low, ratio.high) == pytest.approx((math.exp(low), math.exp(high)))
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"cells_at_once": 3}, "up to 3 runs shared a machine"),
+        ({"cells_at_once": None}, "it was not recorded whether runs shared their machine"),
+    ],
+)
+def test_speeds_of_runs_that_shared_their_machine_are_shown_with_a_warning(
+    tmp_path: Path, facts: Mapping[str, object], said: str
+) -> None:
+    found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO), planted, **facts))
+    assert not found.fair
+    assert words.speed_warning(found).startswith(said)
+    assert words.speed_title(found).endswith("(not a fair comparison)")
+
+
+def test_a_run_that_had_its_machine_to_itself_outvotes_those_that_shared(tmp_path: Path) -> None:
+    alone = of_speeds(tmp_path, plan("x", ("b",), TWO), planted)
+    shared = of_speeds(tmp_path, plan("y", ("a",), TWO), planted, cells_at_once=2)
+    found = speeds_of(alone, shared)
+    assert found.fair
+    assert found.ratios["jax"].value == pytest.approx(1.0)
+    assert words.speed_warning(found) == ""
+
+
+def test_speeds_on_different_machines_do_not_compare(tmp_path: Path) -> None:
+    experiment = plan("x", ("a",), TWO)
+    of_speeds(tmp_path, experiment, planted)
+    for cell in experiment.cells[:3]:
+        path = tmp_path / "cells" / cell.path / "provenance.json"
+        path.write_text(json.dumps({"cpu": "B", "cells_at_once": 1}))
+    found = speeds_of(analysed(tmp_path, experiment))
+    assert not found.fair
+    assert "different machines" in words.speed_warning(found)
+
+
+def test_a_lead_within_its_interval_is_shared(tmp_path: Path) -> None:
+    def speed(cell: Cell) -> float:
+        seed = cell.seed if cell.framework == "keras" else 4 - cell.seed
+        noise = 1 + 0.01 * seed
+        return 1000.0 * noise * (1.5 if cell.framework != "mxnet" else 1.0)
+
+    found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), ("keras", "mxnet", "jax")), speed))
+    assert sorted(found.leaders()) == ["jax", "keras"]
+    assert found.reference == "mxnet"
+    title = words.speed_title(found)
+    assert "JAX" in title
+    assert "Keras" in title
+    assert "train fastest, up to 1.5" in title
+
+
+def test_one_seed_proves_nothing_and_says_so(tmp_path: Path) -> None:
+    found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO, seeds=(1,)), planted))
+    assert words.speed_title(found) == "No framework is proven faster than all others"
+    assert words.speed_sentence(found) == (
+        "JAX trained 2.00 times as fast as PyTorch, without an interval, from 1 seed alone."
+    )
+
+
+def test_frameworks_that_never_ran_the_same_variant_are_not_compared(tmp_path: Path) -> None:
+    analyses = [
+        of_speeds(tmp_path, plan("x", ("a",), ("pytorch",)), planted),
+        of_speeds(tmp_path, plan("y", ("b",), ("jax",)), planted),
+    ]
+    assert compare_speeds(groups_of(analyses)) is None
+    assert words.speed_title(None) == "No two frameworks have a speed to compare yet"
+
+
+def test_memory_is_compared_alike(tmp_path: Path) -> None:
+    experiment = plan("x", ("a", "b"), TWO)
+    for cell in experiment.cells:
+        size = 3e8 if cell.framework == "jax" else 6e8
+        write_cell(tmp_path, metrics(cell, 4.7, peak_memory_bytes=int(size)))
+    found = compare(groups_of([analysed(tmp_path, experiment)]), "peak_memory_bytes")
+    assert found is not None
+    assert found.reference == "jax"
+    assert found.ratios["pytorch"].value == pytest.approx(2.0)
+
+
+def test_perplexities_of_one_law_do_not_differ_and_others_do(tmp_path: Path) -> None:
+    law = {"pytorch": 4.7, "mxnet": 4.7, "jax": 4.9}
+    alike = plan("alike", ("a",), ("pytorch", "mxnet"))
+    unlike = plan("unlike", ("b",), tuple(law))
+    for experiment in (alike, unlike):
+        write_results(tmp_path, experiment, law, noise=0.001)
+    first, second = analysed(tmp_path, alike), analysed(tmp_path, unlike)
+    same = compare_perplexities([first, first])
+    assert sum(same.verdicts.values()) == 1
+    assert same.all_equivalent
+    said = words.perplexity_sentence(same)
+    assert said.startswith("Perplexity does not depend on the framework: the one pair is")
+    both = compare_perplexities([first, second])
+    assert both.verdicts == {"equivalent": 2, "different": 2}
+    assert both.couples["pytorch", "mxnet"].verdicts == {"equivalent": 2}
+    assert both.couples["pytorch", "jax"].difference == pytest.approx(-0.2, abs=0.01)
+    assert {analysis.name for analysis, _ in both.different} == {"unlike"}
+    assert words.perplexity_sentence(both) == (
+        "Of 4 pairs of frameworks, 2 are equivalent within 2.0 % and 2 differ (PyTorch and JAX; "
+        "MXNet and JAX)."
+    )

@@ -590,7 +590,7 @@ def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:
 
 
 @command(
-    "Write the files that are made from the code: schemas, docs/features.md and docs/manual.",
+    "Write the files that are made from the code: schemas, and pages of the documentation.",
     argument("--output", type=Path, default=Path(), help="folder of the project"),
 )
 def generate(output: Path) -> None:

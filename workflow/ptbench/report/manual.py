@@ -1,4 +1,4 @@
-"""The files that are made from the code: the schemas, `docs/features.md` and `docs/manual/`.
+"""The files that are made: schemas, `docs/features.md`, `docs/manual/`, the list of decisions.
 
 `uv run ptbench generate` writes them, and a test holds them to what is here.
 """
@@ -15,7 +15,7 @@ from ptbench.analysis.claims import Claim
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.published import PublishedValue
 from ptbench.configuration.config import Config, CorpusFile
-from ptbench.configuration.experiments import ExperimentFile, Paper, load_library
+from ptbench.configuration.experiments import WORKFLOW, ExperimentFile, Paper, load_library
 from ptbench.configuration.schemas import schemas
 from ptbench.configuration.study import load_study
 from ptbench.model.recipe import NAME_PATTERN, Recipe
@@ -102,6 +102,13 @@ run together by `--config papers=<document>`, and all of them by `--config exper
 cell is one run.
 """
 
+DECISIONS = """\
+# Decisions
+
+Half a page for each decision that a newcomer would question, with the alternative that was not
+taken.
+"""
+
 COMMANDS = """\
 # Commands of ptbench
 
@@ -138,6 +145,7 @@ def generated(parser: ArgumentParser) -> dict[str, str]:
     return (
         {f"workflow/schemas/{name}": text for name, text in schemas().items()}
         | {"docs/features.md": features_markdown()}
+        | {"docs/decisions/index.md": "\n".join([NOTE, DECISIONS, decisions()])}
         | {f"docs/manual/{name}.md": "\n".join([NOTE, *parts]) for name, parts in pages.items()}
     )
 
@@ -293,6 +301,17 @@ def rows(names: Iterable[str], study: Any) -> list[list[str]]:
         ]
         for each in planned
     ]
+
+
+def decisions() -> str:
+    """Return the list of the records of decisions, by their headings."""
+    files = sorted((WORKFLOW.parent / "docs" / "decisions").glob("[0-9]*.md"))
+    headings = [file.read_text(encoding="utf-8").partition("\n")[0] for file in files]
+    titles = [heading.partition(". ")[2] for heading in headings]
+    return "".join(
+        f"{number}. [{title}]({file.name})\n"
+        for number, (title, file) in enumerate(zip(titles, files, strict=True), start=1)
+    )
 
 
 def commands(parser: ArgumentParser) -> str:

@@ -11,9 +11,10 @@ from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ptbench.analysis.claims import Claim
+from ptbench.analysis.claims import ClaimFile
+from ptbench.analysis.exhibits import ExhibitFile
 from ptbench.analysis.metrics import METRICS
-from ptbench.analysis.published import PublishedValue
+from ptbench.analysis.published import COLUMNS, LeftOut, PublishedValue
 from ptbench.configuration.config import Config, CorpusFile
 from ptbench.configuration.experiments import WORKFLOW, ExperimentFile, Paper, load_library
 from ptbench.configuration.schemas import schemas
@@ -24,7 +25,6 @@ from ptbench.report.features import features_markdown
 Schema = dict[str, Any]
 
 NOTE = "<!-- Written by `uv run ptbench generate`; do not edit. -->\n"
-NOT_IN_THE_FILE = ("source", "kind", "rounding")  # fields of a published number that are no column
 
 CONFIG = """\
 # config.yaml
@@ -74,16 +74,30 @@ there. [Tutorial](../tutorial.md#a-paper-of-your-own) makes such a folder step b
 PUBLISHED = """\
 ## published.csv
 
-One line for each printed number; the first line has the names of these columns. An empty field
-means that there is nothing to say.
+One line for each printed number; the first line has the names of these columns. Fields whose
+default is not "required" may be empty. A bound is written `>3000` or `<130`.
 """
 
 CLAIMS = """\
 ## claims.yaml
 
-`claims:` is a list of the document's findings, in its order. A row of ours is written `variant
-[framework] [devices]`; without a framework it stands for every framework that ran it, without
-devices for one. [How findings are judged](../reading.md#findings) says what the tests do.
+The document's findings, in its order. A row of ours is written `variant [framework] [devices]`;
+without a framework it stands for every framework that ran it, without devices for one. [How
+findings are judged](../reading.md#findings) says what the tests do.
+"""
+
+EXHIBITS = """\
+## exhibits.yaml
+
+The document's tables and figures, which the report draws again in their own shape, ours beside
+the published. An exhibit's published numbers are those of `published.csv` that are located in it:
+all words of their `locator` are in its `number`.
+"""
+
+LEFT_OUT = """\
+## left_out.csv
+
+Printed numbers that are set beside nothing, each with the reason. `*` stands for anything.
 """
 
 METRIC = """\
@@ -112,8 +126,8 @@ taken.
 COMMANDS = """\
 # Commands of ptbench
 
-Each is typed as `uv run ptbench <command>`. `analyse`, `corpus`, `environments`, `partial`,
-`report` and `train` are called by the workflow's rules; you will rarely type them.
+Each is typed as `uv run ptbench <command>`. `analyse`, `answer`, `corpus`, `environments`,
+`partial`, `report` and `train` are called by the workflow's rules; you will rarely type them.
 """
 
 
@@ -124,13 +138,19 @@ def generated(parser: ArgumentParser) -> dict[str, str]:
         parser: the command line's grammar.
     """
     recipe = Recipe.model_json_schema()
-    published = PublishedValue.model_json_schema()
-    columns = {k: v for k, v in published["properties"].items() if k not in NOT_IN_THE_FILE}
     paper = [
         PAPER,
         models(Paper.model_json_schema(), "paper.yaml"),
-        f"{PUBLISHED}\n{keys(published | {'properties': columns}, published, 'Column')}",
-        f"{CLAIMS}\n{models(Claim.model_json_schema(), 'A finding', level=3)}",
+        PUBLISHED,
+        columns(PublishedValue.model_json_schema(), COLUMNS, value="number, bound or `diverges`"),
+        LEFT_OUT,
+        columns(
+            LeftOut.model_json_schema(), [name for name in LeftOut.model_fields if name != "source"]
+        ),
+        CLAIMS,
+        models(ClaimFile.model_json_schema(), "A file of findings", level=3),
+        EXHIBITS,
+        models(ExhibitFile.model_json_schema(), "A file of exhibits", level=3),
     ]
     pages = {
         "config": [CONFIG, config()],
@@ -176,6 +196,18 @@ def section(model: Schema, root: Schema, level: int = 2, title: str = "") -> str
     said = model.get("description", "").partition("\n\n")[0].replace("\n", " ")
     heading = f"{'#' * level} {title or heading_of(model)}"
     return "\n\n".join(filter(None, [heading, said, keys(model, root)]))
+
+
+def columns(row: Schema, names: Iterable[str], **written: str) -> str:
+    """Return the table of a CSV file's columns.
+
+    Args:
+        written: what columns hold that the file has in another form than the model.
+    """
+    shown = {name: row["properties"][name] for name in names}
+    for name, words in written.items():
+        shown[name] |= {"link": words}
+    return keys(row | {"properties": shown}, row, "Column")
 
 
 def heading_of(model: Schema) -> str:

@@ -24,6 +24,7 @@ from ptbench.report.features import features_markdown
 
 Schema = dict[str, Any]
 
+# at the end of a page, because at its beginning it hides the title
 NOTE = "<!-- Written by `uv run ptbench generate`; do not edit. -->\n"
 
 CONFIG = """\
@@ -165,8 +166,8 @@ def generated(parser: ArgumentParser) -> dict[str, str]:
     return (
         {f"workflow/schemas/{name}": text for name, text in schemas().items()}
         | {"docs/features.md": features_markdown()}
-        | {"docs/decisions/index.md": "\n".join([NOTE, DECISIONS, decisions()])}
-        | {f"docs/manual/{name}.md": "\n".join([NOTE, *parts]) for name, parts in pages.items()}
+        | {"docs/decisions/index.md": "\n".join([DECISIONS, decisions(), NOTE])}
+        | {f"docs/manual/{name}.md": "\n".join([*parts, NOTE]) for name, parts in pages.items()}
     )
 
 
@@ -222,13 +223,13 @@ def keys(model: Schema, root: Schema, first: str = "Key") -> str:
     lines = [
         [
             f"`{name}`",
+            key.get("description", ""),
             allowed(key, root),
             "required" if name in required else default(key.get("default")),
-            key.get("description", ""),
         ]
         for name, key in model["properties"].items()
     ]
-    return table([first, "Value", "Default", "Meaning"], lines)
+    return table([first, "Meaning", "Value", "Default"], lines)
 
 
 def default(value: Any) -> str:
@@ -354,14 +355,14 @@ def commands(parser: ArgumentParser) -> str:
         options = [
             [
                 ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.dest}`",
+                action.help or "",
                 ", ".join(f"`{choice}`" for choice in action.choices or ()),
                 option_default(action),
-                action.help or "",
             ]
             for action in command._actions
             if action.dest != "help"
         ]
-        header = ["Option", "Choices", "Default", "Meaning"]
+        header = ["Option", "Meaning", "Choices", "Default"]
         sections.append(f"## {name}\n\n{command.description}\n\n{table(header, options)}")
     return "\n".join(sections)
 

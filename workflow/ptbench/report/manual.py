@@ -248,6 +248,8 @@ def allowed(key: Schema, root: Schema) -> str:
                 return allowed(model, root)
             heading = heading_of(model)
             return f"[{heading}](#{re.sub('[^a-z-]', '', heading.lower().replace(' ', '-'))})"
+        case {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "number"}, *_]}:
+            return "values"  # of a recipe's keys
         case {"anyOf": several} | {"oneOf": several}:
             return " or ".join(dict.fromkeys(allowed(each, root) for each in several))
         case {"enum": names} if names == list(METRICS):

@@ -84,7 +84,8 @@ LONGEST = (
     "slurm", "tests/workflow/test_demo.py", "jax", "keras", "tensorflow",
     "tests/faults/test_frameworks.py", "tests/workflow/test_planning.py", "mxnet", "pytorch",
     "tests/workflow/test_failures.py", "tests/workflow/test_interruption.py",
-    "tests/workflow/test_hostile.py", "tests/faults/test_trainer.py", "oracle",
+    "tests/workflow/test_documentation.py", "tests/workflow/test_hostile.py",
+    "tests/faults/test_trainer.py", "oracle",
     "tests/unit/test_quality.py", "tests/unit/test_report.py", "tests/unit/test_oracle.py",
 )  # fmt: skip
 

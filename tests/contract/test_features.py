@@ -1,8 +1,6 @@
-"""The names in `features.yaml` exist, and `docs/features.md` is up to date."""
+"""The names in `features.yaml` exist."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from tests.support import probes
@@ -11,9 +9,6 @@ from tests.support.remote import Backends, probe
 
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
-from ptbench.report.features import features_markdown
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "features.md"
 
 
 @pytest.mark.frameworks(*FRAMEWORKS)
@@ -36,7 +31,3 @@ def test_every_feature_says_where_it_is(framework: str) -> None:
 def test_every_framework_has_the_same_features_in_the_same_order() -> None:
     names = [list(features) for features in read_features().values()]
     assert all(own == names[0] for own in names)
-
-
-def test_the_document_is_what_the_features_say() -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == features_markdown(), "run `ptbench features`"

@@ -50,7 +50,7 @@ def test_a_bad_command_is_a_sentence(arguments: list[str], status: int, message:
 
 def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    answer = ptbench("schema", "--output", tmp_path / "file" / "folder")
+    answer = ptbench("generate", "--output", tmp_path / "file" / "folder")
     assert answer.returncode == 2
-    assert "file/folder: Not a directory" in answer.stderr
+    assert "file/folder/workflow/schemas: Not a directory" in answer.stderr
     assert_no_frames(answer.stderr)

@@ -17,7 +17,6 @@ from ptbench.analysis.plan import plan_experiment
 from ptbench.configuration import config, experiments
 from ptbench.configuration.config import Config, read_configuration
 from ptbench.configuration.experiments import load_library, read_papers
-from ptbench.configuration.schemas import schemas
 from ptbench.configuration.specification import Specification, parse_cell_path, variant_name
 from ptbench.configuration.study import load_study
 from ptbench.corpus.definitions import SPLITS
@@ -572,14 +571,6 @@ def test_a_job_asks_for_no_more_than_the_configuration_allows(tmp_path: Path) ->
 def test_config_yaml_names_every_key_with_its_default() -> None:
     written = yaml.safe_load((ROOT / "config.yaml").read_text())
     assert written == Config().model_dump(mode="json")
-
-
-def test_the_schemas_are_those_of_the_models() -> None:
-    for name, text in schemas().items():
-        assert (ROOT / "workflow/schemas" / name).read_text() == text, (
-            f"workflow/schemas/{name} is out of date; run: "
-            "uv run ptbench schema --output workflow/schemas"
-        )
 
 
 LIBRARY = load_library()

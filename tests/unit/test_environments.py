@@ -110,7 +110,9 @@ def test_the_cpu_lock_of_pytorch_allows_the_local_cpu_wheel_and_the_public_ones(
 def test_every_direct_dependency_of_the_workflow_is_exact_and_agrees_with_the_transitive_pins() -> (
     None
 ):
-    direct = PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
+    groups = PROJECT["dependency-groups"].values()
+    named = [each for group in groups for each in group if isinstance(each, str)]
+    direct = PROJECT["project"]["dependencies"] + named
     asked = versions("\n".join(direct))
     pinned = versions("\n".join(PROJECT["tool"]["uv"]["constraint-dependencies"]))
     assert len(asked) == len(direct)

@@ -4,4 +4,4 @@ The package holds everything the workflow's rules call. Frameworks are imported 
 file under `ptbench.backends`; importing `ptbench` itself imports nothing but the standard library.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

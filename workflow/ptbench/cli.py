@@ -560,17 +560,6 @@ def plan(configs: list[Path], results: Path, at_once: int, as_json: bool) -> Non
 
 
 @command(
-    "Write the JSON Schemas of config.yaml and of the experiments' YAML, for editors.",
-    argument("--output", type=Path, required=True, help="folder of the schemas"),
-)
-def schema(output: Path) -> None:
-    from ptbench.configuration.schemas import schemas
-
-    for name, text in schemas().items():
-        write_atomically(output / name, text)
-
-
-@command(
     "Check a configuration and the folders of the papers, and say what would run.",
     argument("config", type=Path, nargs="?", default=Path("config.yaml")),
 )
@@ -612,13 +601,14 @@ def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:
 
 
 @command(
-    "Write docs/features.md.",
-    argument("--output", type=Path, default=Path("docs/features.md")),
+    "Write the files that are made from the code: schemas, and pages of the documentation.",
+    argument("--output", type=Path, default=Path(), help="folder of the project"),
 )
-def features(output: Path) -> None:
-    from ptbench.report.features import features_markdown
+def generate(output: Path) -> None:
+    from ptbench.report.manual import generated
 
-    write_atomically(output, features_markdown())
+    for path, text in generated(parser()).items():
+        write_atomically(output / path, text)
 
 
 MODELS, IMPLEMENTATIONS = ("small", "medium", "mos"), ("stock", "tuned")

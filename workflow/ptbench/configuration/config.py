@@ -139,7 +139,7 @@ class Config(Model):
 
 
 class CorpusFile(Model):
-    """workflow/corpora.yaml."""
+    """`workflow/corpora.yaml`: the built-in corpora."""
 
     corpora: dict[Name, CorpusDefinition] = Field(description="Corpora by name.")
 

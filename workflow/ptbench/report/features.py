@@ -12,7 +12,7 @@ HEADER = """\
 Every framework has every feature, or this table says which one lacks it. **Built in** means that
 the framework has it under the names given; *written here* means that this project wrote it with
 what the framework offers. `workflow/ptbench/backends/features.yaml` is where this comes from, and
-`uv run ptbench features` writes this file.
+`uv run ptbench generate` writes this file.
 """
 
 

@@ -10,7 +10,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Trainer:
     folder: Path  # its results
     recipe: Recipe = RECIPE
     arguments: Sequence[str] = ("--checkpoint-minutes", "0")
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside this process' own
     kills: int = field(default=0, init=False)
 
     @property
@@ -111,7 +112,7 @@ class Trainer:
                 "JAX_COMPILATION_CACHE_DIR": str(self.corpus.parent / "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-                **environment,
+                **self.environment, **environment,
             },
             cwd=ROOT, start_new_session=True, text=True,
             # A test run behind an `&` ignores it, and so would the trainer.

@@ -1,7 +1,7 @@
-"""A trainer that is killed, told to end, or run in a hostile shell ends as one that was left alone.
+"""A trainer that was killed and told to end, in a hostile shell, ends as one that was left alone.
 
-All are compared bit for bit, each in a process of its own. These are short runs;
-`benchmarks/soak.py` goes on for as long as it is asked to.
+Both are compared bit for bit. These are short runs; `benchmarks/soak.py` goes on for as long as it
+is asked to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tests.faults.harness import Trainer, make_corpus
-from tests.faults.hostile_shell import EVERYWHERE, SETTINGS, finish_in_hostile_shell
+from tests.faults.hostile_shell import EVERYWHERE, SETTINGS, assert_ignored, hostile_shell
 
 from ptbench.backends import Framework
 from ptbench.training.attempts import look
@@ -28,56 +28,47 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def finished(framework: Framework, devices: int, corpus: Path, folder: Path) -> Trainer:
-    """Return a trainer after a run from beginning to end."""
-    trainer = Trainer(framework, devices, corpus, folder)
-    trainer.finish()
-    metrics = read_metrics(trainer.output / "metrics.json")
-    assert metrics.status == "ok"
-    assert metrics.stopped == "patience"
-    rates = {epoch.learning_rate for epoch in read_history(trainer.output / "history.csv")}
-    assert len(rates) > 1, "the plateau lowered it"
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def on_two_devices(
-    framework: Framework, corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Trainer:
-    """Two devices are the harder case: replicas get signals and settings too."""
-    return finished(framework, 2, corpus, tmp_path_factory.mktemp("uninterrupted"))
-
-
-def test_killed_and_told_to_end_on_two_devices_it_ends_as_one_that_was_not(
-    on_two_devices: Trainer, tmp_path: Path
+def test_killed_and_told_to_end_in_a_hostile_shell_on_two_devices_it_ends_as_one_left_alone(
+    framework: Framework, corpus: Path, tmp_path: Path
 ) -> None:
-    interrupt(on_two_devices, tmp_path)
-
-
-def test_the_users_shell_and_dot_files_change_nothing(
-    framework: Framework, corpus: Path, on_two_devices: Trainer, tmp_path: Path
-) -> None:
-    trainer = Trainer(framework, 2, corpus, tmp_path / "hostile")
-    finish_in_hostile_shell(trainer, tmp_path / "home", EVERYWHERE | SETTINGS[framework])
-    assert trainer.result() == on_two_devices.result()
+    """Two devices are the harder case: replicas get the signals and the settings too."""
+    settings = EVERYWHERE | SETTINGS[framework]
+    trainer = interrupt(framework, 2, corpus, tmp_path, hostile_shell(tmp_path / "home", settings))
+    assert_ignored(trainer, settings)
 
 
 # PyTorch, the first framework, alone has other code for one device, where there are no processes
-# for replicas. To the others, one is a number of devices like two, and starting each of them five
-# times takes a minute. Resuming on one device is in `tests/contract/test_steps.py` for all.
+# for replicas. To the others, one is a number of devices like two, and starting each of them four
+# times takes half a minute. Resuming on one device is in `tests/contract/test_steps.py` for all.
 @pytest.mark.one_framework
 def test_killed_on_one_device_it_ends_as_one_that_was_not(
     framework: Framework, corpus: Path, tmp_path: Path
 ) -> None:
-    interrupt(finished(framework, 1, corpus, tmp_path / "uninterrupted"), tmp_path)
+    interrupt(framework, 1, corpus, tmp_path, {})
 
 
-def interrupt(reference: Trainer, folder: Path) -> None:
-    """Compare a run that was interrupted several times with one that was not."""
-    framework, devices = reference.framework, reference.devices
+def interrupt(
+    framework: Framework, devices: int, corpus: Path, folder: Path, shell: dict[str, str]
+) -> Trainer:
+    """Compare a run that was interrupted several times with one that was not; return the first.
+
+    Args:
+        framework: of both runs.
+        devices: of both runs.
+        corpus: folder of the prepared corpus.
+        folder: for the results.
+        shell: environment variables of the run that is interrupted.
+    """
+    reference = Trainer(framework, devices, corpus, folder / "uninterrupted")
+    reference.finish()
     metrics = read_metrics(reference.output / "metrics.json")
+    assert metrics.status == "ok"
+    assert metrics.stopped == "patience"
+    rates = {epoch.learning_rate for epoch in read_history(reference.output / "history.csv")}
+    assert len(rates) > 1, "the plateau lowered it"
     assert metrics.seconds_per_epoch is not None
-    trainer = Trainer(framework, devices, reference.corpus, folder / "interrupted")
+
+    trainer = Trainer(framework, devices, corpus, folder / "interrupted", environment=shell)
     told = devices > 1
     if told:
         tell_to_end(trainer)
@@ -90,6 +81,7 @@ def interrupt(reference: Trainer, folder: Path) -> None:
     attempts = read_metrics(trainer.output / "metrics.json").attempts
     assert told + did.count("killed") + 1 <= attempts <= INTERRUPTIONS + 1
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info)]
+    return trainer
 
 
 def tell_to_end(trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.faults.harness import RECIPE, Trainer, make_corpus
-from tests.faults.hostile_shell import EVERYWHERE, finish_in_hostile_shell
+from tests.faults.hostile_shell import EVERYWHERE, assert_ignored, hostile_shell
 
 from ptbench.training.attempts import Failure, look
 from ptbench.training.records import read_metrics
@@ -86,8 +86,10 @@ def test_the_users_shell_and_dot_files_change_nothing(
     settings = dict(EVERYWHERE)
     # The toy's process imports NumPy before it ignores anything, and would end with a warning.
     del settings["PYTHONWARNINGS"], settings["NPY_PROMOTION_STATE"]
-    finish_in_hostile_shell(toy, tmp_path / "home", settings)
+    toy.environment = hostile_shell(tmp_path / "home", settings)
+    toy.finish()
     assert toy.result() == uninterrupted
+    assert_ignored(toy, settings)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

@@ -10,8 +10,6 @@ rule report:
             "results/report/experiments/{experiment}.html",
             experiment=study.experiments,
         ),
-        expand("results/papers/{paper}/answers.json", paper=study.papers),
-        expand("results/report/papers/{paper}.html", paper=study.papers),
     output:
         report(
             "results/report/index.html",
@@ -37,10 +35,8 @@ rule report:
         experiments=expand(
             "results/experiments/{experiment}", experiment=study.experiments
         ),
-        papers=expand("results/papers/{paper}", paper=study.papers),
     shell:
-        "python -m ptbench report {params.experiments:q} --answered {params.papers:q}"
-        " --results results"
+        "python -m ptbench report {params.experiments:q} --results results"
         " --report {params.folder:q} --log {log:q}"
 
 

@@ -32,6 +32,8 @@ ANALYSIS = (
     "analysis.json", "table.csv", "table.md", "table.tex", "comparison.csv", "differences.csv"
 )  # fmt: skip
 
+REPORT = ("index.html", "frameworks.html", "methods.html", "runs.html", "report.md")
+
 
 def run(*command: str, folder: Path = ROOT) -> tuple[float, float]:
     """Seconds of processor time that a command takes in a folder, and its peak memory in MB."""
@@ -69,7 +71,8 @@ def pretend_done(folder: Path, config: Path) -> None:
         *(f"cells/{cell.path}/metrics.json" for cell in study.cells),
         *(f"experiments/{name}/{file}" for name in study.experiments for file in ANALYSIS),
         *(f"experiments/{name}/figures" for name in study.experiments),
-        "report/index.html",
+        *(f"report/experiments/{name}.html" for name in study.experiments),
+        *(f"report/{name}" for name in REPORT),
     ]
     for output in outputs:
         path = folder / "results" / output

@@ -26,7 +26,7 @@ def study(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_every_cell_ends_in_the_report(study: Study) -> None:
     assert all(read_metrics(study.file(cell)).status == "ok" for cell in study.cells)
-    page = (study.folder / "results/report/index.html").read_text()
+    page = (study.folder / "results/report/runs.html").read_text()
     for cell in study.cells:
         assert f"cells/{cell}/" in page
 

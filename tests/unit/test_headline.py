@@ -145,7 +145,7 @@ def test_one_seed_proves_nothing_and_says_so(tmp_path: Path) -> None:
     found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO, seeds=(1,)), planted))
     assert words.speed_title(found) == "No framework is proven faster than all others"
     assert words.speed_sentence(found) == (
-        "JAX trained 2.00 times as fast as PyTorch, without an interval, from 1 seed alone."
+        "JAX trained 2.00 times as fast as PyTorch, by 1 seed alone, which gives no interval."
     )
 
 

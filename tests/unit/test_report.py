@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
@@ -21,14 +22,18 @@ from tests.support.fake_results import (
     write_results,
 )
 
+from ptbench.analysis.answers import answer
 from ptbench.analysis.collect import AnalysisError
 from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.analysis.published import read_published
+from ptbench.files import write_atomically
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.experiment_page import write_experiment_page
-from ptbench.report.overview import write_overview
+from ptbench.report.overview import read_analysis, write_overview
+from ptbench.report.paper_page import write_paper_page
 from ptbench.report.site import RunFacts, Site
+from ptbench.training.attempts import Attempt
 
 PUBLISHED = Path(__file__).parents[2] / "workflow" / "papers"
 FACTS = RunFacts(
@@ -85,7 +90,7 @@ def page_of(results: Path, experiment: ExperimentPlan) -> Path:
 def build(results: Path) -> Path:
     """Two experiments, with a diverged run, missing runs and an invalid row; the report."""
     demo = plan("demo", variants=("tiny", "tiny+dropout=0.5"))
-    write_results(results, demo)
+    write_results(results, demo, speed={"jax": 30_000.0})
     write_corpus(results, floor_perplexity=96.0, best_bigram_nll_nats=5.0)
     real = plan(
         "zaremba-small", ("zaremba-small",), corpus_folder="ptb", description="Small & real."
@@ -94,11 +99,21 @@ def build(results: Path) -> Path:
     write_diverged(results, real.cells[0])
     for cell in real.cells[-2:]:
         (results / "cells" / cell.path / "metrics.json").unlink()
+    attempt = Attempt(results / "attempts" / real.cells[-1].path, real.cells[-1].path, "", "")
+    assert attempt.open(results / "cells" / real.cells[-1].path) is None
+    attempt.close("failed", "MemoryError: no room")
+    command = {"command": "uv run snakemake --profile slurm"}
+    (results / "study.json").write_text(json.dumps(command))
     folders = []
     for experiment in (demo, real):
         page_of(results, experiment)
         folders.append(results / "experiments" / experiment.name)
-    return write_overview(Site(results / "report", results, FACTS), folders).parent
+    site = Site(results / "report", results, FACTS)
+    paper = results / "papers" / "zaremba2014"
+    answers = answer(PUBLISHED / paper.name, [read_analysis(folder) for folder in folders])
+    write_atomically(paper / "answers.json", answers.model_dump_json())
+    write_paper_page(site, answers, paper)
+    return write_overview(site, folders, [paper]).parent
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +161,7 @@ def test_analysis_json_survives_reading(report: Path) -> None:
 def test_the_report_has_every_page(pages: dict[str, Page]) -> None:
     assert pages.keys() == {
         *("index.html", "frameworks.html", "methods.html", "runs.html"),
-        *("experiments/demo.html", "experiments/zaremba-small.html"),
+        *("experiments/demo.html", "experiments/zaremba-small.html", "papers/zaremba2014.html"),
     }
 
 
@@ -174,12 +189,12 @@ def test_every_link_leads_to_a_file_or_a_place_on_a_page(
                     name,
                     link,
                 )
-    results = {
-        name: sum(link.endswith("/metrics.json") for link in page.attributes("a", "href"))
+    files = {
+        ((report / name).parent / unquote(link)).resolve()
         for name, page in pages.items()
+        for link in page.attributes("a", "href")
     }
-    assert results["experiments/demo.html"] == 30
-    assert results["experiments/zaremba-small.html"] == 13
+    assert sum(file.name == "metrics.json" for file in files) == 30 + 13
 
 
 def test_no_two_elements_share_an_id_and_every_reference_is_kept(pages: dict[str, Page]) -> None:
@@ -199,6 +214,41 @@ def test_every_planned_run_is_on_its_page(page: Page) -> None:
     assert "cells/zaremba-small/jax/devices-1/seed-3/metrics.json" in page.text
     assert "invalid: seed 2 has no result, seed 3 has no result" in page.text
     assert "the training perplexity of epoch 1 is 2.1e+07, above 1e+06" in page.text
+
+
+def test_the_first_page_answers_what_a_reader_asks(pages: dict[str, Page]) -> None:
+    text = pages["index.html"].text
+    assert re.search(r"JAX trains fastest, \d\.\d\d times as fast as \w+ \(not a fair", text)
+    assert "pairs of frameworks" in text
+    assert "42 of 45 runs ended well, 1 diverged" in text
+    assert "Trained on Example CPU" in text
+    assert "zaremba-small/jax/devices-1/seed-3 failed : MemoryError: no room" in text
+    assert "uv run snakemake --profile slurm -- " in text
+    assert re.search(r"Zaremba, Sutskever and Vinyals 2014 \d of \d", text)
+
+
+def test_runs_without_a_result_say_why_and_what_runs_them(
+    report: Path, pages: dict[str, Page]
+) -> None:
+    results = report.parent
+    for name in ("runs.html", "experiments/zaremba-small.html"):
+        text = pages[name].text
+        assert "MemoryError: no room" in text
+        for seed in (2, 3):
+            target = results / "cells/zaremba-small/jax/devices-1" / f"seed-{seed}/metrics.json"
+            assert f"uv run snakemake --profile slurm -- {target}" in text
+
+
+def test_the_report_in_markdown_has_a_line_for_everything(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    for words in ("| PyTorch | 1.2.3 |", "over MXNet |", "[demo](../experiments/demo/table.md)",
+                  "Recurrent Neural Network Regularization", "MemoryError: no room"):  # fmt: skip
+        assert words in text
+    for link in re.findall(r"\]\((.*?)\)", text):
+        assert (report / link).is_file(), link
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
+    assert len(tables) == 4
 
 
 def test_pages_say_how_their_numbers_are_made(pages: dict[str, Page], page: Page) -> None:
@@ -243,6 +293,7 @@ def test_published_numbers_name_their_variants_and_many_are_folded_away(
     write_results(tmp_path, experiment)
     page = Page(page_of(tmp_path, experiment).read_text())
     count = sum(value.framework in (None, "keras") for value in numbers)
+    assert (count <= 20) == opened
     assert f"{count} comparisons by metric, variant and framework" in page.text
     assert (("details", {"open": None}) in page.elements) == opened
     for variant in variants:

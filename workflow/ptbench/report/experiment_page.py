@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric
+from ptbench.analysis.variants import TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
 from ptbench.report.runs import runs_of, versions_of
@@ -54,6 +55,14 @@ class Matrix(NamedTuple):
     pairs: dict[tuple[str, str], PairResult]  # (row, column); the row is pair.b
 
 
+class VariantTable(NamedTuple):
+    """Variants against the baseline at one number of devices, by framework."""
+
+    devices: int
+    frameworks: list[str]
+    lines: dict[str, dict[str, VariantComparison]]  # by label, then by framework
+
+
 def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
     """Write experiments/{name}.html and return where it is.
 
@@ -76,6 +85,8 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         columns=columns,
         groups=groups,
         printed=printed_metrics(analysis),
+        variant_tables=_variant_tables(analysis),
+        trends=_trends(analysis),
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
         speeds=headline.compare_speeds(headline.groups_of([analysis])),
@@ -153,6 +164,23 @@ def _column(metric: Metric, rows: Sequence[RowResult]) -> list[tuple[str, str]]:
             text += f" {'±' if std else ' '} {std.rjust(width, FIGURE_SPACE)}"
         column.append((text, metric.spread_text(summary)))
     return column
+
+
+def _variant_tables(analysis: Analysis) -> list[VariantTable]:
+    tables: dict[int, VariantTable] = {}
+    for each in analysis.comparisons:
+        table = tables.setdefault(each.devices, VariantTable(each.devices, [], {}))
+        if each.framework not in table.frameworks:
+            table.frameworks.append(each.framework)
+        table.lines.setdefault(analysis.label(each.variant), {})[each.framework] = each
+    return [tables[devices] for devices in sorted(tables)]
+
+
+def _trends(analysis: Analysis) -> dict[tuple[str, int], list[TrendResult]]:
+    trends: dict[tuple[str, int], list[TrendResult]] = {}
+    for each in analysis.trends:
+        trends.setdefault((each.framework, each.devices), []).append(each)
+    return trends
 
 
 def _matrices(analysis: Analysis) -> list[Matrix]:

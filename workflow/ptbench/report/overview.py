@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from ptbench.analysis import headline
+from ptbench.analysis.answers import Answers
 from ptbench.analysis.collect import AnalysisError, first_line
 from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.headline import Comparison, Perplexities
@@ -33,33 +34,23 @@ FAILURES_SHOWN = 3  # on index.html; runs.html has all
 
 
 class Document(NamedTuple):
-    """What the study answers to a document."""
+    """A document in the list of documents."""
 
-    name: str
-    title: str
-    numbers: Counter[str]  # published numbers by verdict
-    findings: Counter[str]  # findings by verdict
+    answers: Answers
+    short: str  # its authors and year
 
     @property
-    def short(self) -> str:
-        """Return its authors and year."""
-        named = re.match(r"[^0-9]*[0-9]{4}", self.title)
-        return named[0] if named else self.title
+    def numbers(self) -> tuple[int, int]:
+        """Return how many published numbers are reproduced or close, and how many were judged."""
+        counts = self.answers.numbers_by_verdict()
+        held = counts["reproduced"] + counts["close"]
+        return held, held + counts["not reproduced"]
 
     @property
-    def holds(self) -> int:
-        """Return how many published numbers are reproduced or close."""
-        return self.numbers["reproduced"] + self.numbers["close"]
-
-    @property
-    def judged(self) -> int:
-        """Return how many published numbers could be told."""
-        return self.holds + self.numbers["not reproduced"]
-
-    @property
-    def decided(self) -> int:
-        """Return how many findings are upheld or contradicted."""
-        return self.findings["upheld"] + self.findings["contradicted"]
+    def findings(self) -> tuple[int, int]:
+        """Return how many findings are upheld, and how many are upheld or contradicted."""
+        counts = self.answers.findings_by_verdict()
+        return counts["upheld"], counts["upheld"] + counts["contradicted"]
 
 
 class Line(NamedTuple):
@@ -186,23 +177,21 @@ def read_analyses(results: Path) -> list[Analysis]:
 
 
 def read_document(folder: Path) -> Document:
-    """Return the verdicts that an answers.json gives.
+    """Return what the study answers to a document.
 
     Raises:
-        AnalysisError: if the folder has none, or it cannot be read.
+        AnalysisError: if the folder has no answers.json, or it cannot be read.
     """
+    path = folder / "answers.json"
     try:
-        content = json.loads((folder / "answers.json").read_bytes())
-        return Document(
-            folder.name,
-            str(content["about"]["citation"]),
-            Counter(each["verdict"] for each in content["published"]),
-            Counter(each["verdict"] for each in content["findings"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        answers = Answers.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise AnalysisError(
-            f"{folder / 'answers.json'} is not what a study answers to a document: {error}"
+            f"{path} is not what a study answers to a document: {first_line(error)}"
         ) from error
+    title = answers.about.citation
+    named = re.match(r"[^0-9]*[0-9]{4}", title)
+    return Document(answers, named[0] if named else title)
 
 
 def facts_of(runs: Mapping[str, Run], results: Path) -> dict[str, list[Facts]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ptbench.analysis.headline import Comparison, Couple, Perplexities, Ratio
+from ptbench.analysis.experiment import Analysis
+from ptbench.analysis.findings import BEST_PROBABILITY
+from ptbench.analysis.headline import Comparison, Couple, Perplexities
+from ptbench.analysis.metrics import METRICS
 from ptbench.report.formatting import format_p, format_percent, framework_name
 
 
@@ -22,14 +25,6 @@ def count(number: int, noun: str) -> str:
 def factor(value: float) -> str:
     """Write a factor with three significant digits, at most two of them after the point."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def interval(ratio: Ratio) -> str:
-    """Write `with a 95 % interval of 1.20 to 1.34 over 12 variants`, or that there is none."""
-    over = count(ratio.n, ratio.over.removesuffix("s"))
-    if ratio.low is None or ratio.high is None:
-        return f"without an interval, from {over} alone"
-    return f"with a 95 % interval of {factor(ratio.low)} to {factor(ratio.high)} over {over}"
 
 
 def speed_title(speeds: Comparison | None) -> str:
@@ -52,20 +47,27 @@ def speed_title(speeds: Comparison | None) -> str:
 
 
 def speed_sentence(speeds: Comparison | None) -> str:
-    """Say by what factor the fastest framework leads, and what the comparison is worth."""
+    """Say how sure the factor of `speed_title` is, and how far the second framework is behind."""
     if speeds is None:
         return ""
-    ratio = next(iter(speeds.ratios.values()))
-    first, second = list(speeds.ratios)[:2]
+    (first, ratio), (second, _), *_ = speeds.ratios.items()
+    over = count(ratio.n, ratio.over.removesuffix("s"))
+    slowest = framework_name(speeds.reference)
+    if ratio.low is None or ratio.high is None:
+        return (
+            f"{framework_name(first)} trained {factor(ratio.value)} times as fast as {slowest}, "
+            f"by {over} alone, which gives no interval."
+        )
     said = (
-        f"{framework_name(first)} trained {factor(ratio.value)} times as fast as "
-        f"{framework_name(speeds.reference)}, {interval(ratio)}"
+        f"The factor of {framework_name(first)} over {slowest} is {factor(ratio.value)}, with a "
+        f"95 % interval of {factor(ratio.low)} to {factor(ratio.high)} over {over}"
     )
     lead = speeds.pairs.get((first, second))
-    if lead and second != speeds.reference:
-        said += f"; over {framework_name(second)}, the second, it is {factor(lead.value)}"
-        if lead.low is not None and lead.high is not None:
-            said += f" ({factor(lead.low)} to {factor(lead.high)})"
+    if second != speeds.reference and lead and lead.low is not None and lead.high is not None:
+        said += (
+            f"; over {framework_name(second)}, the second, it is {factor(lead.value)} "
+            f"({factor(lead.low)} to {factor(lead.high)})"
+        )
     return said + "."
 
 
@@ -104,6 +106,23 @@ def perplexity_sentence(found: Perplexities) -> str:
     if counts["inconclusive"]:
         parts.append(f"{counts['inconclusive']:,} cannot be told with these seeds")
     return f"Of {count(total, 'pair')} of frameworks, {listed(parts)}."
+
+
+def variants_sentence(analysis: Analysis) -> str:
+    """Say which variant is the best, by framework, where one surely is."""
+    if not analysis.best:
+        return ""
+    surely: dict[str, list[str]] = {}
+    for each in analysis.best:
+        if each.probability >= BEST_PROBABILITY:
+            name = framework_name(each.framework)
+            names = surely.setdefault(analysis.label(each.variant), [])
+            names += [] if name in names else [name]
+    metric = METRICS[analysis.metric].title.lower()
+    if not surely:
+        return f"In no framework is a variant surely the best by {metric}."
+    said = "; ".join(f"{label} in {listed(names)}" for label, names in surely.items())
+    return f"Best by {metric}, with a probability of at least {BEST_PROBABILITY:g}: {said}."
 
 
 def _differing(found: Perplexities) -> str:

@@ -11,18 +11,24 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.support.fake_results import plan, write_corpus, write_diverged, write_results
 
-from ptbench.analysis.collect import CorpusFacts, collect_rows
-from ptbench.analysis.experiment import FigureFile, analyse
+from ptbench.analysis.collect import CorpusFacts, Row, collect_rows
+from ptbench.analysis.experiment import Analysis, FigureFile, RowResult, analyse
+from ptbench.analysis.plan import PlannedVariant
+from ptbench.analysis.published import PublishedValue
 from ptbench.backends import FRAMEWORKS
 from ptbench.report.figures import (
+    choose,
     clock_parts,
-    draw_learning_curves,
+    curve,
+    draw_curves,
+    draw_scaling,
+    draw_sweep,
+    front,
     last_finite,
-    spread,
+    profile,
+    scaling,
     write_figures,
 )
 from ptbench.report.palette import (
@@ -114,18 +120,6 @@ def test_text_is_legible_in_both_palettes() -> None:
         assert contrast(text, DARK_BACKGROUND) >= 4.5
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_labels_never_overlap_and_move_only_if_they_must(heights: list[float]) -> None:
-    heights = sorted(heights)
-    gap = 0.1
-    places = spread(heights, gap)
-    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(places))
-    assert places[0] >= -1e-9
-    assert places[-1] <= 1 + 1e-9
-    if all(b - a >= gap for a, b in itertools.pairwise(heights)):
-        assert places == pytest.approx(heights)
-
-
 def draw(results: Path, folder: Path) -> tuple[FigureFile, ...]:
     experiment = plan(devices=(1, 2))
     write_results(results, experiment)
@@ -163,7 +157,7 @@ def test_text_in_the_drawings_stays_text(figures: tuple[Path, tuple[FigureFile, 
     for file in files:
         root = ElementTree.parse(folder / f"{file.name}.svg")
         words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-        assert {"PyTorch", "TensorFlow", "MXNet", "JAX", "tiny, 1 device, stock"} <= words
+        assert {"PyTorch", "TensorFlow", "MXNet", "JAX"} <= words
 
 
 def test_no_drawing_fetches_anything_or_carries_a_date(
@@ -181,7 +175,7 @@ def test_each_figure_says_in_words_what_it_shows(
     figures: tuple[Path, tuple[FigureFile, ...]],
 ) -> None:
     for file in figures[1]:
-        assert "Keras no result" in file.alternative
+        assert "Keras no result" in file.alternative or file.name == "front"
         assert file.title
         assert file.caption
 
@@ -204,7 +198,8 @@ def test_a_diverged_run_is_a_cross_at_its_last_finite_value(
     experiment = plan(frameworks=("jax",), seeds=(1,))
     write_diverged(tmp_path, experiment.cells[0], epochs=epochs)
     rows = collect_rows(experiment, tmp_path)
-    axes = draw_learning_curves(rows).axes[0]
+    analysis = analyse(experiment, rows, CorpusFacts(), [])
+    axes = draw_curves(analysis, rows).axes[0]
     [cross] = [line for line in axes.lines if line.get_marker() == "X"]
     point = (cross.get_xdata()[0], cross.get_ydata()[0])
     if place == "value":
@@ -213,7 +208,7 @@ def test_a_diverged_run_is_a_cross_at_its_last_finite_value(
     else:
         assert point == (1, 1)
         assert cross.get_transform() == axes.get_xaxis_transform()
-    [file] = write_figures(analyse(experiment, rows, CorpusFacts(), []), rows, tmp_path / "f")
+    [file] = write_figures(analysis, rows, tmp_path / "f")
     assert "Crosses are runs that diverged" in file.caption
     assert "1 of 1 diverged" in file.alternative
 
@@ -238,3 +233,121 @@ def test_the_users_own_plotting_settings_change_nothing(
         draw(tmp_path / "results", tmp_path / "again")
     for path in ((folder / file.name).with_suffix(".svg") for file in files):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def studied(
+    results: Path,
+    settings: dict[str, dict[str, int]],
+    devices: tuple[int, ...] = (1,),
+    frameworks: tuple[str, ...] = ("pytorch", "jax"),
+) -> tuple[Analysis, list[Row]]:
+    """Return the analysis of variants with these settings, and its rows."""
+    experiment = plan(variants=tuple(settings), devices=devices, frameworks=frameworks)
+    known = {name: PlannedVariant(settings=of) for name, of in settings.items()}
+    experiment = experiment.model_copy(update={"variants": known})
+    write_results(results, experiment, speed={"jax": 20_000.0})
+    write_diverged(results, experiment.cells[0], epochs=2)
+    rows = collect_rows(experiment, results)
+    value = PublishedValue(
+        experiment="demo", variant=next(iter(settings)), framework=None, devices=1,
+        metric="test_perplexity", value=120.0, source="paper", locator="Table 1", note="",
+    )  # fmt: skip
+    return analyse(experiment, rows, CorpusFacts(), [value]), rows
+
+
+def lengths(count: int) -> dict[str, dict[str, int]]:
+    return {
+        f"tiny+sequence_length={5 * n}": {"sequence_length": 5 * n} for n in range(1, count + 1)
+    }
+
+
+def test_a_sweep_of_fourteen_values_is_one_figure_on_a_page(tmp_path: Path) -> None:
+    analysis, rows = studied(tmp_path, lengths(14))
+    drawings = {drawing.file.name: drawing for drawing in choose(analysis, rows)}
+    assert list(drawings) == [
+        "sweep-sequence-length", "learning-curves", "front", "performance-profile", "seconds",
+    ]  # fmt: skip
+    for drawing in drawings.values():
+        width, height = drawing.draw().get_size_inches()
+        assert height < 2.5 * width
+    upper, lower = drawings["sweep-sequence-length"].draw().axes
+    lines = [line for line in upper.lines if len(line.get_xdata()) == 14]
+    assert len(lines) == 2  # one for each framework
+    for line, framework in zip(lines, ("pytorch", "jax"), strict=True):
+        assert line.get_marker() == FRAMEWORK_MARKERS[framework]
+        expected = [r.value("test_perplexity") for r in analysis.rows if r.framework == framework]
+        assert list(line.get_ydata()) == expected
+    assert [line.get_xydata().tolist() for line in upper.lines if line.get_marker() == "D"] == [
+        [[5.0, 120.0]]
+    ]
+    assert [line.get_marker() for line in upper.lines].count("X") == 1  # the diverged seed
+    assert lower.get_xlabel() == "Sequence length"
+
+
+def test_a_second_swept_key_has_line_styles(tmp_path: Path) -> None:
+    settings = {
+        f"tiny+hidden_size={width}+layers={layers}": {"hidden_size": width, "layers": layers}
+        for layers in (1, 2)
+        for width in (100, 200, 400)
+    }
+    analysis, rows = studied(tmp_path, settings)
+    [sweep] = analysis.sweeps
+    axes = draw_sweep(analysis, rows, sweep).axes[0]
+    styles = {line.get_linestyle() for line in axes.lines if len(line.get_xdata()) == 3}
+    assert len(styles) == 2
+    [file] = [d.file for d in choose(analysis, rows) if d.file.name == "sweep-hidden-size"]
+    assert "full, layers 1; broken, layers 2" in file.caption
+
+
+def test_scaling_shows_the_ratio_of_speeds(tmp_path: Path) -> None:
+    analysis, _ = studied(tmp_path, {"tiny": {}}, devices=(1, 2, 4))
+    time, faster, efficiency, score = draw_scaling(analysis).axes
+    for index, framework in enumerate(("pytorch", "jax")):
+        rows = [row for row in analysis.rows if row.framework == framework]
+        speeds = np.array([row.value("tokens_per_second") for row in rows])
+        assert faster.lines[index].get_ydata() == pytest.approx(speeds / speeds[0])
+        shares = speeds / speeds[0] / (1, 2, 4)
+        assert efficiency.lines[index].get_ydata() == pytest.approx(shares)
+    assert list(faster.lines[2].get_ydata()) == [1, 2, 4]
+    assert (time.get_title(), score.get_title()) == ("Time per epoch [s]", "Test perplexity")
+
+
+def test_of_many_variants_scaling_is_the_geometric_mean(tmp_path: Path) -> None:
+    analysis, _ = studied(tmp_path, lengths(5), devices=(1, 2))
+    means = scaling(analysis, "tokens_per_second")
+    assert list(means) == [("", "pytorch"), ("", "jax")]
+    values = [
+        row.value("tokens_per_second")
+        for row in analysis.rows
+        if (row.framework, row.devices) == ("jax", 2)
+    ]
+    assert means["", "jax"][2] == pytest.approx(np.exp(np.mean(np.log(values))))
+
+
+def test_the_front_is_of_rows_that_none_beats_in_both(tmp_path: Path) -> None:
+    analysis, _ = studied(tmp_path, lengths(6), devices=(1, 2))
+    best = front(analysis)
+
+    def place(row: RowResult) -> tuple[float, float]:
+        return row.value("total_seconds") or 0, row.value(analysis.metric) or 0
+
+    for row in analysis.rows:
+        beaten = any(all(a < b for a, b in zip(place(o), place(row), strict=True)) for o in best)
+        assert beaten != (row in best)
+
+
+def test_a_profile_has_the_fastest_at_one(tmp_path: Path) -> None:
+    analysis, _ = studied(tmp_path, lengths(4))
+    ratios = profile(analysis)
+    assert ratios["jax"] == [1.0] * 4  # drawn twice as fast
+    assert all(1.8 < ratio < 2.3 for ratio in ratios["pytorch"])
+
+
+def test_a_curve_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
+    _, rows = studied(tmp_path, {"tiny": {}})
+    histories = [result.history for result in rows[1].results().values()]
+    found = curve(rows[1])
+    third = [history[2].valid_nll for history in histories]
+    assert found.valid[2] == pytest.approx(math.exp(np.mean(third)))
+    assert (found.low[2], found.high[2]) == (math.exp(min(third)), math.exp(max(third)))
+    assert found.hours[2] == pytest.approx(3 * 93 / 3600)

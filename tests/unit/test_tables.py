@@ -14,6 +14,7 @@ from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import Analysis, analyse
 from ptbench.analysis.metrics import METRICS, NOTHING
 from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
+from ptbench.analysis.published import PublishedValue
 from ptbench.report import formatting, tables
 
 
@@ -185,3 +186,37 @@ def test_every_table_says_which_implementation_it_shows(tmp_path: Path) -> None:
     assert "tiny, 1 device, stock" in tables.latex(analysis)
     assert "1 device, tuned" in tables.latex(analysis)
     assert "| tuned" in tables.markdown(analysis)
+
+
+def test_variants_are_written_with_what_the_baseline_differs_by(tmp_path: Path) -> None:
+    variants = ("tiny", "tiny+layers=3")
+    known = {name: PlannedVariant(settings={"layers": n}) for n, name in enumerate(variants, 2)}
+    experiment = plan(variants=variants, frameworks=("jax",))
+    experiment = experiment.model_copy(update={"variants": known})
+    for cell in experiment.cells:
+        lower = 0.1 if cell.variant != "tiny" else 0.0
+        write_cell(tmp_path, metrics(cell, 4.7 - lower + 0.001 * cell.seed))
+    [record] = records(tables.variants_csv(analysis_of(experiment, tmp_path)))
+    assert (record["variant"], record["baseline"]) == (variants[1], "tiny")
+    assert record["label"] == "layers 3"
+    assert float(record["difference_nats"]) == pytest.approx(-0.1)
+    assert float(record["improvement"]) == pytest.approx(1 - math.exp(-0.1))
+    assert float(record["speed"]) == 1
+    assert float(record["best_probability"]) == 1
+    assert record["verdict"] == "different"
+
+
+def test_latex_has_the_columns_of_the_published_table(tmp_path: Path) -> None:
+    experiment = plan(frameworks=("jax",))
+    write_results(tmp_path, experiment)
+    value = PublishedValue(
+        experiment="demo", variant="tiny", framework=None, devices=1, metric="epochs", value=12,
+        source="paper", locator="Table 1", note="",
+    )  # fmt: skip
+    rows = collect_rows(experiment, tmp_path)
+    text = tables.latex(analyse(experiment, rows, CorpusFacts(), [value]))
+    [header] = [line for line in text.splitlines() if line.startswith("Framework")]
+    assert (
+        header
+        == r"Framework & Seeds ok & Test perplexity & $\pm$ test & 95 \% interval & Epochs \\"
+    )

@@ -23,7 +23,7 @@ from ptbench.analysis.metrics import METRICS, NOTHING, PERPLEXITY
 from ptbench.analysis.published import PublishedValue
 from ptbench.configuration.papers import NamedRow
 from ptbench.files import write_atomically
-from ptbench.report.figures import WIDTH, save, style
+from ptbench.report.drawing import WIDTH, save, style
 from ptbench.report.palette import FRAMEWORK_COLOURS, INK, LIGHT_BACKGROUND, MUTED
 from ptbench.report.tables import LATEX
 

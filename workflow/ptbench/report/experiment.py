@@ -47,6 +47,7 @@ def analyse_experiment(
         "table.tex": tables.latex(analysis),
         "comparison.csv": tables.comparison_csv(analysis),
         "differences.csv": tables.differences_csv(analysis),
+        "variants.csv": tables.variants_csv(analysis),
         "analysis.json": analysis.model_dump_json(indent=1) + "\n",
     }.items():
         write_atomically(output_folder / name, text)

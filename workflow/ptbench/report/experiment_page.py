@@ -27,6 +27,7 @@ TABLE_FILES = (
     "table.md",
     "table.tex",
     "differences.csv",
+    "variants.csv",
     "comparison.csv",
     "analysis.json",
 )

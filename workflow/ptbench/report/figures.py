@@ -1,94 +1,62 @@
-"""The figures of an experiment, as SVG and PNG.
+"""The figures of an experiment. How they look: `drawing.py`.
 
-Drawn without pyplot's global state, on the Agg back-end, with matplotlib's own defaults and the
-font that it brings, so that the same numbers give the same bytes whatever the user's own settings.
-In the SVG, text stays text.
+A framework has one colour and one marker in every figure; what else differs has line styles, so
+that nothing is told by colour alone.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.style
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from scipy.optimize import isotonic_regression
 
 from ptbench.analysis.collect import CellResult, Row
 from ptbench.analysis.experiment import Analysis, FigureFile, RowResult
-from ptbench.analysis.metrics import METRICS, PERPLEXITY, write_seconds
-from ptbench.report.formatting import (
-    FIGURE_SPACE,
-    format_devices,
-    framework_name,
-    group_key,
-    group_title,
-    grouped,
+from ptbench.analysis.metrics import METRICS, PERPLEXITY, Metric, write_seconds
+from ptbench.analysis.published import PublishedValue
+from ptbench.analysis.variants import Sweep
+from ptbench.report.drawing import (
+    DASHES,
+    MARKERS,
+    add_legend,
+    columns_for,
+    cross,
+    key,
+    legend_lines,
+    number_ticks,
+    panels,
+    ramp,
+    save,
+    set_limits,
+    spans,
+    style,
 )
+from ptbench.report.formatting import format_devices, framework_name, group_title, grouped
 from ptbench.report.palette import (
     CLOCKS,
     FRAMEWORK_COLOURS,
     FRAMEWORK_MARKERS,
-    GRID,
     INK,
     LIGHT_BACKGROUND,
     MUTED,
 )
 from ptbench.training.records import perplexity
 
-WIDTH = 5.2  # inches: a column of a paper; still legible on a phone
-ROW_HEIGHT = 0.3  # inches per framework in a list
-PNG_RESOLUTION = 200  # dots per inch
-COMMON_STYLE: Any = {  # matplotlib types its keys as literals
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ptbench",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelsize": 9.5,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.facecolor": LIGHT_BACKGROUND,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "figure.facecolor": LIGHT_BACKGROUND,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-}
+ROW_HEIGHT = 0.26  # inches per framework in a list
+BAND_HEIGHT = 0.36  # inches per variant, where its frameworks share a line
+SINGLY = 3  # variants and numbers of devices whose frameworks have a line each
+MOST_LINES = 4  # variants that are told apart by dashes and have training curves too
+MOST_MARKED = 6  # variants that are told apart by markers; of more, the legend names a few
+MOST_LETTERS = 30  # in a line of a variant's label
+WORDS = 12  # rows whose numbers are told in words; of more, the best and the worst
+LEAST_PROBLEMS = 3  # for a performance profile
 
 
 class Drawing(NamedTuple):
@@ -106,170 +74,290 @@ def write_figures(analysis: Analysis, rows: Sequence[Row], folder: Path) -> tupl
         rows: the same rows with their histories.
         folder: made if need be.
     """
-    drawings = []
-    if any(row.n_ok for row in analysis.rows):
-        drawings += [
-            _perplexity(analysis),
-            _learning_curves(analysis, rows),
-            _speed(analysis),
-            _seconds(analysis),
-        ]
-    elif any(row.n_diverged for row in analysis.rows):
-        drawings.append(_learning_curves(analysis, rows))
-    for drawing in drawings:
-        folder.mkdir(parents=True, exist_ok=True)
+    drawings = list(choose(analysis, rows))
+    if drawings:
         with style():
-            save(drawing.draw(), folder / drawing.file.name)
+            for drawing in drawings:
+                save(drawing.draw(), folder / drawing.file.name)
     return tuple(drawing.file for drawing in drawings)
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Set the one look of all figures; the user's matplotlibrc has no say."""
-    with matplotlib.style.context(["default", COMMON_STYLE]):
-        yield
+def choose(analysis: Analysis, rows: Sequence[Row]) -> Iterator[Drawing]:
+    """Yield the figures that have something to show, in the order of the page."""
+    ok = [row for row in analysis.rows if row.n_ok]
+    if not ok:
+        if any(row.n_diverged for row in analysis.rows):
+            yield _curves(analysis, rows)
+        return
+    for sweep in analysis.sweeps:
+        yield _sweep(analysis, rows, sweep)
+    several = len({row.devices for row in ok}) > 1
+    swept = {name for sweep in analysis.sweeps for line in sweep.lines for name in line.variants}
+    listed = several or {row.variant for row in ok} - swept  # what no sweep shows
+    if several:
+        yield _scaling(analysis)
+    if listed:
+        yield _perplexity(analysis)
+    yield _curves(analysis, rows)
+    times = several and len(analysis.variants) <= MOST_LINES  # shown by the figure of scaling
+    if listed and (len(grouped(analysis.rows)) <= SINGLY or not times):
+        yield _speed(analysis)
+    if len(ok) > 1:
+        yield _front(analysis)
+    if len({row.framework for row in ok}) > 1 and len(grouped(ok)) >= LEAST_PROBLEMS:
+        yield _profile(analysis)
+    yield _seconds(analysis)
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write `{stem}.svg` and `{stem}.png`, each the same bytes for the same drawing."""
-    FigureCanvasAgg(figure)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    figure.set_layout_engine("none")  # both files show the layout that was just made
-    # A reader without matplotlib's font gets the nearest in width.
-    drawing = text.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-    stem.with_suffix(".svg").write_text(drawing, encoding="utf-8")
-    figure.savefig(stem.with_suffix(".png"), dpi=PNG_RESOLUTION, metadata={"Software": None})
+def _frameworks(rows: Iterable[RowResult | Row]) -> list[str]:
+    return [name for name in FRAMEWORK_COLOURS if any(row.framework == name for row in rows)]
 
 
-def _separate(figure: Figure) -> None:
-    """Leave room between one panel's axis and the next one's title."""
-    engine = figure.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
-    engine.set(h_pad=0.07)
-
-
-def _list_axes(
-    analysis: Analysis, label: str, limits: Callable[[str], tuple[float, float] | None]
-) -> tuple[Figure, list[tuple[Axes, list[RowResult]]]]:
-    """Return one axes for each variant and number of devices, frameworks listed downwards.
-
-    Args:
-        analysis: the rows.
-        label: of the lowest axis.
-        limits: of a variant's axes, given its name.
-    """
-    groups = grouped(analysis.rows)
-    heights = [len(rows) * ROW_HEIGHT for rows in groups]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.7 * len(groups) + 0.55), layout="constrained")
-    _separate(figure)
-    grid = figure.add_gridspec(len(groups), 1, height_ratios=heights)
-    drawn = []
-    for index, rows in enumerate(groups):
-        axes = figure.add_subplot(grid[index])
-        axes.set_title(group_title(rows[0]))
-        axes.set_yticks(range(len(rows)), [framework_name(row.framework) for row in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        if found := limits(rows[0].variant):
-            axes.set_xlim(*found)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-        if index == len(groups) - 1:
-            axes.set_xlabel(label)
-        drawn.append((axes, rows))
-    return figure, drawn
-
-
-def _value_labels(axes: Axes, rows: Sequence[RowResult], texts: Sequence[str | None]) -> None:
-    """Write the number of each row in the right margin, or why there is none."""
-    width = max(len(text or "") for text in texts)
-    for y, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        axes.annotate(
-            _no_result(row) if text is None else text.rjust(width, FIGURE_SPACE),
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=INK if row.usable else MUTED,
-            style="italic" if text is None else "normal",
-            fontsize=9,
+def _framework_keys(frameworks: Sequence[str], line: str = "none") -> list[Any]:
+    return [
+        key(
+            framework_name(name),
+            color=FRAMEWORK_COLOURS[name],
+            marker=FRAMEWORK_MARKERS[name],
+            linestyle=line,
         )
+        for name in frameworks
+    ]
+
+
+def _published_key() -> Any:
+    return key(
+        "published", color=INK, marker="D", markerfacecolor=LIGHT_BACKGROUND, linestyle="none"
+    )
+
+
+def _cross_key() -> Any:
+    return key("diverged", color=MUTED, marker="X", markersize=7, linestyle="none", mew=0)
+
+
+CROSSES = (
+    "Crosses are runs that diverged, at their last finite value; at the upper edge where they have "
+    "none, or one beyond it."
+)
+PUBLISHED = "Open markers are published values."
+
+
+def _sentences(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def _diverged(rows: Iterable[RowResult]) -> bool:
+    return any(row.n_diverged for row in rows)
+
+
+def _published_points(analysis: Analysis, metric: str) -> list[PublishedValue]:
+    """Return the published numbers of a metric, each once."""
+    values = [line.published for line in analysis.published]
+    kept = [v for v in values if v.metric == metric and v.kind == "number" and v.over is None]
+    return list({(v.variant, v.framework, v.devices, v.value): v for v in kept}.values())
+
+
+def _plot_published(axes: Axes, x: float, y: float, framework: str | None) -> None:
+    axes.plot(
+        x,
+        y,
+        FRAMEWORK_MARKERS[framework] if framework else "D",
+        markerfacecolor=LIGHT_BACKGROUND,
+        markeredgecolor=FRAMEWORK_COLOURS[framework] if framework else INK,
+        markersize=6.5,
+        markeredgewidth=1.3,
+        zorder=4,
+    )
 
 
 def _no_result(row: RowResult) -> str:
     return "diverged" if row.n_diverged else "no result"
 
 
-def _colour(row: RowResult) -> str:
-    return FRAMEWORK_COLOURS[row.framework] if row.usable else MUTED
-
-
-def _draw_row(axes: Axes, y: int, row: RowResult, metric: str) -> None:
-    """Draw a row's value, its interval or quartiles, and a tick for each of its seeds.
-
-    The marker is hollow and grey if too many of its seeds failed.
-    """
-    summary = row.metrics.get(metric)
-    if summary is None:
-        return
-    colour = _colour(row)
-    width = 2.0 if METRICS[metric].kind is PERPLEXITY else 5.0
-    if summary.low is not None and summary.high is not None:
-        ends = [summary.low, summary.high]
-        axes.plot(ends, [y, y], color=colour, linewidth=width, alpha=2 / width, zorder=2)
-    seeds = row.seeds(metric)
-    axes.plot(seeds, [y + 0.24] * len(seeds), "|", color=colour, markersize=4.5, zorder=3)
-    axes.plot(
-        summary.value,
-        y,
-        FRAMEWORK_MARKERS[row.framework],
-        markersize=6.5,
-        markerfacecolor=colour if row.usable else LIGHT_BACKGROUND,
-        markeredgecolor=LIGHT_BACKGROUND if row.usable else colour,
-        zorder=4,
-    )
-
-
-def _values(analysis: Analysis, variant: str, metric: str) -> list[float]:
-    """Return all numbers that a variant's rows show of a metric."""
-    values: list[float] = []
-    for row in analysis.rows:
-        summary = row.metrics.get(metric)
-        if row.variant == variant and summary:
-            ends = (summary.low, summary.high)
-            values += [*row.seeds(metric), *(end for end in ends if end is not None)]
-    return [value for value in values if math.isfinite(value)]
-
-
-def _texts(rows: Sequence[RowResult], metric: str) -> list[str | None]:
-    texts = [METRICS[metric].text(row.value(metric)) for row in rows]
-    return [t if metric in row.metrics else None for t, row in zip(texts, rows, strict=True)]
-
-
-def _describe(analysis: Analysis, text: Callable[[RowResult], str | None]) -> str:
-    """Return what the rows show, in words.
+def _describe(analysis: Analysis, text: Callable[[RowResult], str | None], metric: Metric) -> str:
+    """Return what the rows show, in words: all of a few rows, else each framework's range.
 
     Args:
         analysis: the rows.
         text: what a row shows; None if it has no result.
+        metric: by which the best and the worst are told.
     """
-    parts = [
-        f"{group_title(rows[0])}: "
-        + ", ".join(f"{framework_name(r.framework)} {text(r) or _no_result(r)}" for r in rows)
-        for rows in grouped(analysis.rows)
-    ]
+    if len(analysis.rows) <= WORDS:
+        parts = [
+            f"{group_title(rows[0])}: "
+            + ", ".join(f"{framework_name(r.framework)} {text(r) or _no_result(r)}" for r in rows)
+            for rows in grouped(analysis.rows)
+        ]
+        return "; ".join(parts) + "."
+    several = len({row.devices for row in analysis.rows}) > 1
+
+    def place(row: RowResult) -> str:
+        return analysis.label(row.variant) + (
+            f" on {format_devices(row.devices)}" if several else ""
+        )
+
+    parts = []
+    for name in _frameworks(analysis.rows):
+        rows = [row for row in analysis.rows if row.framework == name]
+        valued = sorted((r for r in rows if r.n_ok), key=lambda r: r.value(metric.name) or 0.0)
+        if metric.better == "higher":
+            valued.reverse()
+        said = [f"{text(row)} ({place(row)})" for row in (valued[0], valued[-1])] if valued else []
+        without = len(rows) - len(valued)
+        missing = f", {without} of {len(rows)} rows without result" if without else ""
+        parts.append(f"{framework_name(name)} from {' to '.join(said) or 'no result'}{missing}")
     return "; ".join(parts) + "."
 
 
-def _perplexity(analysis: Analysis) -> Drawing:
-    """Return the figure of each row's mean with interval and seeds, floor and published values."""
+def _value_text(metric: Metric) -> Callable[[RowResult], str | None]:
+    def text(row: RowResult) -> str | None:
+        value = row.value(metric.name)
+        return None if value is None else metric.write(value)
+
+    return text
+
+
+# Sweeps
+
+
+def _sweep(analysis: Analysis, rows: Sequence[Row], sweep: Sweep) -> Drawing:
+    """Return the figure of perplexity and time against a swept key of the recipe."""
     metric = METRICS[analysis.metric]
-    floor = analysis.floor_perplexity
-    published = _published_lines(analysis)
+    words = sweep.key.replace("_", " ")
+    together = ", ".join(each.replace("_", " ") for each in sweep.together)
+    names = {name for line in sweep.lines for name in line.variants}
+    shown = [row for row in analysis.rows if row.variant in names]
+    published = any(v.variant in names for v in _published_points(analysis, metric.name))
+    return Drawing(
+        FigureFile(
+            name=f"sweep-{sweep.key.replace('_', '-')}",
+            title=f"{metric.title} and time by {words}",
+            caption=_sentences(
+                "Lines are means over seeds with their 95 % t intervals; below, medians and "
+                "quartiles.",
+                f"Each line has the settings of its style: {_lines_text(sweep)}."
+                if len(sweep.lines) > 1
+                else None,
+                f"With it change: {together}." if together else None,
+                PUBLISHED if published else None,
+                CROSSES if _diverged(shown) else None,
+            ),
+            alternative=_describe(
+                analysis.model_copy(update={"rows": tuple(shown)}), _value_text(metric), metric
+            ),
+        ),
+        lambda: draw_sweep(analysis, rows, sweep),
+    )
+
+
+def _lines_text(sweep: Sweep) -> str:
+    styles = ("full", "broken", "dotted", "dash-dotted")
+    return "; ".join(
+        f"{styles[i % len(styles)]}, {line.label}" for i, line in enumerate(sweep.lines)
+    )
+
+
+def draw_sweep(analysis: Analysis, rows: Sequence[Row], sweep: Sweep) -> Figure:
+    """Draw perplexity and time per epoch against a swept key, a line for each framework."""
+    metric, time = METRICS[analysis.metric], METRICS["seconds_per_epoch"]
+    devices = min(row.devices for row in analysis.rows)
+    found = {(r.variant, r.framework): r for r in analysis.rows if r.devices == devices}
+    cells = {(r.variant, r.framework): r.cells for r in rows if r.devices == devices}
+    frameworks = _frameworks(analysis.rows)
+    values = [value for line in sweep.lines for value in line.values]
+    points = [p for p in _published_points(analysis, metric.name) if p.devices == devices]
+    places = {n: v for line in sweep.lines for n, v in zip(line.variants, line.values, strict=True)}
+    points = [p for p in points if p.variant in places]
+    diverged = _diverged(row for row in found.values() if row.variant in places)
+    extra = [_published_key()] * bool(points) + [_cross_key()] * diverged
+    labels = [line.label for line in sweep.lines]
+    lines = [
+        key(label, color=INK, linestyle=DASHES[i % len(DASHES)])
+        for i, label in enumerate(labels)
+        if len(labels) > 1
+    ]
+    named = [*_framework_keys(frameworks), *extra]
+    columns = columns_for([*(handle.get_label() for handle in named)], 4)
+    line_columns = columns_for(labels)
+    figure, [[upper], [lower]] = panels(
+        2,
+        height=1.75,
+        between=0.22,
+        legend=legend_lines(named, columns) + legend_lines(lines, line_columns),
+    )
+    for axes, shown in ((upper, metric), (lower, time)):
+        drawn: list[float] = []
+        for index, line in enumerate(sweep.lines):
+            for framework in frameworks:
+                numbers = [
+                    (x, summary)
+                    for name, x in zip(line.variants, line.values, strict=True)
+                    if (row := found.get((name, framework)))
+                    and (summary := row.metrics.get(shown.name))
+                ]
+                drawn += _plot_line(axes, numbers, framework, DASHES[index % len(DASHES)])
+        if axes is upper:
+            drawn += [p.value for p in points]
+        axes.grid(axis="y")
+        if sweep.logarithmic:
+            axes.set_xscale("log")
+        set_limits(axes, drawn, spans(drawn))
+        axes.set_ylabel(shown.label)
+        number_ticks(axes.xaxis, sorted(set(values)), sweep.logarithmic)
+    for point in points:
+        _plot_published(upper, places[point.variant], point.value, point.framework)
+    for (name, framework), of in cells.items():
+        for cell in of:
+            if name in places and cell.state == "diverged":
+                end = last_finite(cell)
+                cross(upper, places[name], end and end[1], FRAMEWORK_COLOURS[framework])
+    upper.tick_params(labelbottom=False)
+    lower.set_xlabel(sweep.key.replace("_", " ").capitalize())
+    if lines:
+        _two_legends(figure, named, columns, lines, line_columns)
+    else:
+        add_legend(figure, named, columns)
+    return figure
+
+
+def _two_legends(
+    figure: Figure, first: Sequence[Any], columns: int, second: Sequence[Any], more: int
+) -> None:
+    """Set a legend of colours and, below it, one of line styles."""
+    width, height = figure.get_size_inches()
+    add_legend(figure, second, more)
+    below = 0.06 + 0.2 * legend_lines(second, more)
+    figure.legend(
+        handles=first,
+        loc="lower left",
+        bbox_to_anchor=(0.1 / width, below / height),
+        ncols=columns,
+    )
+
+
+def _plot_line(
+    axes: Axes, numbers: Sequence[tuple[float, Any]], framework: str, dash: Any
+) -> list[float]:
+    """Draw summaries as a line with its band; return the numbers drawn."""
+    if not numbers:
+        return []
+    colour = FRAMEWORK_COLOURS[framework]
+    x = [at for at, _ in numbers]
+    y = [summary.value for _, summary in numbers]
+    low = [y_ if s.low is None else s.low for (_, s), y_ in zip(numbers, y, strict=True)]
+    high = [y_ if s.high is None else s.high for (_, s), y_ in zip(numbers, y, strict=True)]
+    axes.plot(x, y, color=colour, marker=FRAMEWORK_MARKERS[framework], linestyle=dash, zorder=3)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    return [*y, *low, *high]
+
+
+# Lists: perplexity and speed of every row
+
+
+def _perplexity(analysis: Analysis) -> Drawing:
+    """Return the figure of each row's mean with interval, floor and published values."""
+    metric = METRICS[analysis.metric]
+    single = len(grouped(analysis.rows)) <= SINGLY
 
     def text(row: RowResult) -> str | None:
         summary = row.metrics.get(metric.name)
@@ -278,117 +366,747 @@ def _perplexity(analysis: Analysis) -> Drawing:
         spread = f" ({metric.spread_text(summary)})" if summary.low is not None else ""
         return metric.write(summary.value) + spread
 
-    full = (
-        "The full line is the corpus' floor, below which no model can stay on average. "
-        if floor
-        else ""
-    )
-    broken = "Broken lines are published values. " if published else ""
     return Drawing(
         FigureFile(
             name="perplexity",
             title=f"{metric.title} by framework",
-            caption="Markers are means over seeds, bars their 95 % t intervals, ticks the seeds; "
-            f"{metric.better} is better. {full}{broken}".strip(),
-            alternative=_describe(analysis, text),
+            caption=_sentences(
+                "Markers are means over seeds, bars their 95 % t intervals"
+                + (", ticks the seeds; " if single else "; ")
+                + f"{metric.better} is better.",
+                "The full line is the corpus' floor, below which no model can stay on average."
+                if analysis.floor_perplexity
+                else None,
+                PUBLISHED if _published_points(analysis, metric.name) else None,
+                "Crosses at the right edge are rows whose runs diverged."
+                if any(row.n_diverged and not row.n_ok for row in analysis.rows)
+                else None,
+            ),
+            alternative=_describe(analysis, text, metric),
         ),
-        lambda: draw_perplexity(analysis),
+        lambda: draw_list(analysis, metric.name),
     )
-
-
-def draw_perplexity(analysis: Analysis) -> Figure:
-    """Draw the metric that frameworks are compared by, with the floor and published values."""
-    metric = METRICS[analysis.metric]
-    floor = analysis.floor_perplexity
-    published = _published_lines(analysis)
-    sources = list(dict.fromkeys(source for _, source, _ in published))
-    patterns = [(1, 1.5), (4, 1.5, 1, 1.5), (7, 2)]
-    dashes = {source: patterns[i % len(patterns)] for i, source in enumerate(sources)}
-
-    def limits(variant: str) -> tuple[float, float] | None:
-        values = _values(analysis, variant, metric.name)
-        values += [value for (name, _), _, value in published if name == variant]
-        return _padded([*values, floor] if values and floor else values)
-
-    figure, drawn = _list_axes(analysis, metric.label, limits)
-    for axes, rows in drawn:
-        if floor:
-            axes.axvline(floor, color=INK, linewidth=1.2, zorder=1)
-        for group, source, value in published:
-            if group == group_key(rows[0]):
-                axes.axvline(value, color=MUTED, linewidth=1.2, dashes=dashes[source], zorder=1)
-        for y, row in enumerate(rows):
-            _draw_row(axes, y, row, metric.name)
-        _value_labels(axes, rows, _texts(rows, metric.name))
-    handles = []
-    if floor:
-        label = f"floor of the corpus, {metric.write(floor)}"
-        handles.append(Line2D([], [], color=INK, linewidth=1.2, label=label))
-    for source in sources:
-        values = sorted({value for _, s, value in published if s == source})
-        shown = f", {' and '.join(map(metric.write, values))}" if len(values) < 3 else ""
-        label = f"published: {source}{shown}"
-        handles.append(
-            Line2D([], [], color=MUTED, linewidth=1.2, dashes=dashes[source], label=label)
-        )
-    if handles:
-        figure.legend(handles=handles, loc="outside lower left", ncols=1)
-    return figure
-
-
-def _published_lines(analysis: Analysis) -> list[tuple[tuple[str, int], str, float]]:
-    """Return (group of rows, source, value) of the metric's published values, each once."""
-    values = (line.published for line in analysis.published)
-    lines = (
-        ((v.variant, v.devices), v.source, v.value)
-        for v in values
-        if v.metric == analysis.metric and v.kind == "number" and v.over is None
-    )
-    return list(dict.fromkeys(lines))
-
-
-def _padded(values: Sequence[float]) -> tuple[float, float] | None:
-    if not values:
-        return None
-    low, high = min(values), max(values)
-    padding = 0.06 * (high - low) or 0.02 * abs(high) or 1.0
-    return low - padding, high + padding
 
 
 def _speed(analysis: Analysis) -> Drawing:
     """Return the figure of each row's training speed."""
     metric = METRICS["tokens_per_second"]
-
-    def text(row: RowResult) -> str | None:
-        return _texts([row], metric.name)[0]
-
     return Drawing(
         FigureFile(
             name="tokens-per-second",
             title="Training speed by framework",
             caption="Markers are medians over seeds, thick bars reach from the lower to the upper "
-            f"quartile, ticks are the seeds; {metric.better} is better.",
-            alternative="Median tokens per second. " + _describe(analysis, text),
+            f"quartile; {metric.better} is better.",
+            alternative="Median tokens per second. "
+            + _describe(analysis, _value_text(metric), metric),
         ),
-        lambda: draw_from_zero(analysis, metric.name),
+        lambda: draw_list(analysis, metric.name),
     )
 
 
-def draw_from_zero(analysis: Analysis, metric: str) -> Figure:
-    """Draw a metric whose ratios matter: axes begin at zero."""
+def draw_list(analysis: Analysis, name: str) -> Figure:
+    """Draw a metric of every row: variants and numbers of devices downwards.
 
-    def limits(variant: str) -> tuple[float, float] | None:
-        values = _values(analysis, variant, metric)
-        return (0.0, 1.06 * max(values)) if values else None
-
-    figure, drawn = _list_axes(analysis, METRICS[metric].label, limits)
-    for axes, rows in drawn:
-        for y, row in enumerate(rows):
-            line = [0.0, row.value(metric) or 0.0]
-            axes.plot(line, [y, y], color=_colour(row), linewidth=1, alpha=0.35, zorder=1)
-            _draw_row(axes, y, row, metric)
-        _value_labels(axes, rows, _texts(rows, metric))
+    Of a few, each framework has a line with its number; of many, a variant's frameworks share one.
+    A metric whose ratios matter has an axis from zero, or a logarithmic one.
+    """
+    metric = METRICS[name]
+    groups = grouped(analysis.rows)
+    single = len(groups) <= SINGLY
+    is_perplexity = metric.kind is PERPLEXITY
+    floor = analysis.floor_perplexity if is_perplexity else None
+    points = _published_points(analysis, name) if is_perplexity else []
+    frameworks = _frameworks(analysis.rows)
+    named = [] if single else _framework_keys(frameworks)
+    if floor:
+        named.append(key(f"floor of the corpus, {metric.write(floor)}", color=INK))
+    if points:
+        named.append(_published_key())
+    columns = columns_for([handle.get_label() for handle in named], 3)
+    several = len({row.devices for row in analysis.rows}) > 1
+    titles = [
+        _row_label(analysis, rows[0], several) if single else _band_label(analysis, rows[0])
+        for rows in groups
+    ]
+    if single:
+        lines = sum(len(rows) for rows in groups) + (len(groups) if len(groups) > 1 else 0)
+        left, right, height = 1.0, 0.95, ROW_HEIGHT * lines + 0.1
+    else:
+        left = 0.3 + 0.07 * max(len(line) for title in titles for line in title.split("\n"))
+        right, height = 0.25, BAND_HEIGHT * len(groups)
+    figure, [[axes]] = panels(
+        1,
+        height=height,
+        left=left,
+        right=right,
+        above=0.12,
+        legend=legend_lines(named, columns) if named else 0,
+    )
+    values = [v for row in analysis.rows for v in _shown_numbers(row, name)]
+    values += [point.value for point in points] + ([floor] if floor and values else [])
+    _list_limits(axes, values, from_zero=not is_perplexity)
+    axes.set_xlabel(metric.label)
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    if floor:
+        axes.axvline(floor, color=INK, linewidth=1.2, zorder=1)
+    places: dict[tuple[str, int, str | None], float] = {}
+    ticks: list[tuple[float, str]] = []
+    at = 0.0
+    for rows, title in zip(groups, titles, strict=True):
+        if single and len(groups) > 1:
+            _heading(axes, at, title)
+            at += 1
+        places[rows[0].variant, rows[0].devices, None] = at - (0.45 if single else 0)
+        for index, row in enumerate(rows):
+            offset = 0.0 if single else 0.15 * (index - (len(rows) - 1) / 2)
+            places[row.variant, row.devices, row.framework] = at + offset
+            _draw_row(axes, at + offset, row, name, single)
+            if single:
+                ticks.append((at, framework_name(row.framework)))
+                _value_label(axes, at, row, metric)
+                at += 1
+        if not single:
+            ticks.append((at, title))
+            axes.axhline(at + 0.5, color=MUTED, linewidth=0.3)
+            at += 1
+    axes.set_ylim(at - 0.5, -0.5)
+    axes.set_yticks([place for place, _ in ticks], [text for _, text in ticks])
+    for point in points:
+        place = places.get((point.variant, point.devices, point.framework))
+        if place is None:
+            place = places[point.variant, point.devices, None]
+        _plot_published(axes, point.value, place, point.framework)
+    add_legend(figure, named, columns)
     return figure
+
+
+def _heading(axes: Axes, y: float, title: str) -> None:
+    axes.annotate(
+        title,
+        (0, y),
+        xycoords=("figure fraction", "data"),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        weight="bold",
+        fontsize=9,
+        bbox={"facecolor": LIGHT_BACKGROUND, "edgecolor": "none", "pad": 1},
+    )
+
+
+def _row_label(analysis: Analysis, row: RowResult, several: bool) -> str:
+    title = group_title(row) if len(analysis.variants) == 1 else analysis.label(row.variant)
+    return title if len(analysis.variants) == 1 or not several else f"{title}, {row.devices}"
+
+
+def _band_label(analysis: Analysis, row: RowResult) -> str:
+    label = analysis.label(row.variant)
+    if len({each.devices for each in analysis.rows}) > 1:
+        devices = format_devices(row.devices)
+        label = f"{label}, {devices}" if len(analysis.variants) > 1 else devices
+    parts, wrapped = label.split(", "), [""]
+    for part in parts:
+        if wrapped[-1] and len(wrapped[-1]) + len(part) > MOST_LETTERS:
+            wrapped[-1] += ","
+            wrapped.append("")
+        wrapped[-1] = f"{wrapped[-1]}, {part}" if wrapped[-1] else part
+    return "\n".join(wrapped[:2]) + ("…" if len(wrapped) > 2 else "")
+
+
+def _shown_numbers(row: RowResult, metric: str) -> list[float]:
+    summary = row.metrics.get(metric)
+    if summary is None:
+        return []
+    ends = (summary.value, summary.low, summary.high)
+    found = [*row.seeds(metric), *(end for end in ends if end is not None)]
+    return [value for value in found if math.isfinite(value)]
+
+
+def _list_limits(axes: Axes, values: Sequence[float], from_zero: bool) -> None:
+    if not values:
+        axes.set_xticks([])
+        return
+    low, high = min(values), max(values)
+    logarithmic = spans(values, 30.0 if from_zero else 3.0)
+    if logarithmic:
+        axes.set_xscale("log")
+        ratio = (high / low) ** 0.04
+        axes.set_xlim(low / ratio, high * ratio)
+    else:
+        room = 0.05 * (high - low) or 0.02 * high
+        axes.set_xlim(0.0 if from_zero else low - room, high + room)
+    number_ticks(axes.xaxis, (), logarithmic)
+
+
+def _draw_row(axes: Axes, y: float, row: RowResult, name: str, single: bool) -> None:
+    """Draw a row's value and its interval or quartiles; hollow and grey if too many seeds failed.
+
+    A row without a number whose runs diverged is a cross at the right edge.
+    """
+    colour = FRAMEWORK_COLOURS[row.framework]
+    summary = row.metrics.get(name)
+    if summary is None:
+        if row.n_diverged:
+            axes.plot(
+                1, y, "X", color=colour, markersize=7, mew=0, clip_on=False,
+                transform=axes.get_yaxis_transform(),
+            )  # fmt: skip
+        return
+    width = 2.0 if METRICS[name].kind is PERPLEXITY else 5.0
+    if summary.low is not None and summary.high is not None:
+        ends = [summary.low, summary.high]
+        axes.plot(ends, [y, y], color=colour, linewidth=width, alpha=2 / width, zorder=2)
+    if single:
+        seeds = row.seeds(name)
+        axes.plot(seeds, [y + 0.28] * len(seeds), "|", color=colour, markersize=4.5, zorder=3)
+    axes.plot(
+        summary.value,
+        y,
+        FRAMEWORK_MARKERS[row.framework],
+        markersize=6.5 if single else 5.0,
+        markerfacecolor=colour if row.usable else LIGHT_BACKGROUND,
+        markeredgecolor=LIGHT_BACKGROUND if row.usable else MUTED,
+        markeredgewidth=0.6 if row.usable else 1.2,
+        zorder=4,
+    )
+
+
+def _value_label(axes: Axes, y: float, row: RowResult, metric: Metric) -> None:
+    """Write the number of a row in the right margin, or why there is none."""
+    text = _value_text(metric)(row)
+    axes.annotate(
+        text or _no_result(row),
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(62, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=INK if row.usable else MUTED,
+        style="normal" if text else "italic",
+        fontsize=9,
+    )
+
+
+# Scaling
+
+
+def _scaling(analysis: Analysis) -> Drawing:
+    """Return the figure of time, speed-up, efficiency and perplexity by number of devices."""
+    metric = METRICS["seconds_per_epoch"]
+    many = len(analysis.variants) > MOST_LINES
+    return Drawing(
+        FigureFile(
+            name="scaling",
+            title="Scaling with the number of devices",
+            caption=_sentences(
+                "Medians over seeds. Speed-up is tokens per second over those of the fewest "
+                "devices, efficiency is speed-up over the factor of devices; the grey line is "
+                "ideal.",
+                f"Geometric means over {len(analysis.variants)} variants." if many else None,
+                f"Line styles are variants: {_variants_text(analysis)}."
+                if 1 < len(analysis.variants) <= MOST_LINES
+                else None,
+            ),
+            alternative="Median seconds per epoch. "
+            + _describe(analysis, _value_text(metric), metric),
+        ),
+        lambda: draw_scaling(analysis),
+    )
+
+
+def _variants_text(analysis: Analysis) -> str:
+    styles = ("full", "broken", "dotted", "dash-dotted")
+    return "; ".join(f"{styles[i]}, {v.label}" for i, v in enumerate(analysis.variants))
+
+
+def scaling(analysis: Analysis, metric: str) -> dict[tuple[str, str], dict[int, float]]:
+    """Return a metric by number of devices, for each (line, framework).
+
+    A line is a variant. Of more than four variants it is their geometric mean, over those that
+    have a number for every number of devices.
+    """
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for row in analysis.rows:
+        value = row.value(metric)
+        if value is not None and row.usable and math.isfinite(value):
+            found[row.variant, row.framework][row.devices] = value
+    if len(analysis.variants) <= MOST_LINES:
+        return dict(found)
+    devices = {row.devices for row in analysis.rows}
+    means = {}
+    for framework in _frameworks(analysis.rows):
+        whole = [v for (_, f), v in found.items() if f == framework and v.keys() == devices]
+        if whole:
+            means["", framework] = {
+                count: math.exp(sum(math.log(v[count]) for v in whole) / len(whole))
+                for count in sorted(devices)
+            }
+    return means
+
+
+def draw_scaling(analysis: Analysis) -> Figure:
+    """Draw time per epoch, speed-up, efficiency and perplexity against the number of devices."""
+    metric = METRICS[analysis.metric]
+    devices = sorted({row.devices for row in analysis.rows})
+    frameworks = _frameworks(analysis.rows)
+    order = [variant.name for variant in analysis.variants]
+    named = _framework_keys(frameworks)
+    columns = columns_for([handle.get_label() for handle in named], 5)
+    figure, [[time, faster], [efficiency, score]] = panels(
+        2, 2, height=1.6, between=0.55, legend=legend_lines(named, columns)
+    )
+    seconds, speeds = scaling(analysis, "seconds_per_epoch"), scaling(analysis, "tokens_per_second")
+    ratios = {
+        line: {count: speed / of[min(of)] for count, speed in of.items()}
+        for line, of in speeds.items()
+        if devices[0] in of
+    }
+    shares = {
+        line: {count: ratio * devices[0] / count for count, ratio in of.items()}
+        for line, of in ratios.items()
+    }
+    shown = [
+        (time, seconds, METRICS["seconds_per_epoch"].label),
+        (faster, ratios, "Speed-up"),
+        (efficiency, shares, "Efficiency"),
+        (score, scaling(analysis, metric.name), metric.title),
+    ]
+    for axes, lines, label in shown:
+        drawn = []
+        for (variant, framework), of in lines.items():
+            counts = sorted(of)
+            drawn += [of[count] for count in counts]
+            axes.plot(
+                counts,
+                [of[count] for count in counts],
+                color=FRAMEWORK_COLOURS[framework],
+                marker=FRAMEWORK_MARKERS[framework],
+                linestyle=DASHES[order.index(variant) if variant else 0],
+            )
+        if axes in (faster, efficiency):
+            ideal = [count / devices[0] if axes is faster else 1.0 for count in devices]
+            axes.plot(devices, ideal, color=MUTED, linewidth=1, zorder=1)
+            drawn += ideal
+        set_limits(axes, drawn, spans(drawn) and axes in (time, score))
+        if axes is efficiency:
+            axes.set_ylim(0, max([*drawn, 1.0]) * 1.07)
+        number_ticks(axes.xaxis, devices)
+        axes.set_title(label)
+        axes.grid(axis="y")
+    for axes in (efficiency, score):
+        axes.set_xlabel("Devices")
+    add_legend(figure, named, columns)
+    return figure
+
+
+# Curves
+
+
+def _curves(analysis: Analysis, rows: Sequence[Row]) -> Drawing:
+    """Return the figure of training and validation perplexity by epoch and by hour."""
+    metric = METRICS["valid_perplexity"]
+    several = len(analysis.variants) > 1
+
+    def text(row: RowResult) -> str | None:
+        texts = [METRICS[m].text(row.value(m)) for m in ("valid_perplexity", "best_epoch")]
+        diverged = f"{row.n_diverged} of {row.n_planned} diverged" if row.n_diverged else ""
+        said = (" in epoch ".join(texts) if row.n_ok else "", diverged)
+        return " and ".join(part for part in said if part) or None
+
+    return Drawing(
+        FigureFile(
+            name="learning-curves",
+            title="Perplexity after each epoch, and by hours of training",
+            caption=_sentences(
+                "Lines are means over the seeds that ended well and had not stopped before that "
+                "epoch: full lines with markers of the validation split"
+                + ("" if _many_lines(analysis) else ", thin ones of the training split")
+                + "; the scale is logarithmic.",
+                None
+                if several
+                else "Bands reach from the best to the worst seed of the validation split.",
+                f"On {format_devices(min(row.devices for row in rows))}." if several else None,
+                f"Colours go from blue to orange in the order of the {len(analysis.variants)} "
+                "variants, of which the legend names some."
+                if len(analysis.variants) > MOST_MARKED
+                else None,
+                CROSSES if _diverged(analysis.rows) else None,
+            ),
+            alternative="Best validation perplexity and its median epoch. "
+            + _describe(analysis, text, metric),
+        ),
+        lambda: draw_curves(analysis, rows),
+    )
+
+
+def _many_lines(analysis: Analysis) -> bool:
+    return len(analysis.variants) > MOST_LINES
+
+
+class Curve(NamedTuple):
+    """Mean over the seeds of one row, by epoch."""
+
+    epochs: list[int]
+    hours: list[float]
+    train: list[float]
+    valid: list[float]
+    low: list[float]  # of the best and of the worst seed
+    high: list[float]
+
+
+def curve(row: Row) -> Curve:
+    """Return the mean curve of the seeds that ended well; perplexities of the mean nll."""
+    histories = [result.history for result in row.results().values()]
+    columns: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
+    for history in histories:
+        seconds = 0.0
+        for epoch in history:
+            seconds += epoch.training_seconds + epoch.validation_seconds
+            columns[epoch.epoch].append((seconds / 3600, epoch.train_nll, epoch.valid_nll))
+    epochs = sorted(columns)
+    means = [np.mean(columns[epoch], axis=0) for epoch in epochs]
+    nlls = [[valid for *_, valid in columns[epoch]] for epoch in epochs]
+    return Curve(
+        epochs,
+        [float(mean[0]) for mean in means],
+        [perplexity(float(mean[1])) for mean in means],
+        [perplexity(float(mean[2])) for mean in means],
+        [perplexity(min(of)) for of in nlls],
+        [perplexity(max(of)) for of in nlls],
+    )
+
+
+def last_finite(cell: CellResult) -> tuple[float, float] | None:
+    """Return a run's last epoch with a finite validation perplexity, and that; None without any."""
+    history = cell.result.history if cell.result else ()
+    finite = [(e.epoch, perplexity(e.valid_nll)) for e in history]
+    finite = [(epoch, value) for epoch, value in finite if math.isfinite(value)]
+    return finite[-1] if finite else None
+
+
+def draw_curves(analysis: Analysis, rows: Sequence[Row]) -> Figure:
+    """Draw perplexity by epoch and by hour.
+
+    Of one variant, frameworks are overlaid, in a panel for each number of devices; of several, the
+    variants, in a panel for each framework, on the fewest devices.
+    """
+    several = len(analysis.variants) > 1
+    fewest = min(row.devices for row in rows)
+    if several:
+        colours = dict(zip(
+            [v.name for v in analysis.variants], ramp(len(analysis.variants)), strict=True
+        ))  # fmt: skip
+        groups = {
+            framework_name(name): [r for r in rows if (r.framework, r.devices) == (name, fewest)]
+            for name in _frameworks(rows)
+        }
+        labels = [variant.label for variant in analysis.variants]
+        marked = len(labels) <= MOST_MARKED
+        styles = {
+            variant.name: (
+                colours[variant.name],
+                MARKERS[i] if marked else "none",
+                DASHES[i % len(DASHES)],
+            )
+            for i, variant in enumerate(analysis.variants)
+        }
+        named = [
+            key(label, color=colour, marker=marker, linestyle=dash)
+            for label, (colour, marker, dash) in zip(labels, styles.values(), strict=True)
+        ]
+        if not marked:
+            named = [named[round(i)] for i in np.linspace(0, len(named) - 1, MOST_MARKED)]
+    else:
+        counts = sorted({row.devices for row in rows})
+        counts = counts if len(counts) <= MOST_LINES else [counts[0], counts[-1]]
+        groups = {format_devices(n): [r for r in rows if r.devices == n] for n in counts}
+        styles = {
+            name: (FRAMEWORK_COLOURS[name], FRAMEWORK_MARKERS[name], "solid")
+            for name in _frameworks(rows)
+        }
+        named = _framework_keys(list(styles), "solid")
+    if _diverged(analysis.rows):
+        named.append(_cross_key())
+    columns = columns_for([str(handle.get_label()) for handle in named])
+    figure, grid = panels(
+        len(groups),
+        2,
+        height=1.5 if len(groups) > 1 else 2.0,
+        between=0.55,
+        aside=0.25,
+        legend=legend_lines(named, columns),
+    )
+    curves = {id(row): curve(row) for group in groups.values() for row in group}
+    shown = [c for c in curves.values() if c.epochs]
+    values = [v for c in shown for v in (*c.valid, *(() if several else (*c.low, *c.high)))]
+    if not _many_lines(analysis):
+        values += [v for c in shown for v in c.train]
+    ends = [
+        end
+        for group in groups.values()
+        for row in group
+        for cell in row.cells
+        if cell.state == "diverged" and (end := last_finite(cell))
+    ]
+    if not values:
+        values = [value for _, value in ends]
+    longest = int(max([1, *(c.epochs[-1] for c in shown), *(epoch for epoch, _ in ends)]))
+    hours = [c.hours[-1] for c in shown] or [1.0]
+    logarithmic = spans(hours, 10.0)
+    for (title, group), pair in zip(groups.items(), grid, strict=True):
+        for axes in pair:
+            axes.grid(axis="y")
+            set_limits(axes, values, True)
+        for index, row in enumerate(group):
+            of = styles[row.variant if several else row.framework]
+            _draw_curve(pair, curves[id(row)], of, index, not _many_lines(analysis), not several)
+        for row in group:
+            colour = styles[row.variant if several else row.framework][0]
+            for cell in row.cells:
+                if cell.state == "diverged":
+                    _cross_both(pair, cell, colour)
+        pair[0].set_title(title)
+        pair[0].set_ylabel("Perplexity")
+        pair[1].tick_params(labelleft=False)
+        pair[0].set_xlim(0.5 if longest < 20 else 0, longest + 0.5)
+        if logarithmic:
+            pair[1].set_xscale("log")
+        else:
+            pair[1].set_xlim(0, max(hours) * 1.03 or 1)
+        number_ticks(pair[0].xaxis, (), whole=True)
+        number_ticks(pair[1].xaxis, (), logarithmic)
+        if not any(curves[id(row)].epochs for row in group) and not _any_diverged(group):
+            pair[0].text(0.5, 0.5, "no result", transform=pair[0].transAxes, ha="center")
+    grid[-1][0].set_xlabel("Epoch")
+    grid[-1][1].set_xlabel("Hours")
+    add_legend(figure, named, columns)
+    return figure
+
+
+def _any_diverged(rows: Iterable[Row]) -> bool:
+    return any(cell.state == "diverged" for row in rows for cell in row.cells)
+
+
+def _draw_curve(
+    pair: Sequence[Axes], of: Curve, look: tuple[str, str, Any], index: int, train: bool, band: bool
+) -> None:
+    """Draw a row's curve; `index` moves its markers, so that equal curves can be told apart."""
+    if not of.epochs:
+        return
+    colour, marker, dash = look
+    every = max(1, len(of.epochs) // 6)
+    width = 1.5 if marker != "none" else 0.9
+    places: tuple[Sequence[float], Sequence[float]] = (of.epochs, of.hours)
+    for axes, x in zip(pair, places, strict=True):
+        axes.plot(
+            x, of.valid, color=colour, marker=marker, linestyle=dash,
+            markevery=(index % every, every),
+            markersize=4.5, linewidth=width, zorder=3,
+        )  # fmt: skip
+        if train:
+            axes.plot(x, of.train, color=colour, linestyle=dash, linewidth=0.8, alpha=0.7)
+        if band:
+            axes.fill_between(x, of.low, of.high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _cross_both(pair: Sequence[Axes], cell: CellResult, colour: str) -> None:
+    """Mark a diverged run by its epoch and by its hours."""
+    end = last_finite(cell)
+    history = cell.result.history if cell.result else ()
+    until = [e for e in history if end and e.epoch <= end[0]]
+    hours = sum(e.training_seconds + e.validation_seconds for e in until) / 3600
+    for axes, x in zip(pair, (end[0] if end else 1, hours), strict=True):
+        cross(axes, x, end and end[1], colour)
+
+
+# Front and profile
+
+
+def _front(analysis: Analysis) -> Drawing:
+    """Return the figure of perplexity against hours with its Pareto front."""
+    metric = METRICS[analysis.metric]
+    best = [f"{_point_name(analysis, r)} {_point_text(r, metric)}" for r in front(analysis)]
+    return Drawing(
+        FigureFile(
+            name="front",
+            title=f"{metric.title} against the hours of a run",
+            caption="Each marker is a row: mean over seeds against the median time of a run. No "
+            "row is better in both than one on the line, the Pareto front.",
+            alternative="On the Pareto front: " + "; ".join(best) + ".",
+        ),
+        lambda: draw_front(analysis),
+    )
+
+
+def _point_name(analysis: Analysis, row: RowResult) -> str:
+    parts = [framework_name(row.framework)]
+    if len(analysis.variants) > 1:
+        parts.append(analysis.label(row.variant))
+    if len({each.devices for each in analysis.rows}) > 1:
+        parts.append(format_devices(row.devices))
+    return ", ".join(parts)
+
+
+def _point_text(row: RowResult, metric: Metric) -> str:
+    return f"{metric.text(row.value(metric.name))} in {write_seconds(_seconds_of(row))}"
+
+
+def _seconds_of(row: RowResult) -> float:
+    return row.value("total_seconds") or 0.0
+
+
+def front(analysis: Analysis) -> list[RowResult]:
+    """Return the usable rows than which none is better in both perplexity and time, by time."""
+    found: list[RowResult] = []
+    rows = [row for row in analysis.rows if row.usable and row.value(analysis.metric)]
+    for row in sorted(rows, key=lambda r: (_seconds_of(r), r.value(analysis.metric) or 0.0)):
+        value = row.value(analysis.metric)
+        if not found or (value or 0.0) < (found[-1].value(analysis.metric) or 0.0):
+            found.append(row)
+    return found
+
+
+def draw_front(analysis: Analysis) -> Figure:
+    """Draw perplexity against the hours of a run, and the Pareto front."""
+    metric = METRICS[analysis.metric]
+    rows = [row for row in analysis.rows if row.usable and row.value(metric.name)]
+    frameworks = _frameworks(rows)
+    named = [*_framework_keys(frameworks), key("Pareto front", color=INK, linewidth=1)]
+    columns = columns_for([handle.get_label() for handle in named], 4)
+    figure, [[axes]] = panels(1, height=2.3, above=0.15, legend=legend_lines(named, columns))
+    scale = 1 / 3600
+    hours = [_seconds_of(row) * scale for row in rows]
+    values = [row.value(metric.name) or 0.0 for row in rows]
+    for row, x, y in zip(rows, hours, values, strict=True):
+        axes.plot(
+            x,
+            y,
+            FRAMEWORK_MARKERS[row.framework],
+            color=FRAMEWORK_COLOURS[row.framework],
+            markersize=6,
+            markeredgecolor=LIGHT_BACKGROUND,
+            markeredgewidth=0.6,
+        )
+    best = front(analysis)
+    axes.step(
+        [_seconds_of(row) * scale for row in best],
+        [row.value(metric.name) or 0.0 for row in best],
+        where="post",
+        color=INK,
+        linewidth=1,
+        zorder=1,
+    )
+    if spans(hours, 10.0):
+        axes.set_xscale("log")
+    elif hours:
+        axes.set_xlim(0, max(hours) * 1.05)
+    set_limits(axes, values, spans(values))
+    number_ticks(axes.xaxis, (), spans(hours, 10.0))
+    if len(analysis.variants) > 1:
+        _name_points(axes, [(_seconds_of(r) * scale, r, metric.name) for r in best], analysis)
+    axes.grid(axis="both")
+    axes.set_xlabel("Hours of a run")
+    axes.set_ylabel(metric.title)
+    add_legend(figure, named, columns)
+    return figure
+
+
+def _name_points(
+    axes: Axes, points: Sequence[tuple[float, RowResult, str]], analysis: Analysis
+) -> None:
+    """Write the variant beside the points of the front, where there is room for it."""
+    last = math.inf
+    for x, row, metric in reversed(points):
+        y = row.value(metric) or 0.0
+        height = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
+        if abs(height - last) > 0.09:
+            axes.annotate(
+                analysis.label(row.variant),
+                (x, y),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=7.5,
+            )
+            last = height
+
+
+def _profile(analysis: Analysis) -> Drawing:
+    """Return the performance profile of the frameworks' speeds over all variants."""
+    ratios = profile(analysis)
+    first = [
+        f"{framework_name(name)} is fastest in {sum(r == 1 for r in of)} of {len(of)}"
+        for name, of in ratios.items()
+    ]
+    return Drawing(
+        FigureFile(
+            name="performance-profile",
+            title="Performance profile of training speed",
+            caption="The share of variants and numbers of devices in which a framework takes at "
+            "most so many times as long as the fastest (Dolan and Moré 2002): on the left, where "
+            "it is the fastest. Rows without a result count as slowest of all.",
+            alternative="; ".join(first) + ".",
+        ),
+        lambda: draw_profile(analysis),
+    )
+
+
+def profile(analysis: Analysis) -> dict[str, list[float]]:
+    """Return each framework's time over that of the fastest, for every variant and device count.
+
+    Infinite where it has no usable result.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in _frameworks(analysis.rows)}
+    for rows in grouped(analysis.rows):
+        speeds = {
+            row.framework: speed
+            for row in rows
+            if row.usable and (speed := row.value("tokens_per_second"))
+        }
+        if speeds:
+            fastest = max(speeds.values())
+            for name, of in ratios.items():
+                of.append(fastest / speeds[name] if name in speeds else math.inf)
+    return ratios
+
+
+def draw_profile(analysis: Analysis) -> Figure:
+    """Draw each framework's performance profile as steps."""
+    ratios = profile(analysis)
+    named = _framework_keys(list(ratios), "solid")
+    columns = columns_for([handle.get_label() for handle in named], 5)
+    figure, [[axes]] = panels(1, height=1.9, above=0.15, legend=legend_lines(named, columns))
+    finite = [r for of in ratios.values() for r in of if math.isfinite(r)]
+    end = max(finite, default=1.0) * 1.05
+    for index, (name, of) in enumerate(ratios.items()):
+        steps = sorted(r for r in of if math.isfinite(r))
+        x = [1.0, *steps, end]
+        y = [0.0, *(np.arange(1, len(steps) + 1) / len(of)), len(steps) / len(of)]
+        axes.plot(
+            x,
+            y,
+            drawstyle="steps-post",
+            color=FRAMEWORK_COLOURS[name],
+            marker=FRAMEWORK_MARKERS[name],
+            markevery=(1 + index % 2, 3),
+            linestyle=DASHES[index % len(DASHES)],
+        )
+    logarithmic = end > 4
+    if logarithmic:
+        axes.set_xscale("log")
+    axes.set_xlim(1, end)
+    axes.set_ylim(0, 1.03)
+    number_ticks(axes.xaxis, (), logarithmic)
+    axes.grid(axis="both")
+    axes.set_xlabel("Time / time of the fastest")
+    axes.set_ylabel("Share of problems")
+    add_legend(figure, named, columns)
+    return figure
+
+
+# Where the time went
 
 
 def clock_parts(row: RowResult) -> dict[str, float]:
@@ -405,6 +1123,7 @@ def clock_parts(row: RowResult) -> dict[str, float]:
 
 def _seconds(analysis: Analysis) -> Drawing:
     """Return the figure of where the time of a run went."""
+    metric = METRICS["total_seconds"]
 
     def text(row: RowResult) -> str | None:
         parts = clock_parts(row)
@@ -413,13 +1132,17 @@ def _seconds(analysis: Analysis) -> Drawing:
         total, training = (write_seconds(s) for s in (sum(parts.values()), parts["training"]))
         return f"{total}, training {training}"
 
+    many = len(grouped(analysis.rows)) > SINGLY
     return Drawing(
         FigureFile(
             name="seconds",
             title="Where the time of a run went",
-            caption="Wall-clock seconds of one run by clock, means over seeds; the clocks do not "
-            "overlap.",
-            alternative="Mean seconds of a run. " + _describe(analysis, text),
+            caption=_sentences(
+                "Wall-clock seconds of one run by clock, means over seeds; the clocks do not "
+                "overlap.",
+                "A bar is the mean over all variants and numbers of devices." if many else None,
+            ),
+            alternative="Mean seconds of a run. " + _describe(analysis, text, metric),
         ),
         lambda: draw_seconds(analysis),
     )
@@ -427,183 +1150,58 @@ def _seconds(analysis: Analysis) -> Drawing:
 
 def draw_seconds(analysis: Analysis) -> Figure:
     """Draw where the time of a run went, by clock, as stacked bars."""
-
-    def limits(variant: str) -> tuple[float, float] | None:
-        rows = [row for row in analysis.rows if row.variant == variant]
-        longest = max(sum(clock_parts(row).values()) for row in rows)
-        return (0.0, 1.02 * longest) if longest else None
-
-    figure, drawn = _list_axes(analysis, "Seconds per run, mean over seeds", limits)
-    for axes, rows in drawn:
-        totals: list[str | None] = []
-        for y, row in enumerate(rows):
-            left = 0.0
-            for clock, seconds in clock_parts(row).items():
-                colour = CLOCKS[clock][1]
-                axes.barh(y, seconds, left=left, height=0.58, color=colour, linewidth=0)
-                left += seconds
-            totals.append(write_seconds(left) if row.n_ok else None)
-        _value_labels(axes, rows, totals)
-    handles = [Patch(facecolor=colour, label=name) for name, colour in CLOCKS.values()]
-    figure.legend(
-        handles=handles, loc="outside lower left", ncols=4, columnspacing=1.2, handlelength=1.2
-    )
-    return figure
-
-
-def _learning_curves(analysis: Analysis, rows: Sequence[Row]) -> Drawing:
-    """Return the figure of validation perplexity by epoch."""
-
-    def text(row: RowResult) -> str | None:
-        texts = [METRICS[m].text(row.value(m)) for m in ("valid_perplexity", "best_epoch")]
-        diverged = f"{row.n_diverged} of {row.n_planned} diverged" if row.n_diverged else ""
-        return " and ".join(
-            part for part in (" in epoch ".join(texts) if row.n_ok else "", diverged) if part
-        )
-
-    crosses = (
-        " Crosses are runs that diverged, at their last finite value; at the upper edge where they "
-        "have none."
-        if any(row.n_diverged for row in analysis.rows)
-        else ""
-    )
-    return Drawing(
-        FigureFile(
-            name="learning-curves",
-            title="Validation perplexity after each epoch",
-            caption="Lines are means over the seeds that ended well and had not stopped before "
-            "that epoch, bands reach from the best to the worst of them; the scale is logarithmic."
-            f"{crosses}",
-            alternative="Best validation perplexity and its median epoch. "
-            + _describe(analysis, text),
-        ),
-        lambda: draw_learning_curves(rows),
-    )
-
-
-def draw_learning_curves(rows: Sequence[Row]) -> Figure:
-    """Draw validation perplexity by epoch: a line per framework, a band from best to worst seed."""
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.variant, row.devices), []).append(row)
-    columns = 1 if len(groups) <= 4 else 2
-    count = math.ceil(len(groups) / columns)
-    width = WIDTH if columns == 1 else 2 * WIDTH * 0.8
-    figure = Figure(figsize=(width, 2.8 * count + 0.2), layout="constrained")
-    _separate(figure)
-    for index, ((variant, devices), group) in enumerate(groups.items()):
-        axes = figure.add_subplot(count, columns, index + 1)
-        axes.set_title(f"{variant}, {format_devices(devices)}, {group[0].planned.implementation}")
-        _draw_curves(axes, group)
-        axes.set_ylabel("Validation perplexity" if index % columns == 0 else "")
-        axes.set_xlabel("Epoch" if index >= len(groups) - columns else "")
-    return figure
-
-
-def _draw_curves(axes: Axes, rows: Sequence[Row]) -> None:
-    axes.grid(axis="y")
-    data = pd.DataFrame(
-        [
-            (row.framework, epoch.epoch, epoch.valid_nll)
-            for row in rows
-            for result in row.results().values()
-            for epoch in result.history
-        ],
-        columns=["framework", "epoch", "nll"],
-    )
-    diverged = [
-        (row.framework, cell) for row in rows for cell in row.cells if cell.state == "diverged"
-    ]
-    if data.empty and not diverged:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.text(0.5, 0.5, "no result", transform=axes.transAxes, ha="center", color=MUTED)
-        return
-    axes.set_yscale("log")
-    line = "o-" if data.epoch.nunique() <= 3 else "-"
-    ends = {}
-    for framework in dict.fromkeys(data.framework):
-        of_it = data[data.framework == framework]
-        curve = of_it.groupby("epoch").nll.agg(["mean", "min", "max"]).map(perplexity)
-        colour = FRAMEWORK_COLOURS[framework]
-        axes.plot(curve.index, curve["mean"], line, linewidth=1.6, color=colour, mew=0)
-        axes.fill_between(curve.index, curve["min"], curve["max"], color=colour, alpha=0.18, lw=0)
-        ends[framework] = (float(curve.index[-1]), float(curve["mean"].iloc[-1]))
-    for framework, cell in diverged:
-        end = last_finite(cell)
-        axes.plot(
-            *(end or (1, 1)),
-            "X",
-            color=FRAMEWORK_COLOURS[framework],
-            markersize=8,
-            markeredgecolor=LIGHT_BACKGROUND,
-            clip_on=False,
-            zorder=5,
-            transform=axes.transData if end else axes.get_xaxis_transform(),
-        )
-        ends.setdefault(framework, end or (1.0, math.inf))
-    _label_ticks(axes)
-    _label_line_ends(axes, ends)
-
-
-def last_finite(cell: CellResult) -> tuple[float, float] | None:
-    """Return a run's last epoch with a finite validation perplexity, and that; None without any."""
-    history = cell.result.history if cell.result else ()
-    finite = [(e.epoch, perplexity(e.valid_nll)) for e in history]
-    finite = [(epoch, value) for epoch, value in finite if math.isfinite(value)]
-    return finite[-1] if finite else None
-
-
-def _label_ticks(axes: Axes) -> None:
-    """Number a logarithmic axis of perplexities and an axis of epochs as people do."""
-    low, high = axes.get_ylim()
-    if high / low < 10:  # a decade or less: round numbers rather than powers of ten
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    groups = grouped(analysis.rows)
+    bars: list[tuple[str, str, Mapping[str, float]]] = []  # title of its group, name, parts
+    if len(groups) <= SINGLY:
+        several = len({row.devices for row in analysis.rows}) > 1
+        for rows in groups:
+            title = _row_label(analysis, rows[0], several)
+            bars += [(title, framework_name(r.framework), clock_parts(r)) for r in rows]
     else:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-
-
-def _label_line_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Name each line at its end, in its colour; names that would overlap are moved apart."""
-    low, high = axes.get_ylim()
-    ends = {name: (x, min(y, high)) for name, (x, y) in ends.items()}
-    heights = {name: math.log(y / low) / math.log(high / low) for name, (_, y) in ends.items()}
-    order = sorted(heights, key=lambda name: heights[name])
-    places = spread([heights[name] for name in order], gap=0.085)
-    for name, place in zip(order, places, strict=True):
-        colour = FRAMEWORK_COLOURS[name]
-        axes.annotate(
-            framework_name(name),
-            xy=ends[name],
-            xycoords="data",
-            xytext=(1.07, place),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            fontsize=9,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.7,
-                "alpha": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
-        )
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights in [0, 1] as little as possible until neighbours are `gap` apart.
-
-    The least-squares answer is the isotonic regression of height - index · gap, clipped so that all
-    stay inside [0, 1].
-    """
-    offsets = gap * np.arange(len(heights))
-    starts = isotonic_regression(np.asarray(heights) - offsets).x
-    highest = max(0.0, 1 - offsets[-1])  # of the lowest label, with all above it
-    return (np.clip(starts, 0.0, highest) + offsets).tolist()
+        for name in _frameworks(analysis.rows):
+            found = [clock_parts(r) for r in analysis.rows if r.framework == name and r.n_ok]
+            mean = {clock: float(np.mean([p[clock] for p in found])) for clock in CLOCKS if found}
+            bars.append(("", framework_name(name), mean))
+    titles = list(dict.fromkeys(title for title, *_ in bars))
+    lines = len(bars) + (len(titles) if len(titles) > 1 else 0)
+    handles = [Patch(facecolor=colour, label=name) for name, colour in CLOCKS.values()]
+    figure, [[axes]] = panels(
+        1, height=ROW_HEIGHT * lines + 0.1, left=1.0, right=0.95, above=0.12, legend=2
+    )
+    longest = max((sum(parts.values()) for *_, parts in bars), default=0.0)
+    unit, scale = ("hours", 3600) if longest > 7200 else ("seconds", 1)
+    ticks, at = [], 0
+    for title in titles:
+        if len(titles) > 1:
+            _heading(axes, at, title)
+            at += 1
+        for _, name, parts in (bar for bar in bars if bar[0] == title):
+            left = 0.0
+            for clock, seconds in parts.items():
+                width = seconds / scale
+                colour = CLOCKS[clock][1]
+                axes.barh(at, width, left=left, height=0.62, color=colour, linewidth=0)
+                left += width
+            axes.annotate(
+                write_seconds(left * scale) if parts else "no result",
+                (1, at),
+                xycoords=("axes fraction", "data"),
+                xytext=(62, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=9,
+                color=INK if parts else MUTED,
+            )
+            ticks.append((at, name))
+            at += 1
+    axes.set_ylim(at - 0.4, -0.6)
+    axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
+    axes.set_xlim(0, 1.02 * longest / scale or 1)
+    number_ticks(axes.xaxis, ())
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(f"{unit.capitalize()} of a run")
+    add_legend(figure, handles, 4)
+    return figure

@@ -1,14 +1,17 @@
 """The tables of an experiment: CSV with full precision, Markdown and LaTeX for reading.
 
-pandas writes all three. The page sets its own tables, from the same `Analysis`.
+The page sets its own tables, from the same `Analysis`. Not with pandas, whose import takes longer
+than all of them.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Collection
 from typing import Any
 
-import pandas as pd
+from tabulate import tabulate
 
 from ptbench.analysis.experiment import Analysis, PublishedResult, RowResult
 from ptbench.analysis.metrics import LARGEST, METRICS, NOTHING, PERPLEXITY, Metric
@@ -20,7 +23,8 @@ from ptbench.report.formatting import (
     grouped,
 )
 
-LATEX_METRICS = ("test_perplexity", "valid_perplexity", "seconds_per_epoch")  # fit a page's width
+LATEX_METRICS = {"test_perplexity", "valid_perplexity", "seconds_per_epoch"}
+MOST_LATEX_METRICS = 6  # fit a page's width
 
 
 def results_csv(analysis: Analysis) -> str:
@@ -126,6 +130,42 @@ def comparison_csv(analysis: Analysis) -> str:
     return _csv([record(line) for line in analysis.published], COMPARISON_COLUMNS)
 
 
+VARIANT_COLUMNS = (
+    "variant", "label", "baseline", "framework", "devices", "metric", "n", "n_baseline",
+    "difference_nats", "difference_low", "difference_high", "improvement", "improvement_low",
+    "improvement_high", "speed", "speed_low", "speed_high", "p", "p_holm", "p_equivalence",
+    "p_equivalence_holm", "best_probability", "verdict", "reason",
+)  # fmt: skip
+
+
+def variants_csv(analysis: Analysis) -> str:
+    """Return `variants.csv`: each variant and the baseline, in each framework.
+
+    `improvement` is 1 - perplexity / that of the baseline, `speed` the ratio of the speeds.
+    """
+    best = {(each.framework, each.devices): each.probabilities for each in analysis.best}
+    records = []
+    for each in analysis.comparisons:
+        outcome = each.outcome.model_dump()
+        test = outcome.pop("test") or {}
+        records.append(
+            {
+                **test,
+                **outcome,
+                **each.model_dump(exclude={"outcome"}),
+                "label": analysis.label(each.variant),
+                "metric": analysis.metric,
+                "n": each.outcome.n_a,
+                "n_baseline": each.outcome.n_b,
+                "difference_nats": each.outcome.difference,
+                "difference_low": test.get("low"),
+                "difference_high": test.get("high"),
+                "best_probability": best.get((each.framework, each.devices), {}).get(each.variant),
+            }
+        )
+    return _csv(records, VARIANT_COLUMNS)
+
+
 def _csv(records: list[dict[str, Any]], columns: Collection[str] | None = None) -> str:
     """Write records as CSV: numbers in their shortest exact form, true and false, empty for None.
 
@@ -137,10 +177,12 @@ def _csv(records: list[dict[str, Any]], columns: Collection[str] | None = None) 
     def plain(value: object) -> object:
         return str(value).lower() if isinstance(value, bool) else value
 
-    lines = [{name: plain(value) for name, value in record.items()} for record in records]
-    # As objects, or pandas would turn whole numbers into floats where one of them is missing.
-    frame = pd.DataFrame(lines, columns=list(columns) if columns else None, dtype=object)
-    return frame.to_csv(index=False, lineterminator="\n")
+    text = io.StringIO()
+    names = list(columns or records[0])
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: plain(value) for name, value in record.items()} for record in records)
+    return text.getvalue()
 
 
 def printed_metrics(analysis: Analysis) -> list[Metric]:
@@ -168,7 +210,7 @@ def _printed(analysis: Analysis, row: RowResult, metrics: Collection[Metric]) ->
 
 def markdown(analysis: Analysis) -> str:
     """Return `table.md`: the printed table, padded so that it reads well as plain text too."""
-    frame = pd.DataFrame(
+    lines = [
         {
             "Variant": row.variant,
             "Devices": str(row.devices),
@@ -178,12 +220,14 @@ def markdown(analysis: Analysis) -> str:
             **_printed(analysis, row, printed_metrics(analysis)),
         }
         for row in analysis.rows
-    )
+    ]
     left = {"Variant", "Implementation", "Framework"}
-    table = frame.map(lambda text: text.replace("|", "\\|")).to_markdown(
-        index=False,
+    table = tabulate(
+        [[text.replace("|", "\\|") for text in line.values()] for line in lines],
+        headers=list(lines[0]),
+        tablefmt="pipe",
         disable_numparse=True,
-        colalign=["left" if column in left else "right" for column in frame.columns],
+        colalign=["left" if column in left else "right" for column in lines[0]],
     )
     notes = "\n".join(f"- {note}" for note in _notes(analysis))
     return f"**{analysis.title}**\n\n{table}\n\n{notes}\n"
@@ -220,27 +264,45 @@ LATEX = str.maketrans(
 def latex(analysis: Analysis) -> str:
     r"""Return `table.tex`: a `table*` with booktabs rules; needs `\usepackage{booktabs}`.
 
-    Variant and devices head their rows; notes are in the caption.
+    Its columns are the metrics of which a document published a number for the experiment, or the
+    usual ones. Variant and devices head their rows; notes are in the caption.
     """
-    metrics = [metric for metric in printed_metrics(analysis) if metric.name in LATEX_METRICS]
+    wanted = {line.published.metric for line in analysis.published} or LATEX_METRICS
+    metrics = [
+        metric
+        for name, metric in METRICS.items()
+        if name in {*wanted, analysis.metric} and any(name in r.metrics for r in analysis.rows)
+    ][:MOST_LATEX_METRICS]
     lines = []
+    columns = ["Framework", "Seeds ok"]
     for group in grouped(analysis.rows):
         title = group_title(group[0]).translate(LATEX)
-        lines.append({"Framework": rf"\rlap{{\textit{{{title}}}}}"})  # as wide as nothing
+        lines.append([rf"\rlap{{\textit{{{title}}}}}"])  # as wide as nothing
         for row in group:
-            texts = {
-                "Framework": framework_name(row.framework),
-                "Seeds ok": format_seeds(row),
-                **_printed(analysis, row, metrics),
-            }
-            lines.append({column: text.translate(LATEX) for column, text in texts.items()})
-    frame = pd.DataFrame(lines).fillna("")
-    style = frame.rename(columns=lambda column: column.translate(LATEX)).style.hide(axis="index")
-    return "% needs \\usepackage{booktabs}\n" + style.to_latex(
-        environment="table*",
-        position_float="centering",
-        hrules=True,
-        column_format="l" + "r" * (len(frame.columns) - 1),
-        caption=" ".join([f"{analysis.title}.", *_notes(analysis)]).translate(LATEX),
-        label=f"tab:{analysis.name}",
+            texts = _printed(analysis, row, metrics)
+            columns = ["Framework", "Seeds ok", *texts]
+            cells = [framework_name(row.framework), format_seeds(row), *texts.values()]
+            lines.append([text.translate(LATEX) for text in cells])
+    caption = " ".join([f"{analysis.title}.", *_notes(analysis)]).translate(LATEX)
+
+    def set_line(cells: list[str]) -> str:
+        return " & ".join([*cells, *[""] * (len(columns) - len(cells))]) + r" \\"
+
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{tab:{analysis.name}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+            r"\toprule",
+            set_line([column.translate(LATEX) for column in columns]),
+            r"\midrule",
+            *map(set_line, lines),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table*}",
+            "",
+        ]
     )

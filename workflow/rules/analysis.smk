@@ -14,6 +14,7 @@ rule analyse:
             "table.tex",
             "comparison.csv",
             "differences.csv",
+            "curves.csv",
         ),
         # Snakemake's own report, of --report, shows what is marked with report().
         page=report(

@@ -17,12 +17,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from ptbench.analysis.claims import Claim, ClaimTest, read_claims
+from ptbench.analysis.findings import EXPONENT_TOLERANCE, INTERVAL_TOLERANCE
 from ptbench.analysis.metrics import METRICS, PERPLEXITY
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.config import read_configuration
@@ -38,8 +40,13 @@ NOISE = 0.004  # deviation of a seed's log perplexity: what seeds of these model
 OPEN_NOISE = 0.5  # with so much, a few seeds show nothing
 TIMES = 0.02  # deviation of the logarithm of a time or speed
 
-Outcome = Literal["upheld", "contradicted", "cannot tell"]
+WIDEST = 2 * INTERVAL_TOLERANCE  # an upheld number may be so far from the truth, not farther
+STEEPEST = 2 * EXPONENT_TOLERANCE
+ROUNDING = 1e-9
+
+Outcome = Literal["upheld", "contradicted", "cannot tell", "just false", "just true"]
 OUTCOMES: tuple[Outcome, ...] = ("upheld", "contradicted", "cannot tell")
+EDGES: tuple[Outcome, ...] = ("just false", "just true")  # where verdicts are wrong most often
 # Logarithms of a run's metrics where nothing is planted; perplexities are drawn around theirs.
 USUAL = {
     "tokens_per_second": math.log(9000), "seconds_per_epoch": math.log(110),
@@ -98,7 +105,15 @@ class Law:
         noise = self._noise(test.metric, outcome)
         left = [of(row, framework) for row in test.left]
         right = [of(row, framework) for row in test.right]
-        step = {"upheld": CLEAR, "contradicted": -CLEAR, "cannot tell": 0.0}[outcome]
+        margin = test.margin or MARGIN
+        # By how much a difference is in the finding's direction, and by how much equals differ.
+        step, apart = {
+            "upheld": (CLEAR, 0.0),
+            "contradicted": (-CLEAR, CLEAR),
+            "cannot tell": (0.0, 0.0),
+            "just false": (0.0, margin * (1 + ROUNDING)),
+            "just true": (margin * (1 + ROUNDING), margin * (1 - ROUNDING)),
+        }[outcome]
         base = self(right[0] if right else left[0], test.metric).mean
 
         def put(row: NamedRow, mean: float, diverging: float = 0.0) -> None:
@@ -109,40 +124,49 @@ class Law:
                 for row in right:
                     put(row, base)
                 sign = {"lower": -1, "higher": 1, "equal": 0}[test.test]
-                apart = CLEAR if test.test == "equal" and outcome == "contradicted" else 0.0
                 for row in left:
                     if row not in right:
-                        put(row, base + sign * step + apart)
-            case "ordering" | "rises" | "falls" | "optimum":
+                        put(row, base + (sign * step if sign else apart))
+            case "ordering" | "rises" | "falls":
                 sign = -1 if test.test == "falls" else 1
-                rows = list(dict.fromkeys([*left, *right]))
-                for place, row in enumerate(rows):
+                for place, row in enumerate(left):
                     put(row, base + sign * step * place)
+            case "optimum":
+                others = [row for row in (*left, *right) if row != left[0]]
+                put(left[0], base)
+                for place, row in enumerate(dict.fromkeys(others)):
+                    least = CLEAR if outcome.startswith("just") and place else step
+                    put(row, base + min(least, ROUNDING) if least == margin else base + least)
             case "saturates":
                 assert test.at is not None
                 for place, row in enumerate(left):
-                    gain = CLEAR if outcome == "contradicted" and place > test.at else 0.0
-                    put(row, base - gain)
+                    put(row, base - (apart if place == test.at + 1 else 0.0))
             case "interaction":
                 for row in (*left, *right):
                     put(row, base)
                 put(left[0], base - step)
             case "value":
                 for row, number in zip(left, test.numbers, strict=True):
-                    put(row, math.log(number) + (CLEAR if outcome == "contradicted" else 0.0))
+                    put(row, math.log(number) + self._gap(outcome, WIDEST))
             case "ratio":
                 for row in right:
                     put(row, base)
                 for (row, _), number in zip(test.pairs, test.numbers, strict=True):
-                    apart = CLEAR if outcome == "contradicted" else 0.0
-                    put(of(row, framework), base + math.log(number) + apart)
+                    put(of(row, framework), base + math.log(number) + self._gap(outcome, WIDEST))
             case "slope":
-                exponent = test.numbers[0] + (1.0 if outcome == "contradicted" else 0.0)
+                exponent = test.numbers[0] + self._gap(outcome, STEEPEST)
                 for row, at in zip(left, test.positions or (), strict=True):
                     put(row, base + exponent * math.log(at / (test.positions or [1.0])[0]))
             case "above":
+                is_true = outcome in ("upheld", "just true")
+                share = 0.5 if outcome == "cannot tell" else 0.0
                 for row, number in zip(left, test.numbers, strict=True):
-                    put(row, math.log(number) + (step or -CLEAR), 0.5 if not step else 0.0)
+                    put(row, math.log(number) + (CLEAR if is_true else -CLEAR), share)
+
+    @staticmethod
+    def _gap(outcome: Outcome, widest: float) -> float:
+        """Return how far a number is from the document's."""
+        return {"contradicted": 2 * widest, "just false": widest}.get(outcome, 0.0)
 
     def _noise(self, metric: str, outcome: Outcome) -> float:
         if is_exact(metric):
@@ -196,14 +220,15 @@ class Law:
                 return left[0] >= min(others), left[0] < min(others)
             case "value":
                 gaps = [abs(each - number) for each, number in zip(left, numbers, strict=True)]
-                return max(gaps) > 0.1, max(gaps) < 1e-9
+                return max(gaps) >= WIDEST, max(gaps) < ROUNDING
             case "ratio":
                 gaps = [abs(a - b - n) for (a, b), n in zip(pairs, numbers, strict=True)]
-                return max(gaps) > 0.1, max(gaps) < 1e-9
+                return max(gaps) >= WIDEST, max(gaps) < ROUNDING
             case "slope":
                 x = np.log(test.positions or [])
                 slope = float(np.polyfit(x, left, 1)[0])
-                return abs(slope - test.numbers[0]) > 0.5, abs(slope - test.numbers[0]) < 1e-9
+                gap = abs(slope - test.numbers[0])
+                return gap >= STEEPEST, gap < ROUNDING
             case "above":
                 low = [each <= number for each, number in zip(left, numbers, strict=True)]
                 return any(low), not any(low)
@@ -231,6 +256,7 @@ def frameworks_of(test: ClaimTest) -> Sequence[str | None]:
     return list(FRAMEWORKS) if any(row.framework is None for row in test.rows) else [None]
 
 
+@cache
 def all_claims() -> dict[str, list[Claim]]:
     """Return every document's findings."""
     return {name: read_claims(folder) for name, folder in paper_folders().items()}
@@ -239,11 +265,14 @@ def all_claims() -> dict[str, list[Claim]]:
 def plant_all(law: Law, outcomes: Sequence[Outcome] = OUTCOMES) -> dict[str, Outcome]:
     """Plant an outcome on every finding, each in its turn, and return them by finding.
 
-    Findings share rows, so that one which is planted later may undo an earlier one's.
+    Findings share rows, so that one which is planted later may undo an earlier one's; the order is
+    drawn.
     """
     claims = [claim for found in all_claims().values() for claim in found if claim.tests]
-    planted = {claim.id: outcomes[int(law.random.integers(len(outcomes)))] for claim in claims}
-    for claim in claims:
+    planted: dict[str, Outcome] = {}
+    for index in law.random.permutation(len(claims)):
+        claim = claims[index]
+        planted[claim.id] = outcomes[int(law.random.integers(len(outcomes)))]
         law.plant(claim, planted[claim.id])
     return planted
 

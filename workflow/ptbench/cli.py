@@ -406,15 +406,18 @@ def answer(
 @command(
     "Make the report's pages on all experiments together.",
     argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
+    argument("--documents", type=Path, nargs="*", default=[], help="folders that answer wrote"),
     argument("--results", type=Path, required=True, help="the results folder"),
     REPORT,
     LOG,
 )
-def report(experiments: list[Path], results: Path, report: Path, log: Path | None) -> None:
+def report(
+    experiments: list[Path], documents: list[Path], results: Path, report: Path, log: Path | None
+) -> None:
     from ptbench.report.overview import write_overview
 
     with Log(log):
-        write_overview(site(report, results), experiments)
+        write_overview(site(report, results), experiments, documents)
 
 
 def site(folder: Path, results: Path) -> Site:
@@ -443,6 +446,8 @@ def partial(
     from ptbench.report.experiment import analyse_experiment
     from ptbench.report.experiment_page import write_experiment_page
     from ptbench.report.overview import write_overview
+    from ptbench.report.paper import answer_paper
+    from ptbench.report.paper_page import write_paper_page
 
     planned = from_json("--configuration", configuration, load_study)
     if (results / "study.json").exists():  # what was run, whatever this command was given
@@ -462,7 +467,13 @@ def partial(
             write_experiment_page(pages, analysis, folders[-1])
             cells = (cell for row in analysis.rows for cell in row.cells)
             done |= {cell.path for cell in cells if cell.state != "missing"}
-        page = write_overview(pages, folders)
+        documents = []
+        for paper, names in planned.papers.items():
+            documents.append(output / "papers" / paper)
+            of_experiments = [output / "experiments" / name for name in names]
+            answers = answer_paper(papers / paper, of_experiments, documents[-1])
+            write_paper_page(pages, answers, documents[-1])
+        page = write_overview(pages, folders, documents)
         opened.say(f"The report on {len(done)} of {len(planned.cells)} cells is at {page}")
 
 

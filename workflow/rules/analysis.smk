@@ -15,6 +15,7 @@ rule analyse:
             "comparison.csv",
             "differences.csv",
             "variants.csv",
+            "curves.csv",
         ),
         # Snakemake's own report, of --report, shows what is marked with report().
         page=report(

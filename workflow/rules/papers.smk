@@ -6,14 +6,30 @@ rule answer:
             "results/experiments/{experiment}/analysis.json",
             experiment=or_exit(study.answering, wildcards.paper),
         ),
+        curves=lambda wildcards: expand(
+            "results/experiments/{experiment}/curves.csv",
+            experiment=or_exit(study.answering, wildcards.paper),
+        ),
         paper=lambda wildcards: study.paper_files(wildcards.paper),
     output:
         "results/papers/{paper}/answers.json",
-        exhibits=directory("results/papers/{paper}/exhibits"),
         tables=directory("results/papers/{paper}/tables"),
-        page="results/report/papers/{paper}.html",
+        page=report(
+            "results/report/papers/{paper}.html",
+            caption="../report/paper.rst",
+            category="{paper}",
+            labels={"result": "page", "kind": "HTML"},
+        ),
+        exhibits=report(
+            directory("results/papers/{paper}/exhibits"),
+            patterns=["{exhibit}.svg"],
+            caption="../report/exhibit.rst",
+            category="{paper}",
+            labels={"result": "{exhibit}", "kind": "figure"},
+        ),
     log:
         "results/logs/papers/{paper}.log",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"

@@ -10,6 +10,10 @@ rule report:
             "results/report/experiments/{experiment}.html",
             experiment=study.experiments,
         ),
+        # as a function, because only this job has to know which documents the study answers
+        answers=lambda wildcards: expand(
+            "results/papers/{paper}/answers.json", paper=or_exit(study.answered)
+        ),
     output:
         report(
             "results/report/index.html",
@@ -35,9 +39,12 @@ rule report:
         experiments=expand(
             "results/experiments/{experiment}", experiment=study.experiments
         ),
+        documents=lambda wildcards, input: [
+            str(Path(file).parent) for file in input.answers
+        ],
     shell:
-        "python -m ptbench report {params.experiments:q} --results results"
-        " --report {params.folder:q} --log {log:q}"
+        "python -m ptbench report {params.experiments:q} --documents {params.documents:q}"
+        " --results results --report {params.folder:q} --log {log:q}"
 
 
 # The report on what is there, with what is missing marked. Without an output, so that it is made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ptbench.analysis import findings
-from ptbench.analysis.findings import BEST_PROBABILITY, Evidence, Verdict
-from ptbench.analysis.metrics import METRICS, MetricName
-from ptbench.analysis.statistics import holm
+from ptbench.analysis.findings import Evidence, Verdict
+from ptbench.analysis.metrics import LARGEST, METRICS, MetricName
+from ptbench.analysis.statistics import SIGNIFICANCE, holm
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.errors import parse
 from ptbench.configuration.papers import NamedRow, RowField
@@ -77,6 +77,11 @@ class ClaimTest(Model):
         if isinstance(self.number, list) and len(self.number) != left:
             raise ValueError(f"{len(self.number)} numbers for {left} rows")
         return self
+
+    @property
+    def has_p(self) -> bool:
+        """Whether it gives a p value of the document's family."""
+        return self.test in TESTS
 
     @property
     def rows(self) -> list[NamedRow]:
@@ -211,7 +216,7 @@ def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list
             [
                 _evidence(test, rows, test.margin or margin)
                 for test, groups in tests
-                if test.test in TESTS
+                if test.has_p
                 for rows in groups
             ]
         )
@@ -248,6 +253,10 @@ def _evidence(test: ClaimTest, rows: Gathered, margin: float) -> Evidence:
     """Return what one framework's seeds say."""
     logs = {row: _logarithms(seeds) for row, seeds in rows.items()}
     left = [logs[row] for row in test.left]
+    if METRICS[test.metric].kind is LARGEST and all(
+        len(set(seeds)) == 1 for seeds in logs.values()
+    ):
+        return _sizes(test, {row: seeds[0] for row, seeds in logs.items()}, margin)
     match test.test:
         case "rises" | "falls":
             return findings.trend(left, test.test)
@@ -268,6 +277,20 @@ def _evidence(test: ClaimTest, rows: Gathered, margin: float) -> Evidence:
     return findings.all_of([findings.lower(logs[a], logs[b], margin) for a, b in pairs])
 
 
+def _sizes(test: ClaimTest, logs: Mapping[NamedRow, float], margin: float) -> Evidence:
+    """Compare counts and sizes that every seed has alike: what they say is certain."""
+    if test.test in ("ordering", "rises", "falls"):
+        pairs = list(itertools.pairwise(test.left))
+    elif test.test in ("lower", "higher", "equal"):
+        pairs = test.pairs
+    else:
+        return findings.NOTHING
+    sign = -1 if test.test in ("higher", "falls") else 1
+    gains = [sign * (logs[b] - logs[a]) for a, b in pairs]
+    effect = margin - max(map(abs, gains)) if test.test == "equal" else min(gains)
+    return Evidence(effect, float(effect <= 0), float(effect > 0))
+
+
 def _logarithms(values: Sequence[float]) -> list[float]:
     return [math.log(value) if value > 0 else math.nan for value in values]
 
@@ -283,10 +306,12 @@ def _result(
         return Result(claim, "untested")
     if not all(groups for _, groups in tests):
         return Result(claim, "not run")
-    verdicts = [
-        _direct(test, rows) for test, groups in tests if test.test not in TESTS for rows in groups
-    ]
-    if any(test.test in TESTS for test, _ in tests):
+    direct = [(test, rows) for test, groups in tests if not test.has_p for rows in groups]
+    # Any of several verdicts may contradict a finding, so each may be wrong so much less often.
+    count = sum(len(test.left) if test.test in ("value", "ratio") else 1 for test, _ in direct)
+    error = SIGNIFICANCE / max(1, count)
+    verdicts = [_direct(test, rows, error) for test, rows in direct]
+    if any(test.has_p for test, _ in tests):
         verdicts.append(findings.verdict(evidence, p, p_opposite))
     numbers = [
         Numbers(str(row), test.metric, seeds)
@@ -304,17 +329,21 @@ def _together(verdicts: Sequence[Verdict]) -> Verdict:
     return "upheld" if all(verdict == "upheld" for verdict in verdicts) else "cannot tell"
 
 
-def _direct(test: ClaimTest, rows: Gathered) -> Verdict:
-    """Judge by a test whose verdict needs no p value of the document's family."""
+def _direct(test: ClaimTest, rows: Gathered, error: float) -> Verdict:
+    """Judge by a test whose verdict needs no p value of the document's family.
+
+    Args:
+        error: probability with which each of its verdicts may be wrong.
+    """
     match test.test:
         case "optimum":
             if min(len(rows[row]) for row in test.rows) < 2:  # one seed says nothing of chance
                 return "cannot tell"
             shares = findings.best_probabilities([_logarithms(rows[row]) for row in test.rows])
-            if shares[0] >= BEST_PROBABILITY:
+            if shares[0] >= 1 - error:
                 return "upheld"
             other = max(shares[1:], default=0.0)
-            return "contradicted" if other >= BEST_PROBABILITY else "cannot tell"
+            return "contradicted" if other >= 1 - error else "cannot tell"
         case "above":
             bounds = zip(test.left, test.numbers, strict=True)
             return _together([findings.beyond(rows[row], bound) for row, bound in bounds])
@@ -323,20 +352,24 @@ def _direct(test: ClaimTest, rows: Gathered) -> Verdict:
             return _together(
                 [
                     findings.holds(
-                        [x - y for x, y in zip(logs[a], logs[b], strict=False)], math.log(number)
+                        [x - y for x, y in zip(logs[a], logs[b], strict=False)],
+                        math.log(number),
+                        error,
                     )
                     for (a, b), number in zip(test.pairs, test.numbers, strict=True)
                 ]
             )
         case "slope":
             groups = [_logarithms(rows[row]) for row in test.left]
-            return findings.slope_holds(test.positions or [], groups, test.numbers[0])
+            return findings.slope_holds(test.positions or [], groups, test.numbers[0], error)
     given = list(zip(test.left, test.numbers, strict=True))
     if test.tolerance is not None:
+        if not all(rows[row] for row, _ in given):
+            return "cannot tell"
         exact = [
             np.allclose(rows[row], number, rtol=test.tolerance, atol=0) for row, number in given
         ]
         return "upheld" if all(exact) else "contradicted"
     return _together(
-        [findings.holds(_logarithms(rows[row]), math.log(number)) for row, number in given]
+        [findings.holds(_logarithms(rows[row]), math.log(number), error) for row, number in given]
     )

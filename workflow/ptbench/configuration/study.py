@@ -231,6 +231,10 @@ class Study:
         found = {name: answering(at, self.experiments) for name, at in paper_folders().items()}
         return {name: experiments for name, experiments in found.items() if experiments}
 
+    def answered(self) -> list[str]:
+        """Return the documents that an experiment of the study answers."""
+        return list(self.papers)
+
     def answering(self, paper: str) -> list[str]:
         """Return the experiments that answer a document.
 

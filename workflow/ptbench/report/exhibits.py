@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -204,6 +205,7 @@ def draw_sweep(result: ExhibitResult) -> Figure:
         _number_perplexities(axes, metric)
         if is_number:
             if result.exhibit.relative_to:
+                axes.set_ylim(0, 1.05 * at[-1] / at[0])
                 axes.plot(at, [x / at[0] for x in at], color=MUTED, linewidth=1, zorder=1)
                 axes.annotate("ideal", (at[-1], at[-1] / at[0]), color=MUTED, ha="right")
             if min(at) > 0 and len(at) > 2 and _is_geometric(at):
@@ -336,28 +338,24 @@ def _draw_runs(
     colour: str,
     dashes: str | tuple[float, Sequence[float]],
 ) -> int:
-    """Draw the seeds of one row; return the epoch of the line's end."""
+    """Draw the seeds of one row; return the epoch of the line's end.
+
+    The line is the mean of the seeds as far as all of them were trained; thin lines are the rest.
+    """
     good = [run for run in runs if not run.diverged]
-    epochs = max((len(run.epochs) for run in good), default=0)
-    means, low, high = [], [], []
-    for index in range(epochs):
-        logs = [math.log(v[index]) for run in good if index < len(v := run.values[metric])]
-        means.append(math.exp(sum(logs) / len(logs)))
-        low.append(math.exp(min(logs)))
-        high.append(math.exp(max(logs)))
-    x = range(1, epochs + 1)
-    marker = "o" if epochs == 1 else None
+    every = min((len(run.epochs) for run in good), default=0)
+    logs = np.log([run.values[metric][:every] for run in good]).reshape(len(good), every)
+    x = range(1, every + 1)
     axes.plot(
-        x,
-        means,
-        linestyle=dashes,
-        marker=marker,
-        color=colour,
-        linewidth=1.6,
-        label=label,
-        zorder=3,
-    )
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        x, np.exp(logs.mean(axis=0)) if good else [], linestyle=dashes, color=colour, linewidth=1.6,
+        marker="o" if every == 1 else None, label=label, zorder=3,
+    )  # fmt: skip
+    if good:
+        ends = np.exp([logs.min(axis=0), logs.max(axis=0)])
+        axes.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0)
+    for run in good:
+        rest = slice(every - 1, None)
+        axes.plot(run.epochs[rest], run.values[metric][rest], color=colour, linewidth=0.7, zorder=2)
     for run in runs:
         finite = [
             (epoch, value)
@@ -369,4 +367,4 @@ def _draw_runs(
                 *finite[-1], "X", color=colour, markeredgecolor=LIGHT_BACKGROUND, markersize=8,
                 clip_on=False, zorder=5,
             )  # fmt: skip
-    return max(epochs, 1)
+    return max(every, 1)

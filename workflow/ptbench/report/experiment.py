@@ -23,8 +23,8 @@ def analyse_experiment(
 ) -> Analysis:
     """Analyse the planned cells that exist and write everything the report needs of them.
 
-    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, figures/*.svg and *.png.
-    Writes analysis.json last, because it tells that the others are there.
+    Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, curves.csv, and
+    figures/*.svg and *.png. Writes analysis.json last, because it tells that the others are there.
 
     Args:
         plan: the experiment.
@@ -46,6 +46,7 @@ def analyse_experiment(
         "table.md": tables.markdown(analysis),
         "table.tex": tables.latex(analysis),
         "comparison.csv": tables.comparison_csv(analysis),
+        "curves.csv": tables.curves_csv(rows),
         "differences.csv": tables.differences_csv(analysis),
         "variants.csv": tables.variants_csv(analysis),
         "analysis.json": analysis.model_dump_json(indent=1) + "\n",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
+from ptbench.analysis.collect import Row
 from ptbench.analysis.experiment import Analysis, PublishedResult, RowResult
 from ptbench.analysis.metrics import LARGEST, METRICS, NOTHING, PERPLEXITY, Metric
 from ptbench.report.formatting import (
@@ -164,6 +165,30 @@ def variants_csv(analysis: Analysis) -> str:
             }
         )
     return _csv(records, VARIANT_COLUMNS)
+
+
+CURVE_COLUMNS = (
+    "variant", "framework", "devices", "seed", "epoch", "hours", "train_perplexity",
+    "valid_perplexity",
+)  # fmt: skip
+
+
+def curves_csv(rows: Sequence[Row]) -> str:
+    """Return `curves.csv`: a line for each epoch of each run, of those that diverged too.
+
+    `hours` are of training and validation, from the first epoch's begin to this one's end.
+    """
+    lines = [",".join(CURVE_COLUMNS)]
+    for row in rows:
+        for cell in row.cells:
+            seconds = 0.0
+            for epoch in cell.result.history if cell.result else ():
+                seconds += epoch.training_seconds + epoch.validation_seconds
+                lines.append(
+                    f"{row.variant},{row.framework},{row.devices},{cell.cell.seed},{epoch.epoch},"
+                    f"{seconds / 3600:.6g},{epoch.train_perplexity!r},{epoch.valid_perplexity!r}"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def _csv(records: list[dict[str, Any]], columns: Collection[str] | None = None) -> str:

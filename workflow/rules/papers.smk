@@ -14,6 +14,7 @@ rule answer:
         page="results/report/papers/{paper}.html",
     log:
         "results/logs/papers/{paper}.log",
+    retries: 0
     localrule: True
     conda:
         "../../envs/workflow.yaml"

@@ -255,7 +255,10 @@ def snakemake_is_disturbed(testbed: Testbed, folder: Path) -> Faulty:
     # Who submits it again all the same, without Snakemake's hooks, corrupts nothing.
     with study.start("--no-hooks", target) as snakemake:
         log = study.folder / f"results/logs/cells/{first}.log"
-        study.wait(lambda: "waiting for that to end" in log.read_text(), "the second job to wait")
+        study.wait(
+            lambda: log.exists() and "waiting for that to end" in log.read_text(),
+            "the second job to wait",
+        )
         study.takes(0.0, first)
         study.wait(lambda: snakemake.poll() is not None, "Snakemake to end")
     assert snakemake.returncode == 0

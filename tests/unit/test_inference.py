@@ -26,7 +26,7 @@ from ptbench.configuration.specification import Cell, Specification
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Keep, Recipe
-from ptbench.model.shapes import kept_count, parameter_shapes
+from ptbench.model.shapes import kept_count, parameter_shapes, stored_bytes
 from ptbench.training import inference
 from ptbench.training.cell import Paths, run_cell
 from ptbench.training.checkpoints import PLACES, packed, read_arrays, unpacked, write_arrays
@@ -98,6 +98,7 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
     stored, _ = read_arrays(folder / "best.safetensors")  # of a sparse matrix, its weights alone
     shape = parameter_shapes(trained, VOCABULARY)["rnn.0.recurrent"]
     assert stored["rnn.0.recurrent"].size == kept_count(trained, "rnn.0.recurrent", shape)
+    assert sum(array.nbytes for array in stored.values()) == stored_bytes(trained, VOCABULARY)
 
     checkpoint = inference.read_checkpoint(folder / "best.safetensors")
     assert checkpoint.recipe == trained
@@ -111,14 +112,17 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
 
 
 def test_places_that_no_matrix_has_are_refused() -> None:
-    matrix = np.zeros((3, 4), np.float32)
+    sparse = SMALL.model_copy(update={"kept_weights": 0.1})
+    name, shape = "rnn.0.input", parameter_shapes(sparse, VOCABULARY)["rnn.0.input"]
+    matrix = np.zeros(shape, np.float32)
     matrix[1, 2] = 7.0
-    arrays = packed({"m": matrix}, ["m"])
-    assert np.array_equal(unpacked(arrays, {"m": (3, 4)})["m"], matrix)
-    with pytest.raises(ValueError, match=r"m\.places has a place outside m"):
-        unpacked(arrays, {"m": (1, 2)})
-    with pytest.raises(ValueError, match=r"it has m\.places and no m"):
-        unpacked({"m" + PLACES: arrays["m" + PLACES]}, {"m": (3, 4)})
+    arrays = packed({name: matrix}, sparse)
+    assert arrays[name].tolist() == [7.0]
+    assert np.array_equal(unpacked(arrays, {name: shape})[name], matrix)
+    with pytest.raises(ValueError, match=rf"{name}\.places has a place outside {name}"):
+        unpacked(arrays, {name: (1, 2)})
+    with pytest.raises(ValueError, match=rf"it has {name}\.places and no {name}"):
+        unpacked({name + PLACES: arrays[name + PLACES]}, {name: shape})
 
 
 @pytest.mark.parametrize("feeding", ["parallel_streams", "windows", "sentences"])

@@ -519,11 +519,12 @@ def status(
 ) -> None:
     from rich.console import Console
 
-    from ptbench.configuration.study import command_of, read_study
+    from ptbench.configuration.study import read_study
     from ptbench.report import status as report
+    from ptbench.report.commands import study_command
 
     written = study or results / "study.json"
-    runs = shlex.split(again or command_of(written) or "uv run snakemake --cores 1")
+    runs = shlex.split(again) if again else study_command(results)
     planned = read_study(written) if study or written.exists() else load(config)
     found = report.study_status(planned, results)
     if as_json:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -94,6 +94,22 @@ def queue() -> list[Job] | None:
         started = None if start == "N/A" else datetime.fromisoformat(start).astimezone()
         jobs.append(Job(number, state, started, reason, nodes, comment, folder))
     return jobs
+
+
+class Queue(NamedTuple):
+    """What Slurm has, as far as one project is concerned."""
+
+    numbers: frozenset[str]  # of everybody's jobs
+    jobs: Mapping[str, Job]  # that Snakemake submitted from the project's folder, by comment
+
+
+def queue_of(folder: Path) -> Queue | None:
+    """Return what Slurm has of a project; None where it does not answer, or is not."""
+    jobs = queue()
+    if jobs is None:
+        return None
+    own = {job.comment: job for job in jobs if job.of(folder)}
+    return Queue(frozenset(job.number for job in jobs), own)
 
 
 def comment_of(cell: str) -> str:

@@ -38,6 +38,7 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
 
     def __post_init__(self, test_mode: bool = False) -> None:
         # The threads that submit and follow jobs may be running before this returns.
+        self.followed: dict[str, SubmittedJobInfo] = {}  # the jobs that have not ended, by number
         self.misses: Counter[str] = Counter()  # answers in a row without a job, by its number
         self.silent = False  # Slurm has not answered the last time
         self.refused: list[str] = []  # what sbatch said to the last jobs, if it refused them
@@ -51,7 +52,17 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         self.ends.set()
         super().shutdown()
 
+    def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:  # noqa: ARG002
+        """Cancel every job: Snakemake's list lacks all of them while their states are asked for."""
+        self.ends.set()
+        self._job_submission_executor.shutdown(wait=True)  # or a job is submitted afterwards
+        super().cancel_jobs(list(self.followed.values()))
+
     # ------------------------------------------------------------------------------- submitting
+
+    def report_job_submission(self, job_info: SubmittedJobInfo, register_job: bool = True) -> None:
+        self.followed[job_info.external_jobid] = job_info
+        super().report_job_submission(job_info, register_job)
 
     def run_job(self, job: Any) -> None:
         """Submit a job, patiently; called in a thread of its own."""
@@ -119,7 +130,9 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
             end = slurm.judge(state, self.misses[number], requeues, list(map(str, info.job.output)))
             if end is None:
                 yield info
-            elif end == "failed":
+                continue
+            del self.followed[number]
+            if end == "failed":
                 self.fail(info, state)
             else:
                 self.report_job_success(info)
@@ -131,7 +144,8 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         """Report a job that failed, and remember what it ran out of."""
         log = str(info.aux["slurm_logfile"])
         lacking = slurm.scarce(state, "".join(map(end_of, (log, *info.job.log))))
-        for output in info.job.output if lacking else ():
+        if lacking:
+            [output] = info.job.output
             cell = str(output).removeprefix("results/cells/").removesuffix("/metrics.json")
             slurm.ran_out[cell, lacking] += 1
         how = f"it ended as {state}" if state else "it left the queue without a result"

@@ -22,7 +22,7 @@ from ptbench.corpus.definitions import planned_size
 from ptbench.errors import ConfigurationError
 from ptbench.model import work
 from ptbench.model.recipe import Accelerator, Recipe
-from ptbench.model.shapes import parameter_count
+from ptbench.model.shapes import stored_bytes
 from ptbench.model.work import CorpusSize
 from ptbench.training.records import Metrics, read_metrics
 
@@ -150,7 +150,8 @@ class Estimator:
         seconds, source = self._seconds(cell, recipe, size)
         config = self.study.config
         units = cell.devices if config.accelerator == "cuda" else max(config.threads, cell.devices)
-        disk = 4 * parameter_count(recipe, size.vocabulary_size)
+        keeps = config.keep_checkpoints != "none"
+        disk = stored_bytes(recipe, size.vocabulary_size) if keeps else 0
         return RunCost(cell, seconds, source, units, disk)
 
     def _seconds(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:

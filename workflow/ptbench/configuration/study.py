@@ -307,15 +307,6 @@ def read_study(path: Path) -> Study:
     return load_study(content["config"], path.name)
 
 
-def command_of(path: Path) -> str | None:
-    """Return the command that runs the study that `Study.write` wrote; None if it is unknown."""
-    try:
-        command = json.loads(path.read_bytes())["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return command if isinstance(command, str) else None
-
-
 def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
     """Validate a merged configuration and resolve all that it names.
 

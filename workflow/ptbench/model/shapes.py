@@ -83,6 +83,29 @@ def kept_count(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
     return gates * max(round(recipe.kept_weights * count / gates), 1)
 
 
+def place_bytes(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int | None:
+    """Return the size of a kept weight's place in its matrix, where the kept ones are stored alone.
+
+    None: the whole array is stored, because it is not sparse enough, or not at all.
+    """
+    size = math.prod(shape)
+    if not is_sparse(recipe, name) or 3 * kept_count(recipe, name, shape) >= size:
+        return None
+    return 4 if size < 2**32 else 8
+
+
+def stored_bytes(recipe: Recipe, vocabulary_size: int) -> int:
+    """Return the size of the trained parameters on disk [bytes], float32."""
+    total = 0
+    for name, shape in parameter_shapes(recipe, vocabulary_size).items():
+        place = place_bytes(recipe, name, shape)
+        if place is None:
+            total += 4 * math.prod(shape)
+        else:
+            total += (4 + place) * kept_count(recipe, name, shape)
+    return total
+
+
 def parameter_count(recipe: Recipe, vocabulary_size: int) -> int:
     """Return how many trainable numbers the model has."""
     shapes = parameter_shapes(recipe, vocabulary_size)

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ from ptbench.configuration.specification import Cell, parse_cell_path
 from ptbench.configuration.study import Study
 from ptbench.report.commands import run_again
 from ptbench.report.formatting import framework_name
-from ptbench.slurm import Job, comment_of, queue
+from ptbench.slurm import Job, Queue, comment_of, queue_of
 from ptbench.training.attempts import Seen, look, record_path
 from ptbench.training.records import read_metrics
 
@@ -72,25 +72,22 @@ class CellStatus(NamedTuple):
     host: str | None = None  # where that ran, or runs
 
 
-def cell_status(
-    cell: Cell, study: Study, results: Path, jobs: Collection[Job] | None = None
-) -> CellStatus:
+def cell_status(cell: Cell, study: Study, results: Path, queue: Queue | None = None) -> CellStatus:
     """Return the state of a cell, from its metrics.json, its newest attempt, and Slurm's queue.
 
     Args:
         cell: which.
         study: knows its recipe.
         results: the results folder.
-        jobs: that Slurm has; None: unknown.
+        queue: Slurm's; None: unknown.
     """
     folder = results / "attempts" / cell.path
     seen = look(folder)
-    if seen and jobs is not None and _without_job(seen, jobs):
-        seen = seen._replace(lives=False)
-    comment, project = comment_of(cell.path), results.resolve().parent
-    own = [job for job in jobs or () if job.comment == comment and job.of(project)]
+    if seen and queue and (number := _job_of(seen)) and number not in queue.numbers:
+        seen = seen._replace(lives=False)  # its job is gone
+    job = queue.jobs.get(comment_of(cell.path)) if queue else None
     result = results / "cells" / cell.path / "metrics.json"
-    state, reason = _state(cell, study, result, seen, own[-1] if own else None)
+    state, reason = _state(cell, study, result, seen, job)
     status = CellStatus(cell.path, cell, state, reason=reason)
     if seen is None:
         return status
@@ -128,9 +125,7 @@ def _state(
         if job.state in ("RUNNING", "COMPLETING"):
             return "starting", f"job {job.number} on {job.nodes}"
         return "queued", f"job {job.number}: {job.reason}"
-    if outdated:
-        return "missing", OUTDATED
-    return attempt_state(seen)
+    return ("missing", OUTDATED) if outdated else attempt_state(seen)
 
 
 def attempt_state(seen: Seen | None) -> tuple[State, str | None]:
@@ -163,29 +158,22 @@ def _job_of(seen: Seen) -> str | None:
     return job and job.rpartition(" ")[2]
 
 
-def _without_job(seen: Seen, jobs: Collection[Job]) -> bool:
-    """Return whether an attempt was made in a Slurm job that Slurm no longer has."""
-    number = _job_of(seen)
-    return number is not None and all(job.number != number for job in jobs)
-
-
 def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
     """Return the cells of every experiment; cells that experiments share are in each of them."""
     known = {cell.path: cell_status(cell, study, results) for cell in study.cells}
     # Slurm is asked after the first look, or a job that has just begun would seem gone. Then the
     # cells are looked at again, because a job that has just ended may have recorded how.
-    jobs = queue()
-    if jobs is not None:
+    if queue := queue_of(results.resolve().parent):
         known |= {
-            status.path: cell_status(status.cell, study, results, jobs)
+            status.path: cell_status(status.cell, study, results, queue)
             for status in known.values()
             if status.state not in ("done", "diverged")
         }
-    for path, status in known.items():
-        corpus = study.specification(status.cell.variant).recipe.corpus_folder
-        reason = _preparation_reason(corpus_log(results, corpus))
-        if reason and status.state == "missing":
-            known[path] = status._replace(reason=f"corpus {corpus} failed: {reason}")
+    failed = failed_corpora(study, results)
+    for path, status in known.items() if failed else ():
+        corpus = study.recipe(path).corpus_folder
+        if corpus in failed and status.state == "missing":
+            known[path] = status._replace(reason=f"corpus {corpus} failed: {failed[corpus][0]}")
     return {
         name: [known[cell.path] for cell in planned.cells]
         for name, planned in study.experiments.items()
@@ -212,16 +200,25 @@ def job_errors(log: str) -> dict[str, JobError]:
     }
 
 
-def corpus_log(results: Path, corpus: str) -> Path | None:
-    """Return the log of a corpus that is not there; None if it is, or nothing was tried."""
-    log = results / "logs" / "corpora" / f"{corpus}.log"
-    prepared = results / "corpora" / corpus / "corpus.json"
-    return log if log.exists() and not prepared.exists() else None
+def failed_corpora(study: Study, results: Path) -> dict[str, tuple[str, Path]]:
+    """Return why each corpus that is not there could not be had, where that was tried, and a log.
+
+    Args:
+        study: names the corpora.
+        results: the results folder.
+    """
+    found = {}
+    for corpus in dict.fromkeys(study.recipe(cell.path).corpus_folder for cell in study.cells):
+        log = results / "logs" / "corpora" / f"{corpus}.log"
+        reason = _preparation_reason(log)
+        if reason and not (results / "corpora" / corpus / "corpus.json").exists():
+            found[corpus] = (reason, log)
+    return found
 
 
-def _preparation_reason(log: Path | None) -> str | None:
+def _preparation_reason(log: Path) -> str | None:
     """Return why a corpus or an environment could not be made, from its log."""
-    text = log.read_text(errors="replace") if log and log.exists() else ""
+    text = log.read_text(errors="replace") if log.exists() else ""
     reasons: list[str] = re.findall(r"^ptbench: (.*)$", text, re.MULTILINE)
     return reasons[-1] if reasons else None
 
@@ -235,10 +232,8 @@ def preparation_failures(log: str, study: Study, results: Path) -> str:
         results: the results folder.
     """
     found = {(kind, name): Path(path) for kind, _, name, path in PREPARATION_ERROR.findall(log)}
-    for corpus in dict.fromkeys(study.recipe(cell.path).corpus_folder for cell in study.cells):
-        own = corpus_log(results, corpus)
-        if own and _preparation_reason(own):
-            found.setdefault(("corpus", corpus), own)
+    for corpus, (_, own) in failed_corpora(study, results).items():
+        found.setdefault(("corpus", corpus), own)
     return "\n".join(
         f"{kind} {name} failed: {_preparation_reason(own) or 'no reason is known'}\n  log:   {own}"
         for (kind, name), own in found.items()

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from ptbench.analysis.experiment import Analysis
-from ptbench.analysis.findings import BEST_PROBABILITY
 from ptbench.analysis.headline import Comparison, Couple, Perplexities
 from ptbench.analysis.metrics import METRICS
+from ptbench.analysis.statistics import CONFIDENCE
 from ptbench.report.formatting import format_p, format_percent, framework_name
 
 
@@ -114,7 +114,7 @@ def variants_sentence(analysis: Analysis) -> str:
         return ""
     surely: dict[str, list[str]] = {}
     for each in analysis.best:
-        if each.probability >= BEST_PROBABILITY:
+        if each.probability >= CONFIDENCE:
             name = framework_name(each.framework)
             names = surely.setdefault(analysis.label(each.variant), [])
             names += [] if name in names else [name]
@@ -122,7 +122,7 @@ def variants_sentence(analysis: Analysis) -> str:
     if not surely:
         return f"In no framework is a variant surely the best by {metric}."
     said = "; ".join(f"{label} in {listed(names)}" for label, names in surely.items())
-    return f"Best by {metric}, with a probability of at least {BEST_PROBABILITY:g}: {said}."
+    return f"Best by {metric}, with a probability of at least {CONFIDENCE:g}: {said}."
 
 
 def _differing(found: Perplexities) -> str:

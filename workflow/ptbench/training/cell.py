@@ -34,7 +34,6 @@ from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.files import write_atomically
 from ptbench.model.parameters import parameter_count
 from ptbench.model.recipe import BUDGETS, Keep, Recipe
-from ptbench.model.shapes import is_sparse
 from ptbench.training.attempts import Attempt, now
 from ptbench.training.checkpoints import Checkpoints, Identity, packed, write_arrays
 from ptbench.training.clocks import Clocks
@@ -264,8 +263,7 @@ class CellTrainer:
             "vocabulary_sha256": self.corpus.vocabulary_sha256,
             "epoch": str(run.best.epoch),
         }
-        sparse = [name for name in run.best_parameters if is_sparse(self.recipe, name)]
-        arrays = packed(run.best_parameters, sparse)
+        arrays = packed(run.best_parameters, self.recipe)
         write_arrays(self.paths.checkpoints / "best.safetensors", arrays, metadata)
 
     def metrics(self, run: Run, peak: int, peak_on_devices: int | None) -> Metrics:

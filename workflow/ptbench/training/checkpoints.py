@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from safetensors.numpy import save_file
 
 from ptbench.errors import PtbenchError
 from ptbench.files import remove_leftovers, replacing
-from ptbench.model.recipe import Model
+from ptbench.model.recipe import Model, Recipe
+from ptbench.model.shapes import place_bytes
 from ptbench.training.loop import Keeper, Run, Saved, Sums
 from ptbench.training.records import Epoch
 from ptbench.training.signals import Signals
@@ -265,20 +266,19 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
     return arrays, metadata
 
 
-def packed(arrays: Mapping[str, npt.NDArray[Any]], names: Collection[str]) -> Arrays:
-    """Return arrays of which some hold their weights other than zero alone, and their places.
+def packed(arrays: Mapping[str, npt.NDArray[Any]], recipe: Recipe) -> Arrays:
+    """Return arrays of which the sparse ones hold their weights other than zero, and their places.
 
     Args:
         arrays: by name.
-        names: of the matrices of a sparse model.
+        recipe: says which are sparse.
     """
     result = dict(arrays)
-    for name in names:
-        flat = np.reshape(arrays[name], -1)
-        places = np.flatnonzero(flat)
-        if 3 * len(places) < flat.size:  # a place takes up to twice as much as a weight
-            result[name] = flat[places]
-            result[name + PLACES] = places.astype(np.min_scalar_type(flat.size))
+    for name, array in arrays.items():
+        if place := place_bytes(recipe, name, array.shape):
+            flat = np.reshape(array, -1)
+            places = np.flatnonzero(flat)
+            result[name], result[name + PLACES] = flat[places], places.astype(f"u{place}")
     return result
 
 

@@ -371,7 +371,9 @@ def test_bad_json_from_the_workflow(
     tmp_path: Path, refused: Callable[..., str], content: str
 ) -> None:
     output = ("--output", tmp_path / "out")
-    refused("analyse", "--plan", content, "--results", tmp_path, *output)
+    refused(
+        "analyse", "--plan", content, "--results", tmp_path, *output, "--report", tmp_path / "r"
+    )
     refused("corpus", "--corpus", content, "--downloads", tmp_path, *output)
     if content != "{}":
         refused("partial", "--configuration", content, "--results", tmp_path, *output)
@@ -395,6 +397,7 @@ STUDY = load_study({"experiments": ["demo"], "seeds": [1, 2], "devices": [1]})
 def analyse_arguments(results: Path) -> list[Any]:
     return [
         "analyse", "--plan", STUDY.plan("demo"), "--results", results, "--output", results / "out",
+        "--report", results / "report",
     ]  # fmt: skip
 
 
@@ -449,7 +452,7 @@ def test_a_partial_report_is_made_all_the_same_and_says_what_does_not_count(
     arguments = ["--configuration", STUDY.configuration, "--results", results]
     main([str(word) for word in ("partial", *arguments, "--output", results / "partial")])
     assert "The report on 1 of 10 cells" in capfd.readouterr().out
-    page = (results / "partial" / "index.html").read_text()
+    page = (results / "partial" / "experiments" / "demo.html").read_text()
     assert page.count(f"no seed has a result ({OUTDATED})") >= 4
     assert "seed-2/metrics.json cannot be read" in page
 
@@ -465,7 +468,9 @@ def test_a_results_folder_that_may_not_be_written_to(
 def test_a_bad_analysis(tmp_path: Path, refused: Callable[..., str], content: bytes) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "analysis.json").write_bytes(content)
-    refused("report", tmp_path / "experiment", "--output", tmp_path / "report")
+    refused(
+        "report", tmp_path / "experiment", "--results", tmp_path, "--report", tmp_path / "report"
+    )
 
 
 def test_a_full_disk_leaves_no_analysis_and_no_half_of_a_file(

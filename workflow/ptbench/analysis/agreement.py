@@ -18,11 +18,17 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # its stats are imported where they are used, which takes a second
 
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.published import PublishedValue
-from ptbench.analysis.statistics import CONFIDENCE, Sample, as_sample, has_spread
+from ptbench.analysis.statistics import (
+    CONFIDENCE,
+    Sample,
+    as_sample,
+    has_spread,
+    t_quantile,
+)
 
 TOLERANCE = 0.05  # nats: an interval wider than ± this can hold a number and prove nothing
 MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
@@ -178,7 +184,7 @@ def half_width(
     else:
         freedom = float(n - 1)
         error = math.sqrt(variance * (1 / n + 1 / published.runs))
-    return float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    return t_quantile((1 + confidence) / 2, freedom) * error
 
 
 def seeds_to_settle(sample: Sample, published: Published) -> int | None:
@@ -231,6 +237,5 @@ def correlate(published: Sequence[float], ours: Sequence[float]) -> Correlation:
     a, b = np.asarray(published, np.float64), np.asarray(ours, np.float64)
     if len(a) < 3 or not np.ptp(a) or not np.ptp(b):
         return Correlation(len(a), None, None)
-    return Correlation(
-        len(a), float(stats.pearsonr(a, b).statistic), float(stats.spearmanr(a, b).statistic)
-    )
+    pearson, spearman = scipy.stats.pearsonr(a, b), scipy.stats.spearmanr(a, b)
+    return Correlation(len(a), float(pearson.statistic), float(spearman.statistic))

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import special, stats
+import scipy  # its stats are imported where they are used, which takes a second
+from scipy import special
 
 from ptbench.analysis.statistics import (
     SIGNIFICANCE,
@@ -155,7 +156,7 @@ def trend(groups: Sequence[Sequence[float]], direction: Literal["rises", "falls"
     z = sign * (count - mean) / math.sqrt(variance)
     ends = samples[0].mean(), samples[-1].mean()
     effect = sign * float(ends[1] - ends[0]) if np.isfinite(ends).all() else None
-    return Evidence(effect, float(stats.norm.sf(z)), float(stats.norm.cdf(z)))
+    return Evidence(effect, float(special.ndtr(-z)), float(special.ndtr(z)))
 
 
 def saturates(groups: Sequence[Sequence[float]], at: int, margin: float) -> Evidence:
@@ -257,8 +258,8 @@ def slope_holds(
     y = as_sample(np.concatenate([as_sample(group) for group in groups]))
     if len(y) < 3 or not np.isfinite(y).all():
         return "cannot tell"
-    line = stats.linregress(x, y)
-    half = float(stats.t.ppf(1 - error / 2, len(y) - 2) * line.stderr)
+    line = scipy.stats.linregress(x, y)
+    half = float(scipy.stats.t.ppf(1 - error / 2, len(y) - 2) * line.stderr)
     if abs(float(line.slope) - slope) > half:
         return "contradicted"
     return "upheld" if half <= EXPONENT_TOLERANCE else "cannot tell"
@@ -294,11 +295,11 @@ def interaction(
         error**2 / (len(s) - 1) for error, s in zip(errors, samples, strict=True)
     )
     error = math.sqrt(errors.sum())
-    p = float(stats.t.sf(effect / error, freedom))
-    opposite = float(stats.t.cdf(effect / error, freedom))
+    p = float(scipy.stats.t.sf(effect / error, freedom))
+    opposite = float(scipy.stats.t.cdf(effect / error, freedom))
     within = max(
-        float(stats.t.sf((effect + margin) / error, freedom)),
-        float(stats.t.cdf((effect - margin) / error, freedom)),
+        float(scipy.stats.t.sf((effect + margin) / error, freedom)),
+        float(scipy.stats.t.cdf((effect - margin) / error, freedom)),
     )
     return Evidence(effect, p, min(opposite, within), least=margin)
 
@@ -334,8 +335,10 @@ def _mann_whitney(a: Sample, b: Sample, alternative: Literal["less", "greater"])
     largest = largest[np.isfinite(largest)].max(initial=0.0) + 1.0
     first, second = np.minimum(a, largest), np.minimum(b, largest)
     # By default SciPy takes a normal approximation where there are ties.
-    exact = stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=0)
-    return float(stats.mannwhitneyu(first, second, alternative=alternative, method=exact).pvalue)
+    exact = scipy.stats.PermutationMethod(n_resamples=PERMUTATIONS, rng=0)
+    return float(
+        scipy.stats.mannwhitneyu(first, second, alternative=alternative, method=exact).pvalue
+    )
 
 
 def _seeds(a: Sample, b: Sample, effect: float) -> int | None:

@@ -7,26 +7,31 @@ are None, never nan.
 Two frameworks whose runs of one seed share initial values and batches, and draw no dropout masks,
 are compared seed by seed (paired). Where dropout draws differ by framework, the samples are
 independent (Welch).
+
+Student's distribution is that of `scipy.special`: the import of `scipy.stats` or statsmodels would
+take longer than all tests of an experiment.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from math import comb
+from functools import lru_cache
+from math import comb, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy  # its stats are imported where they are used, which takes a second
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
-from scipy import stats
-from statsmodels.stats.meta_analysis import effectsize_smd
-from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+from scipy import special
 
 from ptbench.model.recipe import Model
 
 CONFIDENCE = 0.95  # of every interval
 SIGNIFICANCE = 0.05  # of every test
 PERMUTATION_P = 0.01  # a permutation test is made only if its smallest possible p is below this
+EXACT_PERMUTATIONS = 5_000  # as many ways are counted at once; more are left to SciPy
 MAXIMUM_PERMUTATIONS = 200_000  # exact up to C(20, 10) = 184,756: ten seeds on each side
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
@@ -107,8 +112,19 @@ def t_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float
     sample = as_sample(values)
     if not has_spread(sample):
         return None
-    low, high = DescrStatsW(sample).tconfint_mean(alpha=1 - confidence)
-    return float(low), float(high)
+    mean, error = float(sample.mean()), float(sample.std(ddof=1)) / sqrt(len(sample))
+    half = t_quantile((1 + confidence) / 2, len(sample) - 1) * error
+    return mean - half, mean + half
+
+
+def t_quantile(probability: float, degrees_of_freedom: float) -> float:
+    """Return the quantile of Student's distribution."""
+    return float(special.stdtrit(degrees_of_freedom, probability))
+
+
+def t_upper(t: float, degrees_of_freedom: float) -> float:
+    """Return the probability that Student's t is larger."""
+    return float(special.stdtr(degrees_of_freedom, -t))
 
 
 def t_test(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False) -> MeanTest | None:
@@ -129,31 +145,31 @@ def t_test(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False) -> M
     first, second = as_sample(a), as_sample(b)
     if min(len(first), len(second)) < 2:
         return None
-    alpha = 1 - CONFIDENCE
+    difference = float(first.mean() - second.mean())
     if paired:
         differences = first - second
         if not has_spread(differences, float(np.max(np.abs([first, second])))):
             return None
-        moments = DescrStatsW(differences)
-        t, p, degrees_of_freedom = moments.ttest_mean()
-        low, high = moments.tconfint_mean(alpha=alpha)
-        p_equivalence = moments.ttost_mean(-margin, margin)[0]
+        error = float(differences.std(ddof=1)) / sqrt(len(differences))
+        freedom = float(len(differences) - 1)
     else:
         if not (has_spread(first) or has_spread(second)):
             return None
-        means = CompareMeans(DescrStatsW(first), DescrStatsW(second))
-        t, p, degrees_of_freedom = means.ttest_ind(usevar="unequal")
-        low, high = means.tconfint_diff(alpha=alpha, usevar="unequal")
-        p_equivalence = means.ttost_ind(-margin, margin, usevar="unequal")[0]
+        parts = [float(sample.var(ddof=1)) / len(sample) for sample in (first, second)]
+        error = sqrt(sum(parts))
+        freedom = sum(parts) ** 2 / sum(
+            part**2 / (len(sample) - 1) for part, sample in zip(parts, (first, second), strict=True)
+        )
+    half = t_quantile((1 + CONFIDENCE) / 2, freedom) * error
     return MeanTest(
         kind="paired" if paired else "Welch",
-        difference=float(first.mean() - second.mean()),
-        low=float(low),
-        high=float(high),
-        t=float(t),
-        degrees_of_freedom=float(degrees_of_freedom),
-        p=float(p),
-        p_equivalence=float(p_equivalence),
+        difference=difference,
+        low=difference - half,
+        high=difference + half,
+        t=difference / error,
+        degrees_of_freedom=freedom,
+        p=2 * t_upper(abs(difference) / error, freedom),
+        p_equivalence=t_upper((margin - abs(difference)) / error, freedom),
     )
 
 
@@ -169,8 +185,10 @@ def hedges_g(a: ArrayLike, b: ArrayLike) -> float | None:
     first, second = as_sample(a), as_sample(b)
     if min(len(first), len(second)) < 2 or not (has_spread(first) or has_spread(second)):
         return None
-    moments = [(s.mean(), s.std(ddof=1), len(s)) for s in (first, second)]
-    return float(effectsize_smd(*moments[0], *moments[1])[0])
+    freedom = len(first) + len(second) - 2
+    squares = sum(float(s.var(ddof=1)) * (len(s) - 1) for s in (first, second))
+    difference = float(first.mean() - second.mean())
+    return (1 - 3 / (4 * freedom - 1)) * difference / sqrt(squares / freedom)
 
 
 def permutation_p(a: ArrayLike, b: ArrayLike, paired: bool = False) -> float | None:
@@ -189,10 +207,22 @@ def permutation_p(a: ArrayLike, b: ArrayLike, paired: bool = False) -> float | N
     if 2 / ways >= PERMUTATION_P or not has_spread(np.concatenate([first, second])):
         return None
 
+    if ways <= EXACT_PERMUTATIONS:
+        if paired:
+            distances = np.abs(_signs(len(first)) @ (first - second)) / len(first)
+        else:
+            values = np.concatenate([first, second])
+            chosen = values[_ways(len(values), len(first))].mean(axis=1)
+            others = (values.sum() - chosen * len(first)) / len(second)
+            distances = np.abs(chosen - others)
+        seen = abs(float(first.mean() - second.mean()))
+        rounding = 1e-12 * float(np.max(np.abs([*first, *second])))
+        return float(np.mean(distances >= seen - rounding))
+
     def distance(x: Sample, y: Sample, axis: int) -> Sample:
         return np.abs(x.mean(axis=axis) - y.mean(axis=axis))
 
-    result = stats.permutation_test(
+    result = scipy.stats.permutation_test(
         (first, second),
         distance,
         permutation_type="samples" if paired else "independent",
@@ -205,13 +235,24 @@ def permutation_p(a: ArrayLike, b: ArrayLike, paired: bool = False) -> float | N
     return float(result.pvalue)
 
 
+@lru_cache
+def _ways(total: int, first: int) -> NDArray[np.intp]:
+    """Return every way to choose the first side's places among all [ways, first]."""
+    return np.array(list(itertools.combinations(range(total), first)))
+
+
+@lru_cache
+def _signs(pairs: int) -> Sample:
+    """Return every way to exchange the values of pairs, as signs of their differences."""
+    return np.array(list(itertools.product((1.0, -1.0), repeat=pairs)))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjust p values so that any false rejection among them has probability 0.05 at most.
 
     Holm (1979), "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
     Statistics 6, 65-70. Tests that could not be made are None and not part of the family.
     """
-    # Not statsmodels' multipletests, which collects garbage for 0.1 s at every call.
     made = as_sample([p for p in p_values if p is not None])
     order = np.argsort(made)
     steps = (len(made) - np.arange(len(made))) * made[order]

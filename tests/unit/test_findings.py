@@ -126,9 +126,10 @@ def test_the_best_value_s_probability_is_shared_among_equals_and_sums_to_one() -
 
 
 def test_a_magnitude_is_upheld_where_the_interval_holds_it() -> None:
-    values = [1.0, 1.1, 0.9, 1.05, 0.95]
-    assert findings.holds(values, 1.02) == "upheld"
-    assert findings.holds(values, 2.0) == "contradicted"
+    values = [1.0, 1.02, 0.98, 1.01, 0.99]
+    assert findings.holds(values, 1.01) == "upheld"
+    assert findings.holds(values, 1.1) == "contradicted"
+    assert findings.holds([10 * value for value in values], 10.1) == "cannot tell"  # too wide
     assert findings.holds([1.0], 1.0) == "cannot tell"
     assert findings.holds([], 1.0) == "not run"
 

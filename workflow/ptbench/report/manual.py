@@ -75,8 +75,8 @@ there. [Tutorial](../tutorial.md#a-paper-of-your-own) makes such a folder step b
 PUBLISHED = """\
 ## published.csv
 
-One line for each printed number; the first line has the names of these columns. Fields whose
-default is not "required" may be empty. A bound is written `>3000` or `<130`.
+One line for each printed number; the first line has the names of these columns. `framework`,
+`note` and columns with a default may be empty. A bound is written `>3000` or `<130`.
 """
 
 CLAIMS = """\

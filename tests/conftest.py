@@ -81,12 +81,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # The scopes of `Scheduling` that take longest, in the order of their time on two cores. The first
 # mostly waits for Slurm, so its process leaves the cores to the two others.
 LONGEST = (
-    "slurm", "tests/workflow/test_demo.py", "jax", "keras", "tensorflow",
-    "tests/faults/test_frameworks.py", "tests/workflow/test_planning.py", "mxnet", "pytorch",
-    "tests/workflow/test_failures.py", "tests/workflow/test_interruption.py",
+    "slurm", "tests/workflow/test_demo.py", "jax", "tensorflow", "keras",
+    "tests/faults/test_frameworks.py", "pytorch", "tests/workflow/test_planning.py", "mxnet",
+    "tests/workflow/test_environments.py", "tests/workflow/test_failures.py",
+    "tests/workflow/test_slurm_profile.py", "tests/faults/test_trainer.py",
+    "tests/workflow/test_interruption.py", "tests/faults/test_replicas.py",
+    "tests/unit/test_isolation.py", "tests/unit/test_findings.py", "tests/unit/test_oracle.py",
+    "tests/unit/test_configuration.py", "tests/unit/test_quality.py", "tests/unit/test_report.py",
     "tests/workflow/test_documentation.py", "tests/workflow/test_hostile.py",
-    "tests/faults/test_trainer.py", "oracle",
-    "tests/unit/test_quality.py", "tests/unit/test_report.py", "tests/unit/test_oracle.py",
 )  # fmt: skip
 
 

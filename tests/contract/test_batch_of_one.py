@@ -17,7 +17,8 @@ from ptbench.corpus.batching import Batch
 from ptbench.model.recipe import Recipe
 
 TIME = 30
-CALLS = 40  # where threads decided, between 5 and 85 % of calls differed
+CALLS = 40  # where threads decided, between 5 and 85 % of TensorFlow's calls differed
+FEWER_CALLS = 10  # of what does not run on TensorFlow
 WIDE = {"batch_size": 1, "sequence_length": TIME, "hidden_size": 64, "recurrent_bias": True}
 RECIPES = {
     "stepwise lstm": recipe(**WIDE, kernel="stepwise"),
@@ -35,4 +36,5 @@ def test_a_batch_of_one_sequence_has_the_same_gradients_every_time(
     inputs, targets = np.random.default_rng(0).integers(0, VOCABULARY, (2, TIME, 1), np.int32)
     batch = Batch(inputs, targets, np.ones((TIME, 1), np.float32))
     backend = backends.get(framework, recipe)
-    assert probe(probes.gradients_that_differ, backend, batch, CALLS) == []
+    calls = CALLS if framework in ("tensorflow", "keras") else FEWER_CALLS
+    assert probe(probes.gradients_that_differ, backend, batch, calls) == []

@@ -1,7 +1,8 @@
 """A mixture of softmaxes models high-rank text measurably better than one softmax.
 
 This is the experiment `softmax-bottleneck`, shortened. One framework is enough: the other tests of
-parity show that all compute the same.
+parity show that all compute the same, and training takes each a minute. So is one seed, whose
+results differ by a tenth of what is shown; `--exhaustive` tests three in all frameworks.
 """
 
 from __future__ import annotations
@@ -50,14 +51,15 @@ def test_the_mixture_has_fewer_parameters(study: Study, corpus: Path) -> None:
 
 @pytest.mark.one_framework
 def test_a_mixture_of_softmaxes_comes_closer_to_the_floor_than_one_softmax(
-    backends: Backends, framework: str, study: Study, corpus: Path
+    backends: Backends, framework: str, study: Study, corpus: Path, pytestconfig: pytest.Config
 ) -> None:
+    exhaustive = pytestconfig.getoption("exhaustive")
     anyone = backends.get(framework, recipe())  # a process in the framework's environment
     softmax, mixture = (
         np.array(
             probe(
                 probes.nlls_of_runs, anyone, study.specification(variant).text(), str(corpus),
-                SEEDS, SHORT,
+                SEEDS if exhaustive else SEEDS[:1], SHORT,
             )
         )
         for variant in (SOFTMAX, MIXTURE)
@@ -67,6 +69,8 @@ def test_a_mixture_of_softmaxes_comes_closer_to_the_floor_than_one_softmax(
     assert margin > 0.1  # nats: 10 % of perplexity
     assert softmax.mean() - mixture.mean() > margin / 3
     assert mixture.min() > floor - 0.01  # below by t nats per token: a chance of exp(-10,000 t)
+    if not exhaustive:
+        return
     test = t_test(softmax, mixture, margin)
     assert test is not None
     # Holm's correction for all frameworks demands at most this of the least certain of them.

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +96,28 @@ def test_a_model_trained_in_a_framework_is_the_same_in_the_oracle(
     assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=HALF)
 
 
-@pytest.fixture(scope="module")
-def ask(folder: Path) -> Callable[..., Any]:
-    """Return what a command says of a model, by this interpreter, which has no framework."""
-    saved = model({})
-    parameters = random_parameters(saved, seed=4)
-    path = save_model(folder / "cli.safetensors", saved, parameters, folder / "corpora/small")
+def test_next_words_and_a_sample_are_the_oracle_s(
+    backends: Backends, framework: str, folder: Path
+) -> None:
+    path = small_model(folder)
+    anyone = backends.get(framework, recipe())
+    said = probe(probes.predictions_of_checkpoint, anyone, str(path))
+    expected = probe(probes.predictions_of_checkpoint, new_oracle(recipe()), str(path))
+    assert said["words"] == expected["words"]
+    assert said["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-4)
 
-    def run(command: str, framework: str, *options: str) -> Any:
+
+# Every framework is entered in the same way, which starts it twice, for seconds; what each of them
+# answers is in the tests above.
+@pytest.mark.one_framework
+def test_the_command_line_answers_in_the_framework_s_own_environment(
+    backends: Backends, framework: str, folder: Path
+) -> None:
+    """Called with this interpreter, which has no framework."""
+    path = small_model(folder)
+    anyone = backends.get(framework, recipe())  # its environment is built
+
+    def ask(command: str, *options: str) -> Any:
         answer = subprocess.run(
             [sys.executable, "-m", "ptbench", command, "--framework", framework,
              "--checkpoint", path, "--json", *options],
@@ -113,35 +126,18 @@ def ask(folder: Path) -> Callable[..., Any]:
         assert answer.returncode == 0, answer.stderr
         return json.loads(answer.stdout)
 
-    return run
+    expected = probe(probes.score_of_checkpoint, anyone, str(path), "test")
+    assert ask("evaluate")["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    said = ask("predict", "--words", "6", "--sample", "8", "--seed", "1")
+    probabilities = [each["true_probability"] for each in said["predictions"]]
+    expected = probe(probes.predictions_of_checkpoint, anyone, str(path))
+    assert probabilities == pytest.approx(expected["probabilities"][:6], rel=1e-6)
+    words = open_corpus(folder / "corpora/small").words
+    assert said["sample"].split() == [words[word] for word in expected["words"][-8:]]
 
 
-PREDICT = ("--words", "6", "--sample", "8", "--seed", "1")
-
-
-@pytest.fixture(scope="module")
-def oracle_says(ask: Callable[..., Any]) -> Any:
-    return ask("predict", "oracle", *PREDICT)
-
-
-def test_the_command_line_predicts_in_the_framework_s_own_environment(
-    backends: Backends, framework: str, ask: Callable[..., Any], oracle_says: Any
-) -> None:
-    backends.get(framework, recipe())  # its environment is built
-    said = ask("predict", framework, *PREDICT)
-    assert said["sample"] == oracle_says["sample"]
-    for ours, theirs in zip(said["predictions"], oracle_says["predictions"], strict=True):
-        for name, value in theirs.items():
-            number = isinstance(value, float)
-            assert ours[name] == (pytest.approx(value, rel=1e-4) if number else value)
-
-
-# Both commands enter a framework's environment by the same function, which starts the framework
-# once more, for seconds; what each framework evaluates to is in the tests above.
-@pytest.mark.one_framework
-def test_the_command_line_evaluates_in_the_framework_s_own_environment(
-    backends: Backends, framework: str, folder: Path, ask: Callable[..., Any]
-) -> None:
-    backends.get(framework, recipe())  # its environment is built
-    expected = oracle_s_perplexity(folder, model({}), random_parameters(model({}), seed=4), seed=0)
-    assert ask("evaluate", framework)["perplexity"] == pytest.approx(expected, rel=HALF)
+def small_model(folder: Path) -> Path:
+    """Return a saved model on the folder's corpus."""
+    saved = model({})
+    parameters = random_parameters(saved, seed=4)
+    return save_model(folder / "small.safetensors", saved, parameters, folder / "corpora/small")

@@ -93,6 +93,28 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
         return inference.evaluate_split(model, corpus, cast("Split", split)).model_dump()
 
 
+def predictions_of_checkpoint(backend: Backend, path: str) -> dict[str, list[Any]]:
+    """Return what a trained model on disk predicts, in the backend's framework.
+
+    Six words of the test split, each with the most probable one, then eight words that are drawn;
+    and the probabilities of the six and of the most probable ones.
+    """
+    checkpoint = inference.read_checkpoint(Path(path))
+    corpus = inference.open_corpus_of(checkpoint)
+    with contextlib.closing(
+        inference.build(checkpoint, backend.name, threads=backend.setup.threads)
+    ) as model:
+        stretch = inference.predict_next_words(model, corpus, "test", 0, 6)
+        drawn = inference.sample(model, corpus, 8, temperature=1.0, seed=1)
+    true = [(each.true, each.true_probability) for each in stretch]
+    best = [(each.predicted, each.predicted_probability) for each in stretch]
+    words = [int(word) for word, _ in true + best]
+    return {
+        "words": [*words, *(int(word) for word in drawn)],
+        "probabilities": [float(probability) for _, probability in true + best],
+    }
+
+
 def nlls_of_runs(
     backend: Backend, specification: str, corpus: str, seeds: list[int], changes: dict[str, Any]
 ) -> list[float]:

@@ -38,8 +38,17 @@ class Project:
         (folder / "results" / "environments").symlink_to(environments)
 
     def environment(self) -> dict[str, str]:
-        """Environment variables of what runs here: the copy's package, not the installed one."""
-        return {**os.environ, "PYTHONPATH": str(self.folder / "workflow")}
+        """Environment variables of what runs here: the copy's package, not the installed one.
+
+        JAX keeps what it compiles, for a cell that is started several times.
+        """
+        return {
+            **os.environ,
+            "PYTHONPATH": str(self.folder / "workflow"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
 
     def snakemake(
         self, *arguments: str, expect: int | None = 0

@@ -42,7 +42,7 @@ def start(project: Project) -> subprocess.Popen[bytes]:
             stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
             # A test run behind an `&` ignores it, and so would Snakemake.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            env={**os.environ, "PYTHONPATH": str(project.folder / "workflow")},
+            env=project.environment(),
         )  # fmt: skip
     while not last.exists():
         assert process.poll() is None, (project.folder / "said").read_text()

@@ -108,8 +108,11 @@ def test_training_steps_and_all_that_they_leave_are_the_oracle_s(
     assert actual.keys() == expected.keys()
     assert np.array_equal(actual["step"], count)
     slots = [f"optimizer.{s}.{n}" for s, n in itertools.product(oracle.slots, oracle.shapes)]
-    # MXNet's Adam forms 1 - 0.999 in float32, which is off by 1.3e-5.
-    limit = 3e-5 if framework == "mxnet" and case.recipe.optimizer == "adam" else 1e-5
+    limit = 1e-5
+    if case.recipe.rnn == "rnn_relu":
+        limit = 5e-5  # nothing bounds its outputs, so rounding grows from step to step: 2.3e-5
+    elif framework == "mxnet" and case.recipe.optimizer == "adam":
+        limit = 3e-5  # it forms 1 - 0.999 in float32, which is off by 1.3e-5
     for name in [*slots, *oracle.state_widths]:
         assert actual[name].shape == expected[name].shape
         assert relative_error(actual[name], expected[name]) < limit, name

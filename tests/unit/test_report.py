@@ -139,11 +139,11 @@ def page(pages: dict[str, Page]) -> Page:
 def test_the_experiment_folder_is_whole(report: Path) -> None:
     folder = report.parent / "experiments" / "demo"
     written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    figures = {"perplexity", "learning-curves", "tokens-per-second", "seconds"}
+    figures = {"perplexity", "learning-curves", "tokens-per-second", "seconds", "front"}
     assert written == {
         *(f"figures/{name}.{suffix}" for name in figures for suffix in ("svg", "png")),
         *("table.csv", "table.md", "table.tex", "comparison.csv", "differences.csv"),
-        "analysis.json",
+        *("variants.csv", "curves.csv", "analysis.json"),
     }
 
 
@@ -276,7 +276,7 @@ def test_headings_skip_no_level_and_tables_name_their_axes(pages: dict[str, Page
 
 def test_figures_follow_the_page_colours_and_have_words(pages: dict[str, Page]) -> None:
     page = pages["experiments/demo.html"]
-    assert len(page.attributes("svg", "aria-hidden")) == 4
+    assert len(page.attributes("svg", "aria-hidden")) == 5
     styles = " ".join(a.get("style") or "" for _, a in page.elements)
     assert "var(--pytorch)" in styles
     assert "#c0392b" not in styles

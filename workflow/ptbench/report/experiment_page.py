@@ -29,6 +29,7 @@ TABLE_FILES = (
     "differences.csv",
     "variants.csv",
     "comparison.csv",
+    "curves.csv",
     "analysis.json",
 )
 

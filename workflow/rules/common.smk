@@ -56,6 +56,11 @@ def literal(text):
     return shlex.quote(text).replace("{", "{{").replace("}", "}}")
 
 
+# A dry run has one core unless it is told more, and would show one thread of every job on a cluster.
+if workflow.output_settings.dryrun and workflow.nodes is not None:
+    workflow.global_resources["_cores"] = sys.maxsize
+
+
 # Cores that a cell claims: all of this machine's if its recipe says that it runs alone, or if it trains on
 # this machine's GPUs, which are not shared out among cells; a cluster does that. Otherwise one for each
 # replica on the CPU at least.

@@ -45,7 +45,7 @@ STATES: dict[State, str] = {  # and the colour of each
 def _job_error(rule: str, output: str) -> re.Pattern[str]:
     """Match a failed job in Snakemake's log: a message, what its output is about, and its logs."""
     return re.compile(
-        rf"^Error in rule {rule}:\n(?: {{4}}message: (.+)\n)?(?:.*\n)*?"
+        rf"^Error in rule {rule}:\n(?: {{4}}message: (?:None|(.+))\n)?(?:.*\n)*?"
         rf" {{4}}output: {output}\n(?: {{4}}log: (.+?)(?: \(check .*)?\n)?",
         re.MULTILINE,
     )

@@ -35,7 +35,8 @@ rule all:
 onstart:
     if set(workflow.dag_settings.targets) != {"partial"}:
         or_exit(refuse_duplicates, Path.cwd())
-        or_exit(study.write, Path("results/study.json"))
+        command = command_without_targets(sys.argv, get_argument_parser().parse_args)
+        or_exit(study.write, Path("results/study.json"), replaced, command)
 
 
 # At the very end: Snakemake prints all of rule `all` after the report is made.
@@ -49,7 +50,4 @@ onsuccess:
 
 # Says what failed, why, and the command that runs it alone.
 onerror:
-    again = command_without_targets(sys.argv, workflow.dag_settings.targets)
-    shell(
-        "python -m ptbench status --failed --snakemake-log {log:q} --again {again:q}"
-    )
+    shell("python -m ptbench status --failed --snakemake-log {log:q}")

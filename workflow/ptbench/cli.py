@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ptbench.corpus.store import Corpus
     from ptbench.model.recipe import Accelerator
 
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 T = TypeVar("T")
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -142,13 +145,14 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
     "Train and score one cell.",
     argument("--cell", required=True, help="variant/framework/devices-N/seed-N"),
     argument("--specification", required=True, help="what to train, as JSON"),
-    argument("--corpus", type=Path, required=True, help="folder of the prepared corpus"),
+    argument("--corpus", type=Path, required=True, help="corpus.json, or its folder"),
     argument("--output", type=Path, required=True, help="folder of the cell's results"),
     argument("--checkpoints", type=Path, required=True, help="folder of its parameters"),
     argument("--attempts", type=Path, required=True, help="folder of its attempts' records"),
     argument("--wait-for-lock", type=float, default=0.0, metavar="SECONDS", help=WAIT_HELP),
     argument("--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"),
     argument("--threads", type=int, default=1, help="CPU threads; at least one per device"),
+    argument("--code", help="digest of the code that trains; with another, nothing is trained"),
     LOG,
 )
 def train(
@@ -161,6 +165,7 @@ def train(
     wait_for_lock: float,
     checkpoint_minutes: float,
     threads: int,
+    code: str | None,
     log: Path | None,
 ) -> None:
     from ptbench.training.signals import ProcessSignals, end_children
@@ -174,8 +179,9 @@ def train(
 
     from ptbench.training.cell import Paths, attempt_at, read_specification, run_cell
 
-    specified = read_specification(specification)
-    paths = Paths(corpus, output, attempts, checkpoints)
+    specified = read_specification(specification, code)
+    folder = corpus.parent if corpus.name == "corpus.json" else corpus
+    paths = Paths(folder, output, attempts, checkpoints)
     try:
         with attempt_at(which, specified, paths, log) as attempt, Log(log) as opened:
             faulthandler.enable()
@@ -425,7 +431,6 @@ def partial(
     argument("--json", dest="as_json", action="store_true", help="for machines"),
     argument("--failed", action="store_true", help="only the cells that failed"),
     argument("--snakemake-log", type=Path, nargs="*", default=[], help=SNAKEMAKE_LOG_HELP),
-    argument("--again", default="uv run snakemake --cores 1", help="what runs the workflow"),
 )
 def status(
     study: Path | None,
@@ -434,11 +439,10 @@ def status(
     as_json: bool,
     failed: bool,
     snakemake_log: list[Path],
-    again: str,
 ) -> None:
     from rich.console import Console
 
-    from ptbench.configuration.study import read_study
+    from ptbench.configuration.study import read_command, read_study
     from ptbench.report import status as report
 
     written = study or Path("results/study.json")
@@ -454,7 +458,8 @@ def status(
         print(text)
     errors = report.job_errors(log)
     cells = report.after_errors(report.distinct(found), errors, planned, results)
-    if text := report.failures(cells, results, shlex.split(again)):
+    again = shlex.split(read_command(written) or "uv run snakemake --cores 1")
+    if text := report.failures(cells, results, again):
         print(text)
 
 
@@ -490,6 +495,8 @@ def load(path: Path) -> Study:
     from ptbench.configuration.config import read_configuration
     from ptbench.configuration.study import load_study
 
+    if not path.exists() and PROJECT != Path.cwd():
+        raise PtbenchError(f"there is no {path} here; give this command in {PROJECT}")
     return load_study(read_configuration([path]), path.name)
 
 
@@ -553,8 +560,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a PtbenchError is one message on standard error and its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every word
     arguments = vars(parser().parse_args(argv))
     try:
+        if PROJECT in Path.cwd().parents:
+            raise PtbenchError(f"give this command in {PROJECT}, not in a folder of it")
         COMMANDS[arguments.pop("command")].function(**arguments)
     except PtbenchError as error:
         complain(str(error))

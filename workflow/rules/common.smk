@@ -4,27 +4,33 @@ import signal
 import sys
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake.settings.types import DeploymentMethod
 
 from ptbench import environments
 from ptbench.configuration.config import read_configuration
-from ptbench.configuration.study import load_study
+from ptbench.configuration.study import load_study, read_study
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
 from ptbench.slurm import refuse_duplicates
 
+project = Path(workflow.basedir).resolve()
+if Path.cwd().resolve() != project:
+    sys.exit(f"ptbench: give this command in {project}, not in {Path.cwd()}")
+
 # Snakemake's own reader knows YAML 1.1 and not the lines of keys, so files and --config are read again,
-# in its order: config.yaml, every --configfile, --config.
+# in its order: config.yaml, every --configfile, --config. A job on a cluster trains what was planned
+# when its run began, whatever has been edited since.
 files = workflow.overwrite_configfiles
 if Path("config.yaml").exists() or not files:
     if not workflow.config_settings.replace_workflow_config:
         files = ["config.yaml", *files]
-study = or_exit(
-    load_study,
-    or_exit(
-        read_configuration, map(Path, files), workflow.config_settings.config_args or ()
-    ),
-)
+values = workflow.config_settings.config_args or ()
+if workflow.remote_exec:
+    study = or_exit(read_study, Path("results/study.json"))
+else:
+    study = or_exit(load_study, or_exit(read_configuration, map(Path, files), values))
+    workflow.config_settings.configfiles = []  # Snakemake would read them in every job
 
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 ACCELERATOR = study.config.accelerator
@@ -64,23 +70,33 @@ def cores_of(path, devices):
     return max(study.config.threads, devices)
 
 
-# Whether a cell has the result that it is to have, and nobody asked for another one.
+replaced = []  # cells whose result is there and does not count
+
+
+# Whether a cell has the result that it is to have, and nobody asked for another one. Snakemake would
+# keep a file that is there, though it cannot be read or is of another specification.
 def is_trained(path):
     settings, output = workflow.dag_settings, f"results/cells/{path}/metrics.json"
+    result = study.result(path)
+    if result == "other" and path not in replaced:
+        replaced.append(path)
+        workflow.dag.forcefiles.add(output)
     forced = settings.forceall or not {"train", output}.isdisjoint(settings.forcerun)
     forced = forced or (settings.forcetargets and output in settings.targets)
-    return not forced and study.is_trained(path)
+    return not forced and result == "counts"
 
 
 # What a cell is trained with: its corpus, and its framework's environment, which only has to be there.
-# With conda, Snakemake makes the environment. One function, because Snakemake is slow to call many.
-def inputs_of(wildcards, path):
+# With conda, Snakemake makes the environment, and a job on a cluster begins with it. A cell that is
+# trained waits for nothing: if a file that it was made with is newer, or gone, it is still its result.
+def inputs_of(path):
     corpus = or_exit(study.corpus_of_cell, path)
+    if is_trained(path):
+        return {}
     inputs = {"corpus": f"results/corpora/{corpus}/corpus.json"}
-    if not USES_CONDA:
-        framework, trained = wildcards.framework, lambda: is_trained(path)
-        waits = or_exit(environments.to_wait_for, framework, ACCELERATOR, trained)
-        inputs["environment"] = ancient(waits)
+    if not USES_CONDA and not workflow.remote_exec:
+        framework = path.split("/")[1]
+        inputs["environment"] = ancient(or_exit(environments.to_wait_for, framework, ACCELERATOR))
     return inputs
 
 

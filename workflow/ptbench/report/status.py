@@ -255,8 +255,7 @@ def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str])
         if cell.state not in ("failed", "interrupted"):
             continue
         target = results / "cells" / cell.path / "metrics.json"
-        # Snakemake sees no reason to make a file again that is there but cannot be read.
-        again = [*command, *(["--force"] if target.exists() else []), "--", str(target)]
+        again = [*command, "--", str(target)]
         times = "" if cell.attempts < 2 else f" (attempt {cell.attempts})"
         paragraphs.append(
             f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}\n"

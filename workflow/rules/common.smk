@@ -1,4 +1,5 @@
 # The validated study, and what several rules need of it. No logic: that is in workflow/ptbench.
+import inspect
 import shlex
 import signal
 import sys
@@ -60,14 +61,36 @@ def literal(text):
     return shlex.quote(text).replace("{", "{{").replace("}", "}}")
 
 
+# Snakemake asks what parameters a function has whenever it calls it, which is slow unless it was noted.
+def noted(function):
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 # Cores that a cell claims: all of this machine's if its recipe says that it runs alone, or if it trains on
 # this machine's GPUs, which are not shared out among cells; a cluster does that. Otherwise one for each
 # replica on the CPU at least.
-def cores_of(path, devices):
+@noted
+def cores_of(wildcards):
     here = workflow.local_exec and not workflow.remote_exec
-    if here and (ACCELERATOR == "cuda" or study.recipe(path).alone):
+    if here and (ACCELERATOR == "cuda" or study.recipe(CELL.format(**wildcards)).alone):
         return workflow.cores
-    return max(study.config.threads, devices)
+    return max(study.config.threads, int(wildcards.devices))
+
+
+@noted
+def memory_of(wildcards, input, attempt):
+    return study.memory_megabytes(CELL.format(**wildcards), input.corpus, attempt)
+
+
+@noted
+def runtime_of(wildcards, input, attempt):
+    return study.runtime_minutes(CELL.format(**wildcards), input.corpus, attempt)
+
+
+@noted
+def specification_of(wildcards):
+    return study.text(wildcards.variant)
 
 
 replaced = []  # cells whose result is there and does not count
@@ -89,14 +112,16 @@ def is_trained(path):
 # What a cell is trained with: its corpus, and its framework's environment, which only has to be there.
 # With conda, Snakemake makes the environment, and a job on a cluster begins with it. A cell that is
 # trained waits for nothing: if a file that it was made with is newer, or gone, it is still its result.
-def inputs_of(path):
+@noted
+def inputs_of(wildcards):
+    path = CELL.format(**wildcards)
     corpus = or_exit(study.corpus_of_cell, path)
     if is_trained(path):
         return {}
     inputs = {"corpus": f"results/corpora/{corpus}/corpus.json"}
     if not USES_CONDA and not workflow.remote_exec:
-        framework = path.split("/")[1]
-        inputs["environment"] = ancient(or_exit(environments.to_wait_for, framework, ACCELERATOR))
+        waits = or_exit(environments.to_wait_for, wildcards.framework, ACCELERATOR)
+        inputs["environment"] = ancient(waits)
     return inputs
 
 

@@ -2,7 +2,7 @@
 # concerned. Checkpoints are no output, because Snakemake deletes outputs before every run.
 rule train:
     input:
-        unpack(lambda wildcards: inputs_of(CELL.format(**wildcards))),
+        unpack(inputs_of),
     output:
         f"results/cells/{CELL}/metrics.json",
     log:
@@ -11,18 +11,14 @@ rule train:
         f"results/benchmarks/cells/{CELL}.tsv"
     conda:
         "../../envs/{framework}.yaml"
-    threads: lambda wildcards: cores_of(CELL.format(**wildcards), int(wildcards.devices))
+    threads: cores_of
     resources:
         nodes=1,  # or Slurm may spread GPUs over several
-        mem_mb=lambda wildcards, input, attempt: study.memory_megabytes(
-            CELL.format(**wildcards), input.corpus, attempt
-        ),
-        runtime=lambda wildcards, input, attempt: study.runtime_minutes(
-            CELL.format(**wildcards), input.corpus, attempt
-        ),
+        mem_mb=memory_of,
+        runtime=runtime_of,
     params:
         cell=CELL,
-        specification=lambda wildcards: study.text(wildcards.variant),
+        specification=specification_of,
         checkpoints=f"results/checkpoints/{CELL}",
     shell:
         f"{FRAMEWORK_PYTHON} -m ptbench train"

@@ -106,6 +106,10 @@ class Study:
         return tuple(dict.fromkeys(c for e in self.experiments.values() for c in e.cells))
 
     @cached_property
+    def _planned(self) -> frozenset[str]:
+        return frozenset(cell.path for cell in self.cells)
+
+    @cached_property
     def _specifications(self) -> dict[str, Specification]:
         return {s.variant: s for e in self.experiments.values() for s in e.specifications}
 
@@ -149,6 +153,8 @@ class Study:
             ConfigurationError: if there can be no such cell.
         """
         where = f"results/cells/{path}"
+        if path in self._planned:
+            return self.recipe(path).corpus_folder
         try:
             variant, framework, *_ = path.split("/")
             known(framework, FRAMEWORKS, "framework", "framework")

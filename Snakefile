@@ -35,7 +35,9 @@ rule all:
 onstart:
     if set(workflow.dag_settings.targets) != {"partial"}:
         or_exit(refuse_duplicates, Path.cwd())
-        command = command_without_targets(sys.argv, get_argument_parser().parse_args)
+        command = command_without_targets(
+            sys.argv, get_argument_parser().parse_args
+        )
         or_exit(study.write, Path("results/study.json"), replaced, command)
 
 

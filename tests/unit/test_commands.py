@@ -16,7 +16,10 @@ PARSER = get_argument_parser()
         (["/p/.venv/bin/snakemake", "--cores", "2"], "uv run snakemake --cores 2"),
         (["/usr/bin/snakemake", "--profile", "slurm"], "snakemake --profile slurm"),
         (["s", "--cores", "1", "partial"], "snakemake --cores 1"),
-        (["s", "--cores", "all", "all", "--config", "a=all"], "snakemake --cores all --config a=all"),
+        (
+            ["s", "--cores", "all", "all", "--config", "a=all"],
+            "snakemake --cores all --config a=all",
+        ),
         (["s", "-call", "all"], "snakemake -call"),
         (["s", "-c", "2", "-R", "report", "report"], "snakemake -c 2"),
         (["s", "-F", "--forcerun=train", "-c1", "--until", "train", "-k"], "snakemake -c1 -k"),

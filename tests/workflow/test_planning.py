@@ -187,9 +187,13 @@ def test_a_result_of_another_specification_is_made_again(finished: Project) -> N
 
 def test_elsewhere_it_is_said_where_to_be(project: Project) -> None:
     here = f"ptbench: give this command in {project.folder.resolve()}"
-    for command in (["snakemake", "-s", "../Snakefile", "-n", "--cores", "1"], ["ptbench", "status"]):
+    for command in (
+        ["snakemake", "-s", "../Snakefile", "-n", "--cores", "1"],
+        ["ptbench", "status"],
+    ):
         answer = subprocess.run(
-            [sys.executable, "-m", *command], cwd=project.folder / "docs", env=project.environment(),
+            [sys.executable, "-m", *command],
+            cwd=project.folder / "docs", env=project.environment(),
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert answer.returncode != 0

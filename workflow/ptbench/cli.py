@@ -495,7 +495,7 @@ def load(path: Path) -> Study:
     from ptbench.configuration.config import read_configuration
     from ptbench.configuration.study import load_study
 
-    if not path.exists() and PROJECT != Path.cwd():
+    if not path.exists() and Path.cwd() != PROJECT:
         raise PtbenchError(f"there is no {path} here; give this command in {PROJECT}")
     return load_study(read_configuration([path]), path.name)
 

@@ -11,9 +11,7 @@ rule corpus:
         "../../envs/workflow.yaml"
     params:
         folder=subpath(output[0], parent=True),
-        corpus=lambda wildcards: or_exit(
-            study.corpus_content, wildcards.corpus_folder
-        ),
+        corpus=lambda wildcards: or_exit(study.corpus_content, wildcards.corpus_folder),
     shell:
         "python -m ptbench corpus --corpus {params.corpus:q} --downloads results/downloads"
         f" --output {{params.folder:q}} --log {{log:q}} --fetching {literal(study.fetching)}"

@@ -7,7 +7,6 @@ Snakefile. Before both it reads `profiles/default/config.yaml`, which calls `che
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def check_home(cache: Path) -> None:
         PtbenchError: if that is not possible; it says what to set.
     """
     try:
-        os.makedirs(cache, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PtbenchError(
             f"{cache} cannot be made: {error.strerror}. Snakemake keeps files there: set HOME to a "

@@ -173,7 +173,7 @@ class Study:
         return specification.recipe.corpus_folder
 
     def result(self, path: str) -> Literal["counts", "other", "none"]:
-        """Return what a cell has: a result of its specification, a file that is none, or no file."""
+        """Return what a cell has: a result of its specification, another file, or none."""
         try:
             found = json.loads(Path(f"results/cells/{path}/metrics.json").read_bytes())
             own = found["fingerprint"] == self._text_and_fingerprint(path.partition("/")[0])[1]

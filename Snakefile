@@ -40,7 +40,7 @@ onstart:
         if not workflow.local_exec:
             or_exit(refuse_paths, sys.executable, str(Path.cwd()))
         or_exit(refuse_duplicates, Path.cwd())
-        or_exit(study.write, Path("results/study.json"), command())
+        or_exit(study.write, Path("results/study.json"), replaced, command())
 
 
 if workflow.output_settings.dryrun:

@@ -3,7 +3,8 @@
 Times the parsing of the Snakefile, which every Slurm job repeats, a dry run of 10,000 cells, and a
 run when all of them are done, in seconds of processor time, which a busy machine does not stretch;
 the median of several runs, and the largest memory. Ends with status 1 if one is above its limit.
-The results of those cells are empty files in a throw-away copy of the project.
+The results of those cells are of no content but their fingerprint, in a throw-away copy of the
+project.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def copy_project(folder: Path) -> None:
 
 
 def pretend_done(folder: Path, config: Path) -> None:
-    """Make every output an empty file, and Snakemake believe that its rules made them."""
+    """Make every output a file of no content, and Snakemake believe that its rules made them."""
     study = load_study(STUDY)
     assert len(study.cells) == 10_000
     outputs = [
@@ -78,6 +79,9 @@ def pretend_done(folder: Path, config: Path) -> None:
         path = folder / "results" / output
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir() if path.name == "figures" else path.touch()
+    for cell in study.cells:
+        result = {"fingerprint": study.specification(cell.variant).fingerprint}
+        (folder / "results" / "cells" / cell.path / "metrics.json").write_text(json.dumps(result))
     run("-m", "snakemake", "--configfile", str(config), "--touch", "--cores", "1", folder=folder)
 
 

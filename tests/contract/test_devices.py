@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tests.support.problems import BATCH, SUM, random_batch
+from tests.support.problems import (
+    BATCH,
+    SUM,
+    TIME,
+    VOCABULARY,
+    largest_error,
+    new_oracle,
+    random_batch,
+)
 from tests.support.remote import Backends, RemoteBackend
 
 from ptbench.backends import FRAMEWORKS
+from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 
 GPU = Path("/dev/nvidiactl").exists()
@@ -21,6 +31,26 @@ def test_each_replica_has_a_named_device(backends: Backends, framework: str, dev
     names = backends.get(framework, SUM, devices).device_names()
     assert len(names) == devices
     assert all(names)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(4, 12), (8, 8)])
+def test_many_replicas_take_the_oracle_s_step(
+    backends: Backends, framework: str, devices: int, batch: int
+) -> None:
+    """Some with padding alone, and one sequence each where there are as many as replicas."""
+    model = SUM.model_copy(update={"batch_size": batch})
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(0, VOCABULARY, (2, TIME, batch), np.int32)
+    mask = np.ones((TIME, batch), np.float32)
+    mask[:, -batch // 3 :] = 0
+    fed = Batch(inputs, targets, mask)
+    backend, oracle = backends.get(framework, model, devices), new_oracle(model)
+    step = backend.train_step(fed, backend.initial_state(batch, training=True), 0.5)
+    expected = oracle.train_step(fed, oracle.initial_state(batch, training=True), 0.5)
+    assert float(step.nll) == pytest.approx(expected.nll, rel=1e-5)
+    assert float(step.gradient_norm) == pytest.approx(expected.gradient_norm, rel=1e-5)
+    error, name = largest_error(backend.parameters(), oracle.parameters())
+    assert error < 1e-5, name
 
 
 def test_a_cpu_has_no_device_memory(backends: Backends, framework: str) -> None:

@@ -226,6 +226,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path) -> None:
         pytest.param(-10, "metrics.json", True, id="it finished after this study was planned"),
         pytest.param(+10, "metrics.json", False, id="somebody removed it, and started a study"),
         pytest.param(None, "metrics.json", False, id="somebody removed it; there is no study"),
+        pytest.param(0, "metrics.json", True, id="it was there when the study began, unreadable"),
         pytest.param(-10, "history.csv", False, id="more than Snakemake deletes was removed"),
     ],
 )
@@ -238,8 +239,8 @@ def test_what_snakemake_deletes_in_error_is_given_back(
     (tmp_path / "cell" / removed).unlink(missing_ok=True)
     if planned is not None:
         study = tmp_path / "study.json"
-        study.touch()
-        at = study.stat().st_mtime + planned
+        study.write_text(json.dumps({"replaced": [] if planned else [CELL.path]}))
+        at = study.stat().st_mtime + (planned or 10)
         os.utime(study, (at, at))
     with attempt(tmp_path) as second:
         assert second.open(tmp_path / "cell") == (RESULT if given_back else None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tests.support.sentences import assert_no_frames
+
+from ptbench import cli
 
 
 def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -46,6 +49,15 @@ def test_a_bad_command_is_a_sentence(arguments: list[str], status: int, message:
     assert answer.returncode == status
     assert message in answer.stderr
     assert_no_frames(answer.stderr)
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setitem(cli.COMMANDS, "show", cli.Command(lambda: print("grün"), "Show.", ()))
+    cli.main(["show"])
+    sys.stdout.flush()
+    assert shown.getvalue() == b"gr?n\n"
 
 
 def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:

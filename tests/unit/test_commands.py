@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from snakemake.cli import get_argument_parser
 from tests.support.fake_results import plan
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
@@ -14,34 +15,39 @@ from ptbench.configuration.study import load_study
 from ptbench.report.commands import command_without_targets, study_command
 from ptbench.report.runs import missing, runs_of
 
+PARSER = get_argument_parser()
+
 
 @pytest.mark.parametrize(
-    ("argv", "targets", "expected"),
+    ("typed", "expected"),
     [
-        (["/p/.venv/bin/snakemake", "--cores", "2"], set(), "uv run snakemake --cores 2"),
-        (["/usr/bin/snakemake", "--profile", "slurm"], set(), "snakemake --profile slurm"),
+        (["/p/.venv/bin/snakemake", "--cores", "2"], "uv run snakemake --cores 2"),
+        (["/usr/bin/snakemake", "--profile", "slurm"], "snakemake --profile slurm"),
+        (["s", "--cores", "1", "partial"], "snakemake --cores 1"),
         (
-            ["snakemake", "--cores", "1", "partial"],
-            {"partial"},
-            "snakemake --cores 1",
+            ["s", "--cores", "all", "all", "--config", "a=all"],
+            "snakemake --cores all --config a=all",
         ),
+        (["s", "-call", "all"], "snakemake -call"),
+        (["s", "-c", "2", "-R", "report", "report"], "snakemake -c 2"),
+        (["s", "-F", "--forcerun=train", "-c1", "--until", "train", "-k"], "snakemake -c1 -k"),
+        (["s", "--configfile", "x", "y", "-j", "3", "--", "x"], "snakemake --configfile x y -j 3"),
         (
-            ["snakemake", "--config", 'mirrors={ptb: "file:a b"}', "--", "x/metrics.json"],
-            {"x/metrics.json"},
+            ["s", "--config", 'mirrors={ptb: "file:a b"}', "--", "x/metrics.json"],
             "snakemake --config 'mirrors={ptb: \"file:a b\"}'",
         ),
     ],
 )
 def test_a_command_is_repeated_without_its_targets_and_with_its_quotes(
-    argv: list[str], targets: set[str], expected: str
+    typed: list[str], expected: str
 ) -> None:
-    assert command_without_targets(argv, targets) == expected
+    assert command_without_targets(typed, PARSER.parse_args) == expected
 
 
 def test_a_study_tells_how_it_was_begun(tmp_path: Path) -> None:
     assert study_command(tmp_path) == ["uv", "run", "snakemake", "--cores", "1"]
     command = "snakemake --profile slurm --config 'mirrors={ptb: x}'"
-    load_study({}).write(tmp_path / "study.json", command)
+    load_study({}).write(tmp_path / "study.json", [], command)
     assert study_command(tmp_path) == ["snakemake", "--profile", "slurm", "--config",
                                        "mirrors={ptb: x}"]  # fmt: skip
 

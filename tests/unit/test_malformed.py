@@ -210,14 +210,17 @@ def corpus(tmp_path: Path) -> Path:
     for split, lines in (("train", 40), ("valid", 20), ("test", 20)):
         text = "".join(" ".join(rng.choice(words, 6)) + "\n" for _ in range(lines))
         (texts / f"{split}.txt").write_text(text)
-    configuration = {
-        "corpora": {"mine": {"kind": "folder", "folder": str(texts)}},
-        "corpus": "mine",
-    }
     folder = tmp_path / "corpora" / "mine"
-    content = load_study(configuration).corpus_content("mine")
-    main(["corpus", "--corpus", content, "--downloads", str(tmp_path), "--output", str(folder)])
+    places = ["--downloads", str(tmp_path), "--output", str(folder)]
+    main(["corpus", *corpus_arguments(texts), *places])
     return folder
+
+
+def corpus_arguments(texts: Path) -> list[str]:
+    """What the workflow passes of a folder of texts that it has not read."""
+    content = {"name": "mine", "content": {"kind": "folder"}, "subset": None}
+    fetching = {"mine": {"folder": str(texts)}}
+    return ["--corpus", json.dumps(content), "--fetching", json.dumps(fetching)]
 
 
 def train_arguments(
@@ -347,14 +350,9 @@ def test_a_bad_text(
     for each in ("train", "valid", "test"):
         (texts / f"{each}.txt").write_bytes(b"a b\nb a\n")
     path = texts / f"{split}.txt"
-    configuration = {
-        "corpora": {"mine": {"kind": "folder", "folder": str(texts)}},
-        "corpus": "mine",
-    }
-    content_json = load_study(configuration).corpus_content("mine")
     path.unlink() if content is None else path.write_bytes(content)
     said = refused(
-        "corpus", "--corpus", content_json, "--downloads", tmp_path / "downloads",
+        "corpus", *corpus_arguments(texts), "--downloads", tmp_path / "downloads",
         "--output", tmp_path / "corpora" / "mine",
     )  # fmt: skip
     assert message in said

@@ -291,7 +291,7 @@ def test_a_job_that_fails_before_its_trainer_begins_is_listed_whatever_came_befo
     assert f"  log:   {before.path}.log\n" in failures(found, tmp_path, [])
 
 
-def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
+def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew(
     study: Study, tmp_path: Path
 ) -> None:
     cell = study.cells[0]
@@ -301,7 +301,7 @@ def test_a_result_that_cannot_be_read_is_a_failure_and_made_anew_by_force(
     assert states(study, tmp_path)[cell.path] == "failed"
     text = failures(distinct(study_status(study, tmp_path)), tmp_path, ["snakemake"])
     assert "metrics.json cannot be read" in text
-    assert text.endswith(f"again: snakemake --force -- {path}")
+    assert text.endswith(f"again: snakemake -- {path}")
 
 
 def test_a_result_of_another_recipe_is_outdated_and_its_cell_missing(

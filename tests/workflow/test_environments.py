@@ -130,7 +130,7 @@ def test_a_changed_lock_builds_anew_for_a_missing_cell_and_trains_no_finished_on
 def test_a_finished_cell_that_has_to_be_trained_again_has_its_environment_built(
     finished: Project,
 ) -> None:
-    """Because its recipe changed, its corpus is newer, or somebody asked for it."""
+    """Because its recipe changed or somebody asked for it; a newer corpus is no reason."""
     kept = finished.folder / "kept"
     (finished.folder / "results/environments").rename(kept)
     recipe = finished.folder / "workflow/experiments/demo.yaml"
@@ -144,7 +144,7 @@ def test_a_finished_cell_that_has_to_be_trained_again_has_its_environment_built(
         assert environments(finished.planned(*RUN)) == [FRAMEWORK]
         recipe.write_text(content)
         corpus.write_text(corpus.read_text() + " ")  # Snakemake knows the checksum
-        assert environments(finished.planned(*RUN)) == [FRAMEWORK]
+        assert finished.planned(*RUN) == []
     finally:
         recipe.write_text(content)
         shutil.copy2(older, corpus)

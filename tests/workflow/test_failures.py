@@ -40,7 +40,8 @@ def failed(project: Project) -> tuple[Project, str]:
     obstacle = project.folder / "results" / "checkpoints" / CELL
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("a file where its folder of checkpoints should be")
-    answer = project.snakemake("--cores", "2", *CONFIG, expect=1)
+    asked = ("all", *CONFIG, "-R", "report", "report")
+    answer = project.snakemake("--cores", "all", *asked, expect=1)
     return project, answer.stdout + answer.stderr
 
 
@@ -136,27 +137,36 @@ def test_a_job_that_fails_before_it_can_record_an_attempt_is_named_at_the_end(
     assert shlex.split(again)[-2:] == ["--", target]
 
 
-def test_the_command_for_a_result_that_cannot_be_read_trains_that_cell(
+def test_the_command_for_a_result_that_cannot_be_read_restores_it_from_its_record(
     failed: tuple[Project, str],
 ) -> None:
     project, _ = failed
+    before = (project.folder / TARGET).read_bytes()
     (project.folder / TARGET).write_text("{")
-    said = ask_status(project, "--failed", "--again", shlex.join(["snakemake", "-n", *CONFIG]))
-    (again,) = re.findall(r"^  again: (.*)$", said, re.MULTILINE)
-    planned = project.snakemake(*shlex.split(again)[1:]).stdout
-    assert f"output: {TARGET}" in planned
-    assert OTHER not in planned
+    (again,) = re.findall(r"^  again: (.*)$", ask_status(project, "--failed"), re.MULTILINE)
+    words = shlex.split(again)
+    said = project.snakemake(*words[words.index("snakemake") + 1 :]).stdout
+    assert "had finished already" in said
+    assert OTHER not in said
+    assert (project.folder / TARGET).read_bytes() == before
 
 
 def test_a_corpus_that_fails_is_told_again_at_the_end(project: Project) -> None:
-    own = "corpora={mine: {kind: folder, folder: nowhere}}"
+    (project.folder / "mine").mkdir()
+    for split in ("train", "valid", "test"):
+        (project.folder / "mine" / f"{split}.txt").write_text("a b")
+    own = "corpora={mine: {kind: folder, folder: mine}}"
     config = ("--config", "frameworks=pytorch", "corpus=mine", own)
     target = "results/corpora/mine/corpus.json"
     said = project.snakemake("--cores", "1", *config, "--", target, expect=1).stdout
-    assert (
-        "corpus mine failed: corpus mine: there is no folder nowhere\n"
-        "  log:   results/logs/corpora/mine.log\n"
-    ) in said
+    assert "corpus mine failed: mine/train.txt does not end in a newline" in said
+    assert "  log:   results/logs/corpora/mine.log\n" in said
+
+
+def test_a_corpus_that_is_not_there_is_refused_before_anything_runs(project: Project) -> None:
+    own = "corpora={mine: {kind: folder, folder: nowhere}}"
+    said = project.snakemake("-n", "--cores", "1", "--config", "corpus=mine", own, expect=1).stderr
+    assert "ptbench: corpus mine: there is no folder nowhere" in said
 
 
 def test_a_study_that_cannot_be_written_down_is_a_sentence(failed: tuple[Project, str]) -> None:

@@ -67,7 +67,7 @@ def test_a_folder_s_name_is_a_name_to_the_trainer_too(hostile: Project) -> None:
     assert facts["tokens"]["train"] == LINES * 5
     _, given = read_arrays(hostile.folder / "results/checkpoints" / cell / "best.safetensors")
     specification = Specification.model_validate_json(given["specification"])
-    assert specification.corpus_definition["folder"] == HOSTILE
+    assert set(specification.corpus_definition["files"]) == set(SPLITS)
     assert not pwned(hostile)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +43,7 @@ CELLS = [
     "results/cells/tiny/pytorch/devices-1/seed-1/metrics.json",
 ]
 RUN = ("--config", "experiments=[tiny,tiny-alone]", "--cores", "2")
+EDITED = ("config.yaml", "workflow/experiments/tiny.yaml", "workflow/ptbench/training/loop.py")
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +136,79 @@ def test_a_changed_text_of_ones_own_is_prepared_and_trained_on_again(finished: P
     run = (cell, *RUN[-2:], "--config", "corpora={own: {kind: folder, folder: own}}")
     finished.snakemake(*run)
     assert finished.planned(*run) == []
+    for file in own.iterdir():
+        file.touch()
+    (finished.folder / "results/corpora/own-first-40-lines/corpus.json").touch()
+    shutil.copytree(own, finished.folder / "moved")
+    moved = [word.replace("folder: own", "folder: moved") for word in run]
+    assert finished.planned(*run) == []
+    assert finished.planned(*moved) == []
     (own / "train.txt").write_text("a b c d d\n" * 60)
     assert finished.planned(*run) == [cell, "results/corpora/own-first-40-lines/corpus.json"]
+
+
+def test_a_job_trains_what_was_planned_whatever_was_edited_since(finished: Project) -> None:
+    """As Slurm runs it, on a cell whose result was removed."""
+    finished.snakemake(*RUN)
+    cell = finished.folder / CELLS[0]
+    before = cell.read_bytes()
+    fingerprint = json.loads(before)["fingerprint"]
+    job = (
+        "--target-jobs", "train:variant=tiny-too,framework=pytorch,devices=1,seed=1",
+        "--allowed-rules", "train", "--mode", "remote", "--force", "--nolock", "--cores", "1",
+    )  # fmt: skip
+    texts = {name: (finished.folder / name).read_text() for name in EDITED}
+    try:
+        for name, text in texts.items():
+            (finished.folder / name).write_text(text.replace("layers: 2", "layers: 3") + "x: [")
+            if name.endswith(".py"):
+                (finished.folder / name).write_text(text + "# another\n")
+                said = finished.snakemake(*job, expect=1)
+                assert "the code that trains was changed" in said.stdout + said.stderr
+            else:
+                cell.unlink()
+                finished.snakemake(*job)
+                assert json.loads(cell.read_bytes())["fingerprint"] == fingerprint
+            (finished.folder / name).write_text(text)
+    finally:
+        cell.write_bytes(before)
+        for name, text in texts.items():
+            (finished.folder / name).write_text(text)
+
+
+def test_a_result_of_another_specification_is_made_again(finished: Project) -> None:
+    cell = finished.folder / CELLS[0]
+    before = cell.read_bytes()
+    try:
+        for text in (before.replace(b'"fingerprint": "', b'"fingerprint": "0'), b"{"):
+            cell.write_bytes(text)
+            planned = finished.planned(*RUN)
+            assert [path for path in planned if "/cells/" in path] == CELLS[:1]
+    finally:
+        cell.write_bytes(before)
+
+
+def test_elsewhere_it_is_said_where_to_be(project: Project) -> None:
+    here = f"ptbench: give this command in {project.folder.resolve()}"
+    for command in (
+        ["snakemake", "-s", "../Snakefile", "-n", "--cores", "1"],
+        ["ptbench", "status"],
+    ):
+        answer = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=project.folder / "docs", env=project.environment(),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert answer.returncode != 0
+        assert here in answer.stderr
+
+
+def test_without_a_home_it_is_said_what_to_set(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert "set HOME to a folder that is there, or XDG_CACHE_HOME" in refused(project)
 
 
 def test_any_variant_of_any_recipe_can_be_asked_for_by_its_path(project: Project) -> None:
@@ -199,6 +274,8 @@ def test_a_file_that_is_no_configuration_is_refused_by_name_and_line(
     [
         (b"seeds: 1\nseeds: 2\n", "mine.yaml, line 2: not valid YAML: seeds is there twice"),
         (b"threads: 1:30\n", 'mine.yaml, line 1: threads: "1:30" is not allowed'),
+        (b"# caf\xe9\n", "mine.yaml: not UTF-8 at byte 5"),
+        (b"", "mine.yaml is empty, which Snakemake refuses; leave it out, or write {} in it"),
     ],
 )
 def test_a_configfile_on_the_command_line_is_refused_by_name_and_line_too(

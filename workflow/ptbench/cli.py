@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ptbench.model.recipe import Accelerator
     from ptbench.report.site import Site
 
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 T = TypeVar("T")
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -145,7 +148,7 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
     "Train and score one cell.",
     argument("--cell", required=True, help="variant/framework/devices-N/seed-N"),
     argument("--specification", required=True, help="what to train, as JSON"),
-    argument("--corpus", type=Path, required=True, help="folder of the prepared corpus"),
+    argument("--corpus", type=Path, required=True, help="corpus.json, or its folder"),
     argument("--output", type=Path, required=True, help="folder of the cell's results"),
     argument("--checkpoints", type=Path, required=True, help="folder of its parameters"),
     argument("--attempts", type=Path, required=True, help="folder of its attempts' records"),
@@ -153,6 +156,7 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
     argument("--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"),
     argument("--keep-checkpoints", dest="keep", choices=get_args(Keep), default="best"),
     argument("--threads", type=int, default=1, help="CPU threads; at least one per device"),
+    argument("--code", help="digest of the code that trains; with another, nothing is trained"),
     LOG,
 )
 def train(
@@ -166,6 +170,7 @@ def train(
     checkpoint_minutes: float,
     keep: Keep,
     threads: int,
+    code: str | None,
     log: Path | None,
 ) -> None:
     from ptbench.training.signals import ProcessSignals, end_children
@@ -179,8 +184,9 @@ def train(
 
     from ptbench.training.cell import Paths, attempt_at, read_specification, run_cell
 
-    specified = read_specification(specification)
-    paths = Paths(corpus, output, attempts, checkpoints)
+    specified = read_specification(specification, code)
+    folder = corpus.parent if corpus.name == "corpus.json" else corpus
+    paths = Paths(folder, output, attempts, checkpoints)
     try:
         with attempt_at(which, specified, paths, log) as attempt, Log(log) as opened:
             faulthandler.enable()
@@ -597,6 +603,8 @@ def load(*paths: Path) -> Study:
     from ptbench.configuration.config import read_configuration
     from ptbench.configuration.study import load_study
 
+    if not paths[0].exists() and Path.cwd() != PROJECT:
+        raise PtbenchError(f"there is no {paths[0]} here; give this command in {PROJECT}")
     return load_study(read_configuration(paths), paths[-1].name)
 
 
@@ -661,8 +669,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a PtbenchError is one message on standard error and its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every word
     arguments = vars(parser().parse_args(argv))
     try:
+        if PROJECT in Path.cwd().parents:
+            raise PtbenchError(f"give this command in {PROJECT}, not in a folder of it")
         COMMANDS[arguments.pop("command")].function(**arguments)
     except PtbenchError as error:
         complain(str(error))

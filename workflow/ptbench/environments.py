@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -150,22 +149,16 @@ def lock_of_marker(framework: str, accelerator: str, digest: str) -> str:
     return str((LOCKS / f"{framework}.{accelerator}.txt").relative_to(LOCKS.parent))
 
 
-def to_wait_for(framework: str, accelerator: str, is_trained: Callable[[], bool]) -> list[str]:
-    """Return what has to be there before a cell is trained: its environment's marker, or nothing.
-
-    Nothing, if the environment is missing and the cell needs none, because it is trained: Snakemake
-    would train it again as soon as another cell has the environment built.
+def to_wait_for(framework: str, accelerator: str) -> str:
+    """Return what has to be there before a cell is trained: its environment's marker.
 
     Raises:
-        BuildError: if the environment was damaged since it was built, and the cell needs it.
+        BuildError: if the environment was damaged since it was built.
     """
     marker = Path(marker_path(framework, accelerator))
-    whole = marker.exists() and (marker.parent / PYTHON).exists()
-    if not whole and is_trained():
-        return []
-    if marker.exists() and not whole:
+    if marker.exists() and not (marker.parent / PYTHON).exists():
         raise BuildError(f"{marker.parent} has no {PYTHON}: remove it, and it is built again.")
-    return [str(marker)]
+    return str(marker)
 
 
 def _lock_sha256(framework: str, accelerator: str) -> str:

@@ -46,7 +46,7 @@ def redirected(path: Path) -> Iterator[TextIO]:
     This redirects file descriptors and not only Python's objects, because the frameworks' C++ and
     the replicas' processes write to those.
     """
-    terminal = os.fdopen(os.dup(1), "w")
+    terminal = os.fdopen(os.dup(1), "w", errors="replace")
     saved = os.dup(2)
     sys.stdout.flush()
     sys.stderr.flush()

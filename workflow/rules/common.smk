@@ -1,32 +1,39 @@
 # The validated study, and what several rules need of it. No logic: that is in workflow/ptbench.
+import inspect
 import shlex
 import signal
 import sys
 from pathlib import Path
 
+from snakemake.cli import get_argument_parser
 from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 from ptbench import environments
 from ptbench.configuration.config import read_configuration
-from ptbench.configuration.study import load_study
+from ptbench.configuration.study import load_study, read_study
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
 from ptbench.report.dry_run import Summary
 from ptbench.slurm import ran_out, refuse_duplicates, refuse_paths
 
+project = Path(workflow.basedir).resolve()
+if Path.cwd().resolve() != project:
+    sys.exit(f"ptbench: give this command in {project}, not in {Path.cwd()}")
+
 # Snakemake's own reader knows YAML 1.1 and not the lines of keys, so files and --config are read again,
-# in its order: config.yaml, every --configfile, --config.
+# in its order: config.yaml, every --configfile, --config. A job on a cluster trains what was planned
+# when its run began, whatever has been edited since.
 files = workflow.overwrite_configfiles
 if Path("config.yaml").exists() or not files:
     if not workflow.config_settings.replace_workflow_config:
         files = ["config.yaml", *files]
-study = or_exit(
-    load_study,
-    or_exit(
-        read_configuration, map(Path, files), workflow.config_settings.config_args or ()
-    ),
-)
+values = workflow.config_settings.config_args or ()
+if workflow.remote_exec:
+    study = or_exit(read_study, Path("results/study.json"))
+else:
+    study = or_exit(load_study, or_exit(read_configuration, map(Path, files), values))
+    workflow.config_settings.configfiles = []  # Snakemake would read them in every job
 
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 ACCELERATOR = study.config.accelerator
@@ -56,6 +63,12 @@ def literal(text):
     return shlex.quote(text).replace("{", "{{").replace("}", "}}")
 
 
+# Snakemake asks what parameters a function has whenever it calls it, which is slow unless it was noted.
+def noted(function):
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 # A dry run has one core unless it is told more, and would show one thread of every job on a cluster.
 if workflow.output_settings.dryrun and workflow.nodes is not None:
     workflow.global_resources["_cores"] = sys.maxsize
@@ -64,42 +77,67 @@ if workflow.output_settings.dryrun and workflow.nodes is not None:
 # Cores that a cell claims: all of this machine's if its recipe says that it runs alone, or if it trains on
 # this machine's GPUs, which are not shared out among cells; a cluster does that. Otherwise one for each
 # replica on the CPU at least.
-def cores_of(path, devices):
+@noted
+def cores_of(wildcards):
     here = workflow.nodes is None and not workflow.remote_exec
-    if here and (ACCELERATOR == "cuda" or study.recipe(path).alone):
+    if here and (ACCELERATOR == "cuda" or study.recipe(CELL.format(**wildcards)).alone):
         return workflow.cores
-    return max(study.config.threads, devices)
+    return max(study.config.threads, int(wildcards.devices))
 
 
-# Whether a cell has the result that it is to have, and nobody asked for another one.
+# What a cell's job asks for: more of what it has run out of.
+@noted
+def memory_of(wildcards, input):
+    path = CELL.format(**wildcards)
+    return study.memory_megabytes(path, input.corpus, 1 + ran_out[path, "memory"])
+
+
+@noted
+def runtime_of(wildcards, input):
+    path = CELL.format(**wildcards)
+    return study.runtime_minutes(path, input.corpus, 1 + ran_out[path, "time"])
+
+
+@noted
+def specification_of(wildcards):
+    return study.text(wildcards.variant)
+
+
+replaced = []  # cells whose result is there and does not count
+
+
+# Whether a cell has the result that it is to have, and nobody asked for another one. Snakemake would
+# keep a file that is there, though it cannot be read or is of another specification.
 def is_trained(path):
     settings, output = workflow.dag_settings, f"results/cells/{path}/metrics.json"
+    result = study.result(path)
+    if result == "other" and path not in replaced:
+        replaced.append(path)
+        workflow.dag.forcefiles.add(output)
     forced = settings.forceall or not {"train", output}.isdisjoint(settings.forcerun)
     forced = forced or (settings.forcetargets and output in settings.targets)
-    return not forced and study.is_trained(path)
+    return not forced and result == "counts"
 
 
 # What a cell is trained with: its corpus, and its framework's environment, which only has to be there.
-# With conda, Snakemake makes the environment. One function, because Snakemake is slow to call many.
-def inputs_of(wildcards, path):
+# With conda, Snakemake makes the environment, and a job on a cluster begins with it. A cell that is
+# trained waits for nothing: if a file that it was made with is newer, or gone, it is still its result.
+@noted
+def inputs_of(wildcards):
+    path = CELL.format(**wildcards)
     corpus = or_exit(study.corpus_of_cell, path)
+    if not workflow.remote_exec and is_trained(path):
+        return {}
     inputs = {"corpus": f"results/corpora/{corpus}/corpus.json"}
-    if not USES_CONDA:
-        framework, trained = wildcards.framework, lambda: is_trained(path)
-        waits = or_exit(environments.to_wait_for, framework, ACCELERATOR, trained)
+    if not USES_CONDA and not workflow.remote_exec:
+        waits = or_exit(environments.to_wait_for, wildcards.framework, ACCELERATOR)
         inputs["environment"] = ancient(waits)
     return inputs
 
 
 # What runs this study, whatever its targets are now.
 def command():
-    return command_without_targets(sys.argv, workflow.dag_settings.targets)
-
-
-# What a cell's job asks for: more of what it has run out of.
-def asked(estimate, wildcards, input, scarce):
-    path = CELL.format(**wildcards)
-    return estimate(path, input.corpus, 1 + ran_out[path, scarce])
+    return command_without_targets(sys.argv, get_argument_parser().parse_args)
 
 
 def modified(file):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -17,6 +19,15 @@ from ptbench.model.recipe import Accelerator, Model, Recipe
 
 # A change of what training or measuring means. Raising it runs every cell again.
 PROTOCOL = 3
+
+# What of the package decides what a cell's result is.
+TRAINING_CODE = (
+    "model", "corpus", "backends", "training", "files.py", "configuration/specification.py"
+)  # fmt: skip
+
+# A variant's name is the name of a folder, and part of that of a folder of logs, of which file
+# systems allow 255 characters.
+LONGEST_NAME = 200
 
 # A recipe's name followed by its overrides, as `variant_name` writes it.
 VARIANT_PATTERN = r"[a-z0-9][a-z0-9.-]*(?:\+[a-z][a-z0-9_]*=[A-Za-z0-9_.-]+)*"
@@ -96,6 +107,18 @@ class Cell(Model):
     def path(self) -> str:
         """Folder of the cell, relative to `results/cells`."""
         return f"{self.variant}/{self.framework}/devices-{self.devices}/seed-{self.seed}"
+
+
+@cache
+def code_digest() -> str:
+    """Return twelve hexadecimal digits that change with any of the files that train a cell."""
+    package = Path(__file__).parents[1]
+    found = hashlib.sha256()
+    for part in TRAINING_CODE:
+        files = [package / part] if part.endswith(".py") else sorted((package / part).rglob("*.py"))
+        for file in files:
+            found.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def parse_cell_path(path: str) -> Cell:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from ptbench.backends import FRAMEWORKS, Framework
 from ptbench.configuration.config import Config, Place, load_corpora
@@ -30,15 +30,15 @@ from ptbench.configuration.experiments import (
     published_files,
 )
 from ptbench.configuration.papers import answering, paper_files, paper_folders
-from ptbench.configuration.specification import Cell, Specification, parse_cell_path, variant_name
-from ptbench.corpus.definitions import (
-    SPLITS,
-    TRANSPORT,
-    CorpusDefinition,
-    DownloadedCorpus,
-    FolderCorpus,
-    content_of,
+from ptbench.configuration.specification import (
+    LONGEST_NAME,
+    Cell,
+    Specification,
+    code_digest,
+    parse_cell_path,
+    variant_name,
 )
+from ptbench.corpus.definitions import TRANSPORT, CorpusDefinition, content_of
 from ptbench.errors import ConfigurationError
 from ptbench.files import write_atomically
 from ptbench.model import work
@@ -104,11 +104,16 @@ class Study:
     corpora: Mapping[str, CorpusDefinition]
     recipes: Mapping[str, Recipe]
     experiments: Mapping[str, PlannedExperiment]
+    code: str  # of the package that trains: `code_digest`
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """Every cell once, though experiments may share it."""
         return tuple(dict.fromkeys(c for e in self.experiments.values() for c in e.cells))
+
+    @cached_property
+    def _planned(self) -> frozenset[str]:
+        return frozenset(cell.path for cell in self.cells)
 
     @cached_property
     def _specifications(self) -> dict[str, Specification]:
@@ -128,6 +133,21 @@ class Study:
             self._specifications[variant] = found
         return self._specifications[variant]
 
+    @cached_property
+    def _texts(self) -> dict[str, tuple[str, str]]:
+        return {}
+
+    def text(self, variant: str) -> str:
+        """Return the text of a variant's specification."""
+        return self._text_and_fingerprint(variant)[0]
+
+    def _text_and_fingerprint(self, variant: str) -> tuple[str, str]:
+        """Return both, made once, because many cells have the same."""
+        if variant not in self._texts:
+            specification = self.specification(variant)
+            self._texts[variant] = specification.text(), specification.fingerprint
+        return self._texts[variant]
+
     def recipe(self, path: str) -> Recipe:
         """Return the recipe of a cell."""
         return self.specification(path.partition("/")[0]).recipe
@@ -139,6 +159,8 @@ class Study:
             ConfigurationError: if there can be no such cell.
         """
         where = f"results/cells/{path}"
+        if path in self._planned:
+            return self.recipe(path).corpus_folder
         try:
             variant, framework, *_ = path.split("/")
             known(framework, FRAMEWORKS, "framework", "framework")
@@ -156,19 +178,16 @@ class Study:
         check_kernel(specification, cell.framework, f"{where}: framework")
         return specification.recipe.corpus_folder
 
-    def is_trained(self, path: str, results: Path = Path("results")) -> bool:
-        """Return whether a cell has a result that is of its recipe and newer than its corpus."""
-        metrics = results / "cells" / path / "metrics.json"
-        corpus = results / "corpora" / self.recipe(path).corpus_folder / "corpus.json"
-        if not metrics.exists():
-            return False
-        if corpus.exists() and corpus.stat().st_mtime > metrics.stat().st_mtime:
-            return False
+    def result(self, path: str) -> Literal["counts", "other", "none"]:
+        """Return what a cell has: a result of its specification, another file, or none."""
         try:
-            fingerprint = json.loads(metrics.read_bytes())["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            return True  # Snakemake sees that there is a file
-        return bool(fingerprint == self.specification(path.partition("/")[0]).fingerprint)
+            found = json.loads(Path(f"results/cells/{path}/metrics.json").read_bytes())
+            own = found["fingerprint"] == self._text_and_fingerprint(path.partition("/")[0])[1]
+        except FileNotFoundError:
+            return "none"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "other"
+        return "counts" if own else "other"
 
     def experiment(self, name: str) -> PlannedExperiment:
         """Return an experiment of the study.
@@ -196,29 +215,17 @@ class Study:
         name = corpus_folder if subset is None or match is None else match[1]
         return known(name, self.corpora, "corpus", "corpus"), self.corpora[name], subset
 
-    def corpus_files(self, corpus_folder: str) -> list[str]:
-        """Return the files of a corpus in a folder of the user's, those that are there."""
-        _, definition, _ = self.corpus(corpus_folder)
-        if not isinstance(definition, FolderCorpus):
-            return []
-        files = (definition.folder / f"{split}.txt" for split in SPLITS)
-        return [str(file) for file in files if file.exists()]  # `prepare` says what is missing
-
     def corpus_content(self, corpus_folder: str) -> str:
         """Return name, content and subset of a prepared corpus, as JSON."""
         name, definition, subset = self.corpus(corpus_folder)
-        content = {"name": name, "content": content_of(definition), "subset": subset}
+        content = {"name": name, "content": content_of(name, definition), "subset": subset}
         return json.dumps(content, sort_keys=True)
 
     @cached_property
     def fetching(self) -> str:
-        """How each corpus is fetched, as JSON: what its content does not say."""
-        downloads = {
-            name: definition.model_dump(mode="json", include=TRANSPORT)
-            for name, definition in self.corpora.items()
-            if isinstance(definition, DownloadedCorpus)
-        }
-        return json.dumps(downloads)
+        """Where and how each corpus is fetched, as JSON: what its content does not say."""
+        corpora = self.corpora.items()
+        return json.dumps({n: d.model_dump(mode="json", include=TRANSPORT) for n, d in corpora})
 
     @cached_property
     def published_files(self) -> list[str]:
@@ -275,36 +282,50 @@ class Study:
         """The merged configuration as JSON; `load_study` makes the same study of it."""
         return self.config.model_dump_json(exclude_defaults=True)
 
-    def write(self, path: Path, command: str) -> None:
-        """Write configuration and cells for `ptbench status` and others who follow the run.
+    def write(self, path: Path, replaced: Sequence[str], command: str) -> None:
+        """Write the study down, for the jobs of a run and for those who follow it.
 
         Args:
             path: of the file.
-            command: what runs the workflow, without targets.
+            replaced: cells whose result is there and does not count, so that the run makes it anew.
+            command: what runs it, without targets.
         """
         content = {
-            "command": command,
-            "config": self.config.model_dump(mode="json"),
             "cells": [cell.path for cell in self.cells],
+            "command": command,
+            "replaced": list(replaced),
+            "study": _adapter().dump_python(self, mode="json"),
         }
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        write_atomically(path, json.dumps(content) + "\n")
+
+
+@cache
+def _adapter() -> TypeAdapter[Study]:
+    return TypeAdapter(Study)
 
 
 def read_study(path: Path) -> Study:
-    """Return the study that `Study.write` wrote.
+    """Return the study that `Study.write` wrote, whatever has been edited since.
 
     Raises:
         ConfigurationError: if the file cannot be read or is something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return _adapter().validate_python(json.loads(path.read_bytes())["study"])
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict) or "config" not in content:
-        raise ConfigurationError(f"{path}: is not a study; run the workflow to write it anew")
-    return load_study(content["config"], path.name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path}: is not a study of this version; run the workflow to write it anew"
+        ) from error
+
+
+def read_command(path: Path) -> str:
+    """Return the command of the run that wrote a study; empty if it is not known."""
+    try:
+        return str(json.loads(path.read_bytes())["command"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
@@ -330,7 +351,7 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
         name: plan_experiment(name, library, corpora, settings, place)
         for name in chosen(settings, library, place)
     }
-    return Study(settings, corpora, library.recipes, planned)
+    return Study(settings, corpora, library.recipes, planned, code_digest())
 
 
 def chosen(settings: Config, library: Library, place: Place) -> list[str]:
@@ -425,10 +446,16 @@ def resolve(
         values["budget"] = settings.budget
     changed = parse(Recipe, {**recipe.model_dump(), **values}, where, base)
     known(changed.corpus, corpora, f"{where}: {base}: corpus", "corpus")
+    variant = variant_name(base, recipe, changed)
+    if len(variant) > LONGEST_NAME:
+        raise ConfigurationError(
+            f"{where}: {variant[:60]}...: the name has {len(variant)} characters and may have "
+            f"{LONGEST_NAME}; make a recipe of it, with `extends: {base}` and what differs"
+        )
     return Specification(
-        variant=variant_name(base, recipe, changed),
+        variant=variant,
         recipe=changed,
-        corpus_definition=content_of(corpora[changed.corpus]),
+        corpus_definition=content_of(changed.corpus, corpora[changed.corpus]),
         accelerator=settings.accelerator,
     )
 

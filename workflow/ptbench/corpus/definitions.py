@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
 from ptbench.corpus import CorpusError
+from ptbench.files import sha256
 from ptbench.model.recipe import Model
 
 Split = Literal["train", "valid", "test"]
@@ -134,8 +136,6 @@ class FolderCorpus(Model):
     @field_validator("folder")
     @classmethod
     def _expand_home(cls, folder: Path) -> Path:
-        if "{" in str(folder):  # which begins a wildcard in Snakemake, with no way to escape it
-            raise ValueError("a folder's name must have no { in it")
         return folder.expanduser()
 
 
@@ -214,12 +214,46 @@ CORPUS_DEFINITION: TypeAdapter[CorpusDefinition] = TypeAdapter(CorpusDefinition)
 
 
 # Keys that say where and how a corpus is fetched, not what is in it.
-TRANSPORT = {"mirrors", "size", "timeout_seconds", "retries", "backoff_seconds"}
+TRANSPORT = {"mirrors", "size", "timeout_seconds", "retries", "backoff_seconds", "folder"}
 
 
-def content_of(definition: CorpusDefinition) -> dict[str, Any]:
-    """Return what decides what is in a corpus: its definition without `TRANSPORT`."""
-    return definition.model_dump(mode="json", exclude_defaults=True, exclude=TRANSPORT)
+def content_of(name: str, definition: CorpusDefinition) -> dict[str, Any]:
+    """Return what decides what is in a corpus: its definition without `TRANSPORT`.
+
+    Of a folder, that is what its files hold, wherever it is and whenever they were written.
+
+    Raises:
+        CorpusError: if a file of the folder cannot be read.
+    """
+    content = definition.model_dump(mode="json", exclude_defaults=True, exclude=TRANSPORT)
+    if isinstance(definition, FolderCorpus) and definition.files is None:
+        content["files"] = _checksums(name, definition.folder)
+    return content
+
+
+def texts_in(name: str, folder: Path) -> dict[Split, Path]:
+    """Return the paths of the three texts in a folder of the user's.
+
+    Raises:
+        CorpusError: if one is missing.
+    """
+    if not folder.is_dir():
+        raise CorpusError(f"corpus {name}: there is no folder {folder}")
+    paths: dict[Split, Path] = {split: folder / f"{split}.txt" for split in SPLITS}
+    if missing := [path.name for path in paths.values() if not path.is_file()]:
+        raise CorpusError(
+            f"corpus {name}: {folder} has no {' and no '.join(missing)}; it must hold train.txt, "
+            "valid.txt and test.txt"
+        )
+    return paths
+
+
+@cache
+def _checksums(name: str, folder: Path) -> dict[Split, str]:
+    try:
+        return {split: sha256(path) for split, path in texts_in(name, folder).items()}
+    except OSError as error:
+        raise CorpusError(f"corpus {name}: {error.filename}: {error.strerror}") from error
 
 
 def definition_from(

@@ -34,6 +34,7 @@ from ptbench.corpus.definitions import (
     Mirror,
     Split,
     SplitChecksums,
+    texts_in,
 )
 from ptbench.files import publish, sha256
 
@@ -110,14 +111,7 @@ def fetch(
 def _find(name: str, definition: FolderCorpus) -> dict[Split, Path]:
     """Return the paths of a folder corpus' files."""
     folder = definition.folder
-    if not folder.is_dir():
-        raise CorpusError(f"corpus {name}: there is no folder {folder}")
-    paths: dict[Split, Path] = {split: folder / f"{split}.txt" for split in SPLITS}
-    if missing := [path.name for path in paths.values() if not path.is_file()]:
-        raise CorpusError(
-            f"corpus {name}: {folder} has no {' and no '.join(missing)}; it must hold train.txt, "
-            "valid.txt and test.txt"
-        )
+    paths = texts_in(name, folder)
     if definition.files is not None:
         try:
             _verify(paths, definition.files, str(folder))

@@ -75,7 +75,7 @@ def prepare(
         subset: use only this many lines at the start of each split; None: all.
         downloads_folder: where downloads are kept.
         output_folder: created if it does not exist.
-        terminal: where the progress of downloads is shown.
+        terminal: where warnings and the progress of downloads are shown.
 
     Raises:
         CorpusError: if the text cannot be fetched, read or stored. A corpus that was prepared there
@@ -93,8 +93,7 @@ def prepare(
     loaded = time.perf_counter()
 
     words = {split: _checked_words(text) for split, text in texts.items()}
-    if isinstance(definition, FolderCorpus):
-        _warn_of_unspaced_text(name, texts["train"], words["train"])
+    _warn_of_unspaced_text(name, texts["train"], words["train"], terminal)
     vocabulary = build_vocabulary(words["train"], known_words)
     encoder = Encoder(vocabulary)
     advice = ADVICE if subset is None else f"use more lines than subset={subset}"
@@ -233,18 +232,19 @@ def _checked_words(text: Text) -> list[str]:
     return tokenize(text.content)
 
 
-def _warn_of_unspaced_text(name: str, text: Text, words: list[str]) -> None:
+def _warn_of_unspaced_text(name: str, text: Text, words: list[str], terminal: TextIO) -> None:
     """Warn if almost every line is a single word, as in a script that writes no spaces."""
     lines = text.content.count("\n")
     found = len(words) - words.count(END_OF_SENTENCE)
-    if lines >= 10 and found < WORDS_PER_LINE * lines:
-        print(
-            f"[{name}] warning: {text.source} has {found} words of {len(set(words)) - 1} kinds in "
-            f"{lines} lines. Words are separated by spaces: if the text has none, separate its "
-            "words first.",
-            file=sys.stderr,
-            flush=True,
-        )
+    if lines < 10 or found >= WORDS_PER_LINE * lines:
+        return
+    warning = (
+        f"[{name}] warning: {text.source} has {found} words of {len(set(words)) - 1} kinds in "
+        f"{lines} lines. Words are separated by spaces: if the text has none, separate its words "
+        "first."
+    )
+    for stream in dict.fromkeys((sys.stderr, terminal)):  # the log, and whoever looks on
+        print(warning, file=stream, flush=True)
 
 
 def _store(

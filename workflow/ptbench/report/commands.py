@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+# What Snakemake is asked for, and what it is to make again: by the name of the parsed argument, and
+# by the option. A cell is asked for in place of them.
+ASKED = {"targets", "forcerun", "until", "omit_from"}
+OPTIONS = ("-R", "--forcerun", "-U", "--until", "-O", "--omit-from")
+FLAGS = ("--", "-f", "--force", "-F", "--forceall")
 
 
-def command_without_targets(argv: Sequence[str], targets: Collection[str]) -> str:
-    """Return the command line that runs this workflow as it was run, without its targets.
+def command_without_targets(argv: Sequence[str], parse: Callable[[list[str]], Any]) -> str:
+    """Return the command line that runs this workflow as it was run, without what it asked for.
 
     Args:
         argv: arguments of the running Snakemake.
-        targets: what it was asked for.
+        parse: Snakemake's own parser, which alone knows that of `--cores all all` the second `all`
+            is a target.
     """
     program, *words = argv
     # `uv run` uses the project's own environment.
     start = ["uv", "run", "snakemake"] if ".venv" in Path(program).parts else ["snakemake"]
-    return shlex.join([*start, *(word for word in words if word not in {*targets, "--"})])
+    return shlex.join([*start, *_kept(words, parse)])
+
+
+def _kept(words: list[str], parse: Callable[[list[str]], Any]) -> Iterator[str]:
+    for index, word in enumerate(words):
+        option = word.partition("=")[0]
+        if word in FLAGS or option in OPTIONS:
+            continue
+        if word.startswith("-") and "--" not in words[:index]:
+            yield word
+            continue
+        mark = f"\0{index}"
+        parsed: dict[str, Any] = {}
+        # Where a mark is refused, the word is the value of an option that is kept.
+        with contextlib.suppress(Exception, SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            parsed = vars(parse([*words[:index], mark, *words[index + 1 :]]))
+        if not any(mark in (parsed.get(name) or ()) for name in ASKED):
+            yield word
 
 
 def study_command(results: Path) -> list[str]:
@@ -40,5 +67,4 @@ def run_again(command: Sequence[str], target: Path) -> str:
         command: what runs the workflow.
         target: the cell's metrics.json.
     """
-    # Snakemake sees no reason to make a file again that is there but cannot be read.
-    return shlex.join([*command, *(["--force"] if target.exists() else []), "--", str(target)])
+    return shlex.join([*command, "--", str(target)])

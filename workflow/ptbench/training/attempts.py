@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import json
 import re
 import shutil
 import threading
@@ -248,9 +249,9 @@ class Attempt:
     def finished(self, output: Path) -> Metrics | None:
         """Return the result of this very run if it is there, or was until Snakemake deleted it.
 
-        Snakemake deletes `metrics.json` before it runs a job. If another process finished the cell
-        after this Snakemake had planned the job, the file was deleted in error and the record's
-        copy counts. If it finished before, the user removed the file to have it made again.
+        Snakemake deletes `metrics.json` before it runs a job. The record's copy counts if another
+        process finished the cell after this Snakemake had planned the job, or if the file was there
+        and did not count. Otherwise the user removed it to have it made again.
         """
         seen = look(self.folder)
         record = seen.record if seen and seen.record.status == "finished" else None
@@ -259,14 +260,14 @@ class Attempt:
         metrics = None
         with contextlib.suppress(OSError, ValueError):
             metrics = Metrics.model_validate_json((output / "metrics.json").read_bytes())
-        if metrics is None and record and self._finished_since_planned(record, output):
+        if metrics is None and record and self._deleted_in_error(record, output):
             with contextlib.suppress(ValueError):
                 metrics = Metrics.model_validate(record.metrics)
         ours = metrics and (metrics.cell.path, metrics.fingerprint) == (self.cell, self.fingerprint)
         return metrics if ours else None
 
-    def _finished_since_planned(self, record: Record, output: Path) -> bool:
-        """Return whether an attempt ended after this process's study had begun."""
+    def _deleted_in_error(self, record: Record, output: Path) -> bool:
+        """Return whether Snakemake deleted a result that the user had not removed."""
         others = ("history.csv", "recipe.yaml", "provenance.json")
         if not all((output / name).exists() for name in others):
             return False
@@ -275,7 +276,12 @@ class Attempt:
         ended = record_path(self.folder, record.attempt).stat().st_mtime
         studies = (folder / "study.json" for folder in output.resolve().parents)
         planned = next((study for study in studies if study.exists()), None)
-        return planned is not None and planned.stat().st_mtime < ended
+        if planned is None:
+            return False
+        replaced: Any = ()
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            replaced = json.loads(planned.read_bytes())["replaced"]
+        return planned.stat().st_mtime < ended or self.cell in replaced
 
     def _begin(self, number: int) -> bool:
         """Take the cell by making the record of that number; return False if there is one."""

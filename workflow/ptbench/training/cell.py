@@ -18,7 +18,7 @@ import psutil
 from ptbench.backends import create
 from ptbench.backends.base import Backend, Setup
 from ptbench.backends.isolation import ignored_sentence
-from ptbench.configuration.specification import PROTOCOL, Cell, Specification
+from ptbench.configuration.specification import PROTOCOL, Cell, Specification, code_digest
 from ptbench.corpus.batching import (
     Feed,
     First,
@@ -320,12 +320,21 @@ def digest(corpus: Path) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read_specification(text: str) -> Specification:
+def read_specification(text: str, code: str | None = None) -> Specification:
     """Return a specification from its text.
 
+    Args:
+        text: as `Specification.text` gives it.
+        code: digest of the code that it was planned with; None: of any.
+
     Raises:
-        PtbenchError: if it is not valid, or of another protocol.
+        PtbenchError: if it is not valid, of another protocol, or planned with other code.
     """
+    if code is not None and code != code_digest():
+        raise PtbenchError(
+            "the code that trains was changed after this run had begun, and cells of one run are "
+            "trained with one code; give the same command again to train the rest with the new one"
+        )
     try:
         specification = Specification.model_validate_json(text)
     except ValueError as error:

@@ -19,7 +19,7 @@ from ptbench.configuration import config, experiments
 from ptbench.configuration.config import Config, read_configuration
 from ptbench.configuration.experiments import load_library, read_papers
 from ptbench.configuration.specification import Specification, parse_cell_path, variant_name
-from ptbench.configuration.study import load_study, read_command, read_study
+from ptbench.configuration.study import load_study, read_study
 from ptbench.corpus.definitions import SPLITS
 from ptbench.errors import ConfigurationError
 from ptbench.model.recipe import Recipe
@@ -464,7 +464,6 @@ def test_a_study_is_read_back_as_it_was_planned(tmp_path: Path) -> None:
     assert [s.text() for e in again.experiments.values() for s in e.specifications] == [
         s.text() for e in study.experiments.values() for s in e.specifications
     ]
-    assert read_command(tmp_path / "study.json") == "snakemake --cores 2"
 
 
 def test_of_a_folder_the_content_counts_and_not_the_place(tmp_path: Path) -> None:

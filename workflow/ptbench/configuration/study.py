@@ -320,14 +320,6 @@ def read_study(path: Path) -> Study:
         ) from error
 
 
-def read_command(path: Path) -> str:
-    """Return the command of the run that wrote a study; empty if it is not known."""
-    try:
-        return str(json.loads(path.read_bytes())["command"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
-
-
 def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
     """Validate a merged configuration and resolve all that it names.
 

@@ -33,7 +33,9 @@ def test_each_replica_has_a_named_device(backends: Backends, framework: str, dev
     assert all(names)
 
 
-@pytest.mark.parametrize(("devices", "batch"), [(4, 12), (8, 8)])
+@pytest.mark.parametrize(
+    ("devices", "batch"), [(4, 12), pytest.param(8, 8, marks=pytest.mark.exhaustive)]
+)
 def test_many_replicas_take_the_oracle_s_step(
     backends: Backends, framework: str, devices: int, batch: int
 ) -> None:

@@ -84,7 +84,7 @@ class BestVariant(Model):
     framework: Framework = Field(description="Framework.")
     devices: int = Field(description="Data-parallel replicas.")
     variant: str = Field(description="The variant that is most probably the best.")
-    probability: float = Field(description="That it has the lowest mean; bootstrap over seeds.")
+    probability: float = Field(description="That it has the lowest mean, by its seeds.")
     probabilities: dict[str, float] = Field(description="The same of every variant.")
 
 

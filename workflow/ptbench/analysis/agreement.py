@@ -28,6 +28,7 @@ from ptbench.analysis.statistics import (
     as_sample,
     has_spread,
     t_quantile,
+    welch,
 )
 
 TOLERANCE = 0.05  # nats: an interval wider than ± this can hold a number and prove nothing
@@ -178,9 +179,7 @@ def half_width(
 ) -> float:
     """Return half the width of the interval from n seeds with that sample variance."""
     if published.std is not None and published.runs > 1:
-        own, theirs = variance / n, published.std**2 / published.runs
-        freedom = (own + theirs) ** 2 / (own**2 / (n - 1) + theirs**2 / (published.runs - 1))
-        error = math.sqrt(own + theirs)
+        error, freedom = welch([(variance, n), (published.std**2, published.runs)])
     else:
         freedom = float(n - 1)
         error = math.sqrt(variance * (1 / n + 1 / published.runs))

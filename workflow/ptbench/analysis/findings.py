@@ -24,6 +24,9 @@ from ptbench.analysis.statistics import (
     as_sample,
     has_spread,
     t_interval,
+    t_quantile,
+    t_upper,
+    welch,
 )
 
 DRAWS = 10_000
@@ -259,7 +262,7 @@ def slope_holds(
     if len(y) < 3 or not np.isfinite(y).all():
         return "cannot tell"
     line = scipy.stats.linregress(x, y)
-    half = float(scipy.stats.t.ppf(1 - error / 2, len(y) - 2) * line.stderr)
+    half = t_quantile(1 - error / 2, len(y) - 2) * float(line.stderr)
     if abs(float(line.slope) - slope) > half:
         return "contradicted"
     return "upheld" if half <= EXPONENT_TOLERANCE else "cannot tell"
@@ -288,19 +291,12 @@ def interaction(
         return NOTHING
     means = [float(sample.mean()) for sample in samples]
     effect = (means[2] - means[3]) - (means[0] - means[1])
-    errors = np.array([float(s.var(ddof=1)) / len(s) for s in samples])
-    if not errors.sum():
+    parts = [(float(s.var(ddof=1)), len(s)) for s in samples]
+    if not any(variance for variance, _ in parts):
         return Evidence(effect, None, None, least=margin)
-    freedom = errors.sum() ** 2 / sum(
-        error**2 / (len(s) - 1) for error, s in zip(errors, samples, strict=True)
-    )
-    error = math.sqrt(errors.sum())
-    p = float(scipy.stats.t.sf(effect / error, freedom))
-    opposite = float(scipy.stats.t.cdf(effect / error, freedom))
-    within = max(
-        float(scipy.stats.t.sf((effect + margin) / error, freedom)),
-        float(scipy.stats.t.cdf((effect - margin) / error, freedom)),
-    )
+    error, freedom = welch(parts)
+    p, opposite = t_upper(effect / error, freedom), t_upper(-effect / error, freedom)
+    within = t_upper((margin - abs(effect)) / error, freedom)
     return Evidence(effect, p, min(opposite, within), least=margin)
 
 
@@ -321,12 +317,9 @@ def equivalence_p(a: Sample, b: Sample, margin: float) -> float:
 
 def _welch(a: Sample, b: Sample, alternative: Literal["less", "greater"]) -> float:
     # SciPy's ttest_ind takes a hundred times as long; a study needs thousands of these.
-    n, m = len(a), len(b)
-    own, others = a.var(ddof=1) / n, b.var(ddof=1) / m
-    error = own + others
-    freedom = error**2 / (own**2 / (n - 1) + others**2 / (m - 1))
-    t = float(a.mean() - b.mean()) / math.sqrt(error)
-    return float(special.stdtr(freedom, t if alternative == "less" else -t))
+    error, freedom = welch([(float(a.var(ddof=1)), len(a)), (float(b.var(ddof=1)), len(b))])
+    t = float(a.mean() - b.mean()) / error
+    return t_upper(-t if alternative == "less" else t, freedom)
 
 
 def _mann_whitney(a: Sample, b: Sample, alternative: Literal["less", "greater"]) -> float:

@@ -127,6 +127,20 @@ def t_upper(t: float, degrees_of_freedom: float) -> float:
     return float(special.stdtr(degrees_of_freedom, -t))
 
 
+def welch(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Return the standard error of a sum or difference of means, and its degrees of freedom.
+
+    Welch (1947) and Satterthwaite (1946).
+
+    Args:
+        parts: the sample variance and the size of each sample; not all variances are zero.
+    """
+    errors = [variance / n for variance, n in parts]
+    total = sum(errors)
+    freedom = total**2 / sum(e**2 / (n - 1) for e, (_, n) in zip(errors, parts, strict=True))
+    return sqrt(total), freedom
+
+
 def t_test(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False) -> MeanTest | None:
     """Test whether two means are equal, and whether they are equivalent.
 
@@ -155,11 +169,7 @@ def t_test(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False) -> M
     else:
         if not (has_spread(first) or has_spread(second)):
             return None
-        parts = [float(sample.var(ddof=1)) / len(sample) for sample in (first, second)]
-        error = sqrt(sum(parts))
-        freedom = sum(parts) ** 2 / sum(
-            part**2 / (len(sample) - 1) for part, sample in zip(parts, (first, second), strict=True)
-        )
+        error, freedom = welch([(float(s.var(ddof=1)), len(s)) for s in (first, second)])
     half = t_quantile((1 + CONFIDENCE) / 2, freedom) * error
     return MeanTest(
         kind="paired" if paired else "Welch",

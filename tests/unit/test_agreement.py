@@ -136,7 +136,8 @@ def test_seeds_that_diverged_reproduce_no_number() -> None:
 def test_a_number_counts_by_the_reading_that_fits_best() -> None:
     far, near = published(130), published(100)
     ours = [99.9, 100.0, 100.1]
-    assert best_reading([judge_published(each, ours, [], MARGIN) for each in (far, near)]) == 1
+    judged = [judge_published(each, ours, [], MARGIN) for each in (far, near)]
+    assert best_reading([each.verdict for each in judged]) == 1
 
 
 def test_cv_of_two_numbers_is_belz_s() -> None:

@@ -119,9 +119,9 @@ def _is_the_count(published: PublishedValue, ours: Sequence[float]) -> bool:
     return is_count and len(set(ours)) == 1 and abs(ours[0] - published.value) <= published.rounding
 
 
-def best_reading(judgements: Sequence[Judgement]) -> int:
+def best_reading(verdicts: Sequence[Agreement]) -> int:
     """Return which of several readings of one printed number fits best; the first if several do."""
-    return min(range(len(judgements)), key=lambda i: FITS.index(judgements[i].verdict))
+    return min(range(len(verdicts)), key=lambda i: FITS.index(verdicts[i]))
 
 
 def judge(ours: Sequence[float], published: Published, margin: float) -> Judgement:

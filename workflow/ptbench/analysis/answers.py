@@ -17,7 +17,7 @@ from pydantic import Field
 from ptbench.analysis import agreement
 from ptbench.analysis.claims import Result, judge_claims, read_claims
 from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict, fill_exhibit, read_exhibits
-from ptbench.analysis.experiment import Analysis, RowResult
+from ptbench.analysis.experiment import Analysis, RowResult, judge_row
 from ptbench.analysis.published import (
     LeftOut,
     PublishedValue,
@@ -74,7 +74,7 @@ class Reading(Model):
     high: float | None = Field(description="Its upper end.")
     cv: float | None = Field(description="CV* of the published number and ours [%].")
     seeds: int | None = Field(description="Seeds that would settle it.")
-    verdict: NumberVerdict = Field(description="What may be said.")
+    verdict: agreement.Agreement = Field(description="What may be said.")
 
 
 class PublishedNumber(Model):
@@ -244,7 +244,7 @@ def _number(
         return PublishedNumber(
             published=group[0], verdict="not run", reason=f"no result of {named}"
         )
-    best = min(range(len(found)), key=lambda i: NUMBER_VERDICTS.index(found[i].verdict))
+    best = agreement.best_reading([reading.verdict for reading in found])
     return PublishedNumber(
         published=group[0], verdict=found[best].verdict, best=best, readings=tuple(found)
     )
@@ -262,23 +262,16 @@ def _reading(
     if value.over is not None:
         over = value.over
         below = rows.get(over if over.framework else over._replace(framework=framework))
-    if row is None or (value.over is not None and below is None):
+    found = judge_row(value, row, below, margin) if row else None
+    if row is None or found is None:
         return None
-    ours = seed_values(row, value.metric) or {}
-    divisors = (seed_values(below, value.metric) if below else None) or {}
-    if below:
-        ours = {seed: ours[seed] for seed in ours.keys() & divisors.keys()}
-    if not ours:
-        return None
-    judged = agreement.judge_published(
-        value, list(ours.values()), [divisors[seed] for seed in ours] if below else [], margin
-    )
+    judged = found.judgement
     number = row.value(value.metric)
     divisor = below.value(value.metric) if below else 1.0
     return Reading(
         published=value,
         framework=framework,
-        n=len(ours),
+        n=found.n,
         ours=number / divisor if number is not None and divisor else None,
         low=None if judged.low is None else math.exp(judged.low),
         high=None if judged.high is None else math.exp(judged.high),

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -82,15 +82,23 @@ class RowResult(Model):
 
     def seeds(self, metric: str) -> list[float]:
         """Return the number of each seed that ended well."""
-        return [c.values[metric] for c in self.cells if c.state == "ok" and metric in c.values]
+        return list(self.good_seeds(metric).values())
+
+    def good_seeds(self, metric: str) -> dict[int, float]:
+        """Return the number of each seed that ended well, by seed."""
+        return {
+            line.cell.seed: line.values[metric]
+            for line in self.cells
+            if line.state == "ok" and metric in line.values
+        }
 
     def seed_values(self, metric: str) -> dict[int, float]:
         """Return the number of each seed that finished; a diverged one's perplexity is infinite."""
-        diverged = {"diverged": math.inf} if METRICS[metric].kind is PERPLEXITY else {}
+        good, infinite = self.good_seeds(metric), METRICS[metric].kind is PERPLEXITY
         return {
-            line.cell.seed: line.values[metric] if line.state == "ok" else diverged[line.state]
+            line.cell.seed: good.get(line.cell.seed, math.inf)
             for line in self.cells
-            if (line.state == "ok" and metric in line.values) or line.state in diverged
+            if line.cell.seed in good or (infinite and line.state == "diverged")
         }
 
 
@@ -308,6 +316,36 @@ def whole(variant: str) -> str:
     return "+".join([recipe, *(each for each in overrides if not each.startswith(REDUCED))])
 
 
+class Judged(NamedTuple):
+    """What our seeds say of a published number."""
+
+    n: int  # seeds
+    judgement: Judgement
+
+
+def judge_row(
+    value: PublishedValue, row: RowResult, over: RowResult | None, margin: float
+) -> Judged | None:
+    """Judge a published number by the seeds of a row that finished; None if there is none.
+
+    Args:
+        value: the number.
+        row: ours.
+        over: that ours is divided by, seed by seed, where the number is a ratio; None: there is
+            none.
+        margin: difference that does not matter [nats, or log ratio].
+    """
+    seeds, divisors = row.seed_values(value.metric), dict[int, float]()
+    if value.over is not None:
+        divisors = over.seed_values(value.metric) if over else {}
+        seeds = {seed: number for seed, number in seeds.items() if seed in divisors}
+        divisors = {seed: divisors[seed] for seed in seeds}
+    if not seeds:
+        return None
+    ours, below = list(seeds.values()), list(divisors.values())
+    return Judged(len(seeds), judge_published(value, ours, below, margin))
+
+
 def _beside(
     value: PublishedValue, row: RowResult, rows: Sequence[RowResult], margin: float
 ) -> PublishedResult:
@@ -318,21 +356,18 @@ def _beside(
     """
     summary = row.metrics.get(value.metric) if row.usable else None
     ours, low, high = (summary.value, summary.low, summary.high) if summary else (None, None, None)
-    seeds, divisors = row.seed_values(value.metric), dict[int, float]()
+    over = None
     if value.over is not None:
         over = _divisor(value.over, row.framework, rows)
         below = over.value(value.metric) if over and over.usable else None
         ours, low, high = (ours / below if ours and below else None), None, None
-        divisors = over.seed_values(value.metric) if over else {}
-        seeds = {seed: number for seed, number in seeds.items() if seed in divisors}
-        divisors = {seed: divisors[seed] for seed in seeds}
-    verdict: PublishedVerdict
-    if not seeds:
-        verdict, judged = "not run", NOT_JUDGED
-    elif whole(row.variant) != row.variant:
-        verdict, judged = "reduced budget", NOT_JUDGED
-    else:
-        judged = judge_published(value, list(seeds.values()), list(divisors.values()), margin)
+    found = judge_row(value, row, over, margin)
+    verdict: PublishedVerdict = "not run"
+    judged = NOT_JUDGED
+    if found and whole(row.variant) != row.variant:
+        verdict = "reduced budget"
+    elif found:
+        judged = found.judgement
         verdict = judged.verdict
     expected = [None if end is None else math.exp(end) for end in (judged.low, judged.high)]
     return PublishedResult(

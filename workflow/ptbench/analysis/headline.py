@@ -151,9 +151,7 @@ def _logs(
         assert first
         assert second
         variants[a.variant].append(math.log(first / second))
-        own = [
-            {c.cell.seed: c.values[metric] for c in row.cells if c.state == "ok"} for row in (a, b)
-        ]
+        own = [row.good_seeds(metric) for row in (a, b)]
         for seed in own[0].keys() & own[1].keys():
             seeds[seed].append(math.log(own[0][seed] / own[1][seed]))
     if len(variants) > 1 or not seeds:

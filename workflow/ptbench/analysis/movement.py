@@ -126,11 +126,7 @@ def _pair(a: RowResult, b: RowResult) -> Pair:
 
 
 def _nlls(row: RowResult) -> dict[int, float]:
-    return {
-        c.cell.seed: math.log(c.values["test_perplexity"])
-        for c in row.cells
-        if c.state == "ok" and "test_perplexity" in c.values
-    }
+    return {seed: math.log(value) for seed, value in row.good_seeds("test_perplexity").items()}
 
 
 def _logs(row: RowResult, metric: str) -> list[float]:

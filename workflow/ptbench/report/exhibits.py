@@ -25,6 +25,7 @@ from ptbench.analysis.published import PublishedValue
 from ptbench.configuration.papers import NamedRow
 from ptbench.files import write_atomically
 from ptbench.report.drawing import WIDTH, save, style
+from ptbench.report.formatting import format_published
 from ptbench.report.palette import FRAMEWORK_COLOURS, INK, LIGHT_BACKGROUND, MUTED
 from ptbench.report.tables import LATEX
 
@@ -90,14 +91,10 @@ def title_of(result: ExhibitResult, metric: str) -> str:
 
 
 def published_text(result: ExhibitResult, metric: str, value: PublishedValue | None) -> str:
-    """Write a published number: bounds with their sign, ± its standard deviation if printed."""
+    """Write a published number as the exhibit does; a dash where there is none."""
     if value is None:
         return NOTHING
-    if value.kind == "diverges":
-        return "diverges"
-    text = _text(result, metric, value.value)
-    text = {"above": "> ", "below": "< "}.get(value.kind, "") + text
-    return text if value.std is None else f"{text} ± {_text(result, metric, value.std)}"
+    return format_published(value, lambda number: _text(result, metric, number))
 
 
 def our_text(result: ExhibitResult, metric: str, line: ExhibitLine) -> str:

@@ -100,7 +100,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
             for name, metric in METRICS.items()
             if (found := [line for line in analysis.published if line.published.metric == name])
         ],
-        published_value=_published_value,
+        published_value=formatting.format_published,
         ours=_ours,
         runs=runs_of(analysis.rows, site.results),
         machines=_distinct(analysis, "machines"),
@@ -198,22 +198,12 @@ def _matrices(analysis: Analysis) -> list[Matrix]:
     return matrices
 
 
-def _published_value(line: PublishedResult) -> str:
-    """Write the published value, with its standard deviation where one was printed."""
-    metric, value = METRICS[line.published.metric], line.published
-    if value.kind == "diverges":
-        return "diverges"
-    text = f"× {value.value:.3g}" if value.over else metric.write(value.value)
-    text = {"above": "> ", "below": "< "}.get(value.kind, "") + text
-    return text if value.std is None else f"{text} ± {metric.write(value.std)}"
-
-
 def _ours(line: PublishedResult) -> str:
     """Write our value, followed by its interval where it has one."""
     if line.ours is None:
         return NOTHING
     if line.published.over:
-        return f"× {line.ours:.3g}"
+        return formatting.format_ratio(line.ours)
     write = METRICS[line.published.metric].write
     if line.low is None or line.high is None:
         return write(line.ours)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Protocol, TypeVar
 
-from ptbench.analysis.metrics import NOTHING, Metric, Summary
+from ptbench.analysis.metrics import METRICS, NOTHING, Metric, Summary
+from ptbench.analysis.published import PublishedValue
 from ptbench.backends import FRAMEWORKS
 
 MINUS = "\N{MINUS SIGN}"
@@ -106,3 +107,22 @@ def format_signed(value: float | None, decimals: int = 4) -> str:
     if value is None:
         return NOTHING
     return (MINUS if value < 0 else "+") + f"{abs(value):.{decimals}f}"
+
+
+def format_ratio(value: float) -> str:
+    """Write a ratio of two numbers with three digits."""
+    return f"× {value:.3g}"
+
+
+def format_published(value: PublishedValue, write: Callable[[float], str] | None = None) -> str:
+    """Write a published number: a bound with its sign, ± its standard deviation if printed.
+
+    Args:
+        value: the number.
+        write: writes it; None: as its metric is written, or as a ratio if it is one.
+    """
+    if value.kind == "diverges":
+        return "diverges"
+    write = write or (format_ratio if value.over else METRICS[value.metric].write)
+    text = {"above": "> ", "below": "< "}.get(value.kind, "") + write(value.value)
+    return text if value.std is None or value.over else f"{text} ± {write(value.std)}"

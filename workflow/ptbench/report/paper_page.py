@@ -18,8 +18,8 @@ from ptbench.analysis.answers import (
 )
 from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict
 from ptbench.analysis.metrics import METRICS, NOTHING
-from ptbench.analysis.published import PublishedValue
 from ptbench.report import exhibits
+from ptbench.report.formatting import format_published, format_ratio
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
 
@@ -55,7 +55,7 @@ def write_paper_page(site: Site, answers: Answers, folder: Path) -> Path:
         by_place=_by_place(answers.published),
         seeds_in_words=seeds_in_words,
         finding_note=finding_note,
-        number_text=number_text,
+        number_text=format_published,
         our_number=our_number,
     )
 
@@ -116,16 +116,6 @@ def finding_note(finding: Finding) -> str:
     return ", ".join(parts)
 
 
-def number_text(value: PublishedValue) -> str:
-    """Write a published number, or the ratio as which it is judged."""
-    metric = METRICS[value.metric]
-    if value.kind == "diverges":
-        return "diverges"
-    text = f"× {value.value:.3g}" if value.over else metric.write(value.value)
-    text = {"above": "> ", "below": "< "}.get(value.kind, "") + text
-    return text if value.std is None or value.over else f"{text} ± {metric.write(value.std)}"
-
-
 def our_number(number: PublishedNumber) -> str:
     """Write ours of the reading that fits best."""
     if number.best is None:
@@ -134,5 +124,5 @@ def our_number(number: PublishedNumber) -> str:
     if reading.ours is None:
         return "diverged"
     if reading.published.over:
-        return f"× {reading.ours:.3g}"
+        return format_ratio(reading.ours)
     return METRICS[reading.published.metric].write(reading.ours)

@@ -58,7 +58,7 @@ def test_a_run_takes_the_steps_of_its_budget(
     metrics = run_cell(cell, specification, paths, threads=1, say=lambda _: None)
     allowed = BUDGETS[budget]
     assert metrics.epochs == allowed.epochs
-    assert metrics.steps_per_epoch == min(allowed.batches, metrics.steps_per_epoch)
+    assert metrics.steps_per_epoch <= allowed.batches
     assert metrics.valid is not None
     assert metrics.valid.tokens <= allowed.evaluation_batches * 4
     if budget == "smoke":

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.checkpoints import small_corpus
 from tests.support.fake_results import metrics, write_cell
 
-from ptbench.analysis.costs import Costs, Estimator
+from ptbench.analysis.costs import Costs, Estimator, planned_size
 from ptbench.cli import load, main
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study, load_study
-from ptbench.corpus.definitions import CORPUS_DEFINITION, planned_size
+from ptbench.corpus import CorpusError
+from ptbench.corpus.definitions import CORPUS_DEFINITION
 from ptbench.corpus.prepare import prepare
 from ptbench.model import work
 from ptbench.model.work import CorpusSize
@@ -126,10 +128,24 @@ def test_a_synthetic_corpus_has_about_the_size_that_its_definition_says(
     )  # fmt: skip
     prepare("mine", definition, None, tmp_path / "downloads", tmp_path / "mine")
     prepared = work.corpus_size(str(tmp_path / "mine" / "corpus.json"))
-    tokens, words = planned_size(definition)
-    assert words == prepared.vocabulary_size
-    for split, count in tokens.items():
+    planned = planned_size("mine", definition)
+    assert planned.vocabulary_size == prepared.vocabulary_size
+    for split, count in planned.tokens.items():
         assert count <= prepared.tokens[split] < count + 250
+
+
+def test_a_text_of_ones_own_is_counted_as_preparing_it_counts(tmp_path: Path) -> None:
+    small_corpus(tmp_path)
+    prepared = work.corpus_size(str(tmp_path / "corpora" / "small" / "corpus.json"))
+    definition = CORPUS_DEFINITION.validate_python({"kind": "folder", "folder": tmp_path / "raw"})
+    assert planned_size("mine", definition) == prepared
+
+
+def test_a_corpus_of_unknown_size_is_named() -> None:
+    study = load_study({"experiments": ["zaremba-small"]})
+    unknown = study.corpora["ptb"].model_copy(update={"size": None})
+    with pytest.raises(CorpusError, match="corpus mine: its size is not known"):
+        planned_size("mine", unknown)
 
 
 def test_the_command_counts_every_run_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,16 @@ from typing import Literal, NamedTuple
 from ptbench.configuration.config import Prices
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
-from ptbench.corpus.definitions import planned_size
+from ptbench.corpus import CorpusError
+from ptbench.corpus.definitions import (
+    SPLITS,
+    CorpusDefinition,
+    DownloadedCorpus,
+    FolderCorpus,
+    MarkovCorpus,
+    texts_in,
+)
+from ptbench.corpus.vocabulary import tokenize
 from ptbench.errors import ConfigurationError
 from ptbench.model import work
 from ptbench.model.recipe import Accelerator, Recipe
@@ -140,7 +149,7 @@ class Estimator:
             if prepared.exists():
                 self.sizes[folder] = work.corpus_size(str(prepared))
             else:
-                self.sizes[folder] = CorpusSize(*planned_size(self.study.corpus(folder)[1]))
+                self.sizes[folder] = planned_size(*self.study.corpus(folder)[:2])
         return self.sizes[folder]
 
     def run(self, cell: Cell) -> RunCost:
@@ -211,3 +220,30 @@ def scaled(measured: Measured, recipe: Recipe, size: CorpusSize, flops: float) -
     test = ratio * seconds.test * size.tokens["test"] / metrics.test.tokens
     rest = max(seconds.total - seconds.training - seconds.validation - seconds.test, 0.0)
     return rest + recipe.epochs * (train + valid) + test
+
+
+def planned_size(name: str, definition: CorpusDefinition) -> CorpusSize:
+    """Return the size of a corpus before it is prepared, all of its lines taken.
+
+    A synthetic text ends with a whole sentence, so it has a few tokens more.
+
+    Raises:
+        CorpusError: if a text of a folder is missing, or only preparing the corpus can tell.
+    """
+    if isinstance(definition, FolderCorpus):
+        paths = texts_in(name, definition.folder)
+        words = {split: tokenize(path.read_text(encoding="utf-8")) for split, path in paths.items()}
+        return CorpusSize({s: len(found) for s, found in words.items()}, len(set(words["train"])))
+    if isinstance(definition, DownloadedCorpus):
+        size = definition.size
+        if size is None:
+            raise CorpusError(
+                f"corpus {name}: its size is not known before it is prepared; give it a `size`"
+            )
+        return CorpusSize({split: getattr(size, split) for split in SPLITS}, size.vocabulary)
+    tokens = {str(split): getattr(definition, f"{split}_tokens") for split in SPLITS}
+    if isinstance(definition, MarkovCorpus):
+        first_and_last = 2 * definition.openers_per_topic
+        of_topics = definition.topics * (first_and_last + definition.content_words_per_topic)
+        return CorpusSize(tokens, of_topics + definition.function_words + 1)
+    return CorpusSize(tokens, definition.words + 1)

@@ -270,32 +270,3 @@ def definition_from(
     """
     content = {**asked["content"], **fetching.get(asked["name"], {})}
     return asked["name"], CORPUS_DEFINITION.validate_python(content), asked["subset"]
-
-
-def planned_size(definition: CorpusDefinition) -> tuple[dict[str, int], int]:
-    """Return the tokens of each split and the vocabulary's size, before the corpus is prepared.
-
-    A synthetic text ends with a whole sentence, so it has a few tokens more.
-
-    Raises:
-        CorpusError: if only preparing the corpus can tell.
-    """
-    counts: dict[str, int] = {}
-    if isinstance(definition, FolderCorpus):
-        words = set[str]()
-        for split in SPLITS:
-            lines = (definition.folder / f"{split}.txt").read_text(encoding="utf-8").split("\n")
-            counts[split] = sum(len(line.split()) + 1 for line in lines)
-            words.update(*(line.split() for line in lines))
-        return counts, len(words) + 1
-    if isinstance(definition, DownloadedCorpus):
-        if definition.size is None:
-            raise CorpusError("its size is not known before it is prepared; give it a `size`")
-        size = definition.size
-        return {str(split): getattr(size, split) for split in SPLITS}, size.vocabulary
-    counts = {str(split): getattr(definition, f"{split}_tokens") for split in SPLITS}
-    if isinstance(definition, MarkovCorpus):
-        first_and_last = 2 * definition.openers_per_topic
-        of_topics = definition.topics * (first_and_last + definition.content_words_per_topic)
-        return counts, of_topics + definition.function_words + 1
-    return counts, definition.words + 1

@@ -6,7 +6,8 @@ import collections
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import hypothesis
 import pytest
@@ -16,6 +17,7 @@ from tests.support.remote import Backends
 from xdist.scheduler import LoadScopeScheduling
 
 from ptbench.backends import FRAMEWORKS, ORACLE
+from ptbench.model.recipe import Accelerator
 
 # Tests start hundreds of processes, which takes half the time with compiled bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -38,6 +40,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Also test the whole products of models, kernels, implementations, optimizers and "
         "devices, of which a run tests a covering design otherwise.",
+    )
+
+    parser.addoption(
+        "--accelerator",
+        choices=get_args(Accelerator),
+        default="cpu",
+        help="Kind of device that the frameworks compute on in tests/contract and tests/parity.",
+    )
+    parser.addoption(
+        "--gpus", type=int, default=1, help="GPUs of this machine; tests that need more skip."
+    )
+    parser.addoption(
+        "--python",
+        type=Path,
+        help="A Python that has the frameworks; the default is each one's environment.",
     )
 
 
@@ -147,8 +164,13 @@ def frameworks(pytestconfig: pytest.Config) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backends]:
+def backends(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[Backends]:
     """Yield what makes backends in any framework; see `Backends.get`."""
-    made = Backends(tmp_path_factory.mktemp("workers"))
+    accelerator = pytestconfig.getoption("accelerator")
+    gpus = pytestconfig.getoption("gpus") if accelerator == "cuda" else None
+    python = pytestconfig.getoption("python")
+    made = Backends(tmp_path_factory.mktemp("workers"), accelerator, gpus, python)
     yield made
     made.close()

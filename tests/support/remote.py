@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.support import probes, wire
 from tests.support.problems import VOCABULARY, new_oracle
 
@@ -192,18 +193,35 @@ class Backends:
     to what it was when it was new.
     """
 
-    def __init__(self, logs: Path) -> None:
-        self.logs = logs
+    def __init__(
+        self,
+        logs: Path,
+        accelerator: Accelerator = "cpu",
+        gpus: int | None = None,
+        python: Path | None = None,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            logs: folder of the workers' output.
+            accelerator: what the frameworks compute on.
+            gpus: a test that needs more is skipped; None: there is no limit.
+            python: has the frameworks; None: each one's environment.
+        """
+        self.logs, self.accelerator, self.gpus, self.python = logs, accelerator, gpus, python
         self.workers: dict[tuple[str, int], Worker] = {}
         self.made: dict[tuple[Any, ...], tuple[Backend, dict[str, Any]]] = {}
         self.masks: dict[Any, list[Masks]] = {}  # see `masks.observed_masks`
         self.number = itertools.count()
 
-    def start(self, framework: str, accelerator: Accelerator = "cpu") -> Worker:
+    def start(self, framework: str, accelerator: Accelerator | None = None) -> Worker:
         """Start a worker in the framework's environment, which is built where there is none."""
+        accelerator = accelerator or self.accelerator
         log = self.logs / f"{framework}-{next(self.number)}.log"
         if framework == "oracle":
             return Worker(sys.executable, log)
+        if self.python:
+            return Worker(self.python, log)
         folder = ROOT / "results" / "environments" / f"{framework}-{accelerator}"  # as in runs
         environments.build(framework, accelerator, folder)
         return Worker(folder / environments.PYTHON, log)
@@ -212,10 +230,12 @@ class Backends:
         """Return a new backend."""
         if framework == ORACLE:
             return new_oracle(recipe, devices, seed)
+        if self.gpus is not None and devices > self.gpus:
+            pytest.skip(f"needs more than {self.gpus} GPUs")
         if (framework, devices) not in self.workers:
             self.workers[framework, devices] = self.start(framework)
         worker = self.workers[framework, devices]
-        return RemoteBackend(worker, framework, recipe, devices=devices, seed=seed)
+        return RemoteBackend(worker, framework, recipe, devices, seed, self.accelerator)
 
     def get(
         self, framework: str, recipe: Recipe, devices: int = 1, seed: int = 0, number: int = 0
@@ -232,6 +252,7 @@ class Backends:
             self.made[key] = backend, backend.snapshot(state)
         backend, snapshot = self.made[key]
         backend.restore(snapshot)
+        backend.average_from = None  # a test that was skipped half-way may have set it
         return backend
 
     def close(self) -> None:

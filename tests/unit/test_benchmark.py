@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ptbench.configuration.experiments import load_library
 from ptbench.errors import PtbenchError
 from ptbench.measurement.benchmark import (
     BACKEND,
@@ -37,7 +38,8 @@ TINY = Recipe(batch_size=2, sequence_length=3, embedding_size=4, hidden_size=5, 
 def test_a_token_costs_six_operations_for_each_weight_that_it_meets(
     model: str, megaflops: float
 ) -> None:
-    assert flops_per_token(MODELS[model], VOCABULARY_SIZE) / 1e6 == pytest.approx(megaflops)
+    recipe = load_library().recipes[MODELS[model]]
+    assert flops_per_token(recipe, VOCABULARY_SIZE) / 1e6 == pytest.approx(megaflops)
 
 
 def test_recurrent_products_are_counted_step_by_step_and_their_weights_gradient_at_once() -> None:
@@ -67,27 +69,27 @@ def test_the_bound_is_the_tokens_of_a_step_over_the_time_of_its_products() -> No
 
 def test_a_row_has_medians_and_the_bound_s_fraction_is_taken_within_rounds() -> None:
     speeds, bounds = [90.0, 100.0, 140.0], [360.0, 500.0, 200.0]  # 0.25, 0.2, 0.7
-    result = Result("small", Competitor("jax", "tuned"), {}, speeds, bounds, 2 * 10**6)
+    result = Result(
+        "small", Competitor("jax", "tuned"), {}, speeds, bounds, [0.02, 0.01, 0.04], 2 * 10**6
+    )
     row = result.row()
     assert (row["lowest"], row["tokens_per_second"], row["highest"]) == (90, 100, 140)
     assert row["fraction_of_bound"] == 0.25
-    assert row["peak_memory_mb"] == 2
+    assert (row["peak_memory_mb"], row["millijoules_per_token"]) == (2, 20)
 
 
-def test_keras_own_fit_is_measured_beside_keras() -> None:
-    labels = [c.label for c in all_competitors(["keras", "jax"], ["stock", "tuned"])]
-    assert labels == ["keras stock", "keras tuned", "jax stock", "jax tuned", "keras fit"]
+def test_what_users_of_a_framework_write_is_measured_beside_it() -> None:
+    labels = [c.label for c in all_competitors(["keras", "jax", "pytorch"], ["stock"])]
+    assert labels == ["keras stock", "jax stock", "pytorch stock", "keras fit", "pytorch example"]
     assert [c.label for c in all_competitors(["jax"], ["stock"])] == ["jax stock"]
 
 
-def test_keras_own_fit_is_left_out_where_keras_has_no_layer() -> None:
-    fit, tuned = Competitor("keras", "fit"), Competitor("keras", "tuned")
-    assert [fit.can_train(MODELS[name]) for name in ("small", "medium", "mos")] == [
-        True,
-        True,
-        False,
-    ]
-    assert tuned.can_train(MODELS["mos"])
+@pytest.mark.parametrize("peer", [Competitor("keras", "fit"), Competitor("pytorch", "example")])
+def test_a_peer_is_left_out_where_it_has_no_such_model(peer: Competitor) -> None:
+    recipes = load_library().recipes
+    able = {model for model, name in MODELS.items() if peer.can_train(recipes[name])}
+    assert able == {"small", "medium", "large"}
+    assert all(Competitor("keras", "tuned").can_train(recipes[name]) for name in MODELS.values())
 
 
 def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_path: Path) -> None:
@@ -106,7 +108,9 @@ def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_
 
 
 def test_a_worker_measures_products(tmp_path: Path) -> None:
-    task = {"framework": "jax", "threads": 1, "class": PRODUCTS["NumPy"][1]}
+    task = {
+        "framework": "jax", "threads": 1, "accelerator": "cpu", "class": PRODUCTS["NumPy"][1]
+    }  # fmt: skip
     with Worker(Path(sys.executable), task, tmp_path / "log") as worker:
         worker.answer()
         rate = worker.ask(product=Product(64, 64, 64), seconds=0.05)

@@ -631,12 +631,13 @@ def generate(output: Path) -> None:
         write_atomically(output / path, text)
 
 
-MODELS, IMPLEMENTATIONS = ("small", "medium", "mos"), ("stock", "tuned")
+MODELS = ("small", "medium", "large", "mos", "bmlg", "awd-lstm")
+IMPLEMENTATIONS = ("stock", "tuned")
 
 
 @command(
     "Measure the training speed of every framework side by side.",
-    argument("--models", nargs="+", choices=MODELS, default=MODELS),
+    argument("--models", nargs="+", choices=MODELS, default=("small", "medium", "mos")),
     argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS),
     argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS),
     ACCELERATOR,
@@ -651,7 +652,10 @@ def benchmark(
 ) -> None:
     from ptbench.measurement.benchmark import Benchmark, all_competitors, show
 
-    show(Benchmark(**settings).run(models, all_competitors(frameworks, implementations)))
+    asked = Benchmark(**settings)
+    show(asked.run(models, all_competitors(frameworks, implementations)))
+    if asked.failures:
+        raise PtbenchError("; ".join(asked.failures))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptbench.backends import Framework
+from ptbench.configuration.experiments import load_library
 from ptbench.environments import PYTHON
 from ptbench.errors import PtbenchError
 from ptbench.files import write_atomically
@@ -30,19 +32,12 @@ from ptbench.model.work import Product, bound, flops_per_token, training_product
 from ptbench.training.provenance import provenance
 
 VOCABULARY_SIZE = 10_000  # PTB's
-PRODUCT_SECONDS = 0.15  # for each shape and round
+# For each shape and round; a GPU's clock drifts less.
+PRODUCT_SECONDS: dict[Accelerator, float] = {"cpu": 0.15, "cuda": 0.03}
+# Names of models, and the recipes that they are.
 MODELS = {
-    "small": Recipe(
-        batch_size=20, sequence_length=20, embedding_size=200, hidden_size=200, layers=2
-    ),
-    "medium": Recipe(
-        batch_size=20, sequence_length=35, embedding_size=650, hidden_size=650, layers=2,
-        dropout=0.5,
-    ),
-    "mos": Recipe(
-        batch_size=20, sequence_length=35, embedding_size=650, hidden_size=650, layers=2,
-        dropout=0.5, mixtures=10,
-    ),
+    "small": "zaremba-small", "medium": "zaremba-medium", "large": "zaremba-large",
+    "mos": "speed-mos", "bmlg": "zhang-bmlg", "awd-lstm": "awd-lstm",
 }  # fmt: skip
 # The product classes, and the frameworks in whose environments they run.
 PRODUCTS = {
@@ -50,7 +45,11 @@ PRODUCTS = {
     "PyTorch": ("pytorch", "ptbench.measurement.products:PyTorchProducts"),
 }
 BACKEND = "ptbench.measurement.backend_speed:BackendSpeed"
-KERAS_FIT = "ptbench.measurement.keras_fit:KerasFit"
+# What users of a framework write without us: its name, and the class that measures it.
+PEERS = {
+    "keras": ("fit", "ptbench.measurement.keras_fit:KerasFit"),
+    "pytorch": ("example", "ptbench.measurement.pytorch_example:PyTorchExample"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Competitor:
     """Something whose training speed is measured."""
 
     framework: Framework
-    implementation: str  # stock, tuned, or fit
+    implementation: str  # stock, tuned, or a peer's name
 
     @property
     def label(self) -> str:
@@ -66,8 +65,9 @@ class Competitor:
         return f"{self.framework} {self.implementation}"
 
     def can_train(self, recipe: Recipe) -> bool:
-        """Return whether it has the model: Keras' own `fit` has what Keras has layers for."""
-        return self.implementation != "fit" or not recipe.mixtures
+        """Return whether it has the model: peers have LSTMs of one width alone."""
+        is_plain = not recipe.mixtures and not recipe.tie_weights
+        return is_plain or self.implementation in ("stock", "tuned")
 
     def task(self, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
         """Return what its worker is asked to make."""
@@ -75,28 +75,28 @@ class Competitor:
             "framework": self.framework,
             "vocabulary_size": VOCABULARY_SIZE,
             "recipe": recipe.model_dump(mode="json"),
+            "accelerator": accelerator,
         }
-        if self.implementation == "fit":
-            return task | {"class": KERAS_FIT}
+        name, peer = PEERS.get(self.framework, ("", ""))
+        if self.implementation == name:
+            return task | {"class": peer}
         task["recipe"]["implementation"] = self.implementation
-        return task | {"class": BACKEND, "accelerator": accelerator}
+        return task | {"class": BACKEND}
 
 
 def all_competitors(
     frameworks: Sequence[Framework], implementations: Sequence[str]
 ) -> list[Competitor]:
-    """Return each implementation of each framework, and Keras' own `fit` if Keras is there."""
+    """Return each implementation of each framework, and the peers of those that have one."""
     competitors = [Competitor(f, i) for f in frameworks for i in implementations]
-    if "keras" in frameworks:
-        competitors.append(Competitor("keras", "fit"))
-    return competitors
+    return competitors + [Competitor(f, PEERS[f][0]) for f in frameworks if f in PEERS]
 
 
 class Worker:
     """A process that measures when asked to; see `speed_worker.py`."""
 
     def __init__(self, python: Path, task: dict[str, Any], log: Path) -> None:
-        """Start it; the first `answer` is its settings, once it is ready."""
+        """Start it."""
         self.log = log
         self.task = task
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +113,11 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What it says of itself once it is ready, its first answer."""
+        return dict(self.answer())
 
     def answer(self) -> Any:
         """Return the next answer.
@@ -145,16 +150,15 @@ class Result:
 
     model: str
     competitor: Competitor
-    settings: dict[str, str]
+    settings: dict[str, str] = field(default_factory=dict)
     tokens_per_second: list[float] = field(default_factory=list)  # by round
-    bounds: list[float] = field(default_factory=list)  # of the products alone; none on GPUs
+    bounds: list[float] = field(default_factory=list)  # of the products alone
+    joules_per_token: list[float] = field(default_factory=list)  # of the GPU, where it says so
     peak_memory_bytes: int = 0
 
     @property
-    def fraction_of_bound(self) -> float | None:
-        """Median over rounds of speed / bound; None on GPUs."""
-        if not self.bounds:
-            return None
+    def fraction_of_bound(self) -> float:
+        """Median over rounds of speed / bound."""
         pairs = zip(self.tokens_per_second, self.bounds, strict=True)
         return statistics.median(speed / bound for speed, bound in pairs)
 
@@ -169,8 +173,11 @@ class Result:
             "tokens_per_second": round(statistics.median(rates), 1),
             "lowest": round(rates[0], 1),
             "highest": round(rates[-1], 1),
-            "fraction_of_bound": None if fraction is None else round(fraction, 3),
+            "fraction_of_bound": round(fraction, 3),
             "peak_memory_mb": round(self.peak_memory_bytes / 1e6),
+            "millijoules_per_token": round(statistics.median(self.joules_per_token) * 1e3, 3)
+            if self.joules_per_token
+            else None,
             "rounds": len(rates),
         }
 
@@ -179,8 +186,26 @@ class Result:
         return self.row() | {
             "tokens_per_second_by_round": self.tokens_per_second,
             "bound_by_round": self.bounds,
+            "joules_per_token_by_round": self.joules_per_token,
             "settings": self.settings,
         }
+
+
+Entry = tuple[Worker, Result]
+
+
+def take_settings(worker: Worker, result: Result) -> None:
+    """Wait until a worker is ready, and note its settings."""
+    result.settings = worker.settings
+
+
+@dataclass
+class Contest:
+    """One model, and those who train it."""
+
+    model: str
+    recipe: Recipe
+    entries: list[Entry] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -194,25 +219,39 @@ class Benchmark:
     seconds: float  # least length of a turn
     output: Path
     say: Callable[[str], None] = print
+    interpreter: Path | None = None  # one Python with all frameworks, in place of environments
+    failures: list[str] = field(default_factory=list)  # a sentence for each competitor that failed
 
     def run(self, models: Sequence[str], competitors: Sequence[Competitor]) -> list[Result]:
         """Measure, and write `speed.csv` and `speed.json` into the output folder.
+
+        The files are written anew after each model. A competitor that fails is left out.
 
         Args:
             models: names in `MODELS`.
 
         Raises:
-            PtbenchError: if an environment is missing or a framework fails.
+            PtbenchError: if an environment is missing.
         """
         self.check_environments(competitors)
         results: list[Result] = []
-        for model in models:
-            able = [each for each in competitors if each.can_train(MODELS[model])]
-            for each in competitors:
-                if each not in able:
-                    self.say(f"{model}: without {each.label}, as Keras has no layer for mixtures")
-            if able:
-                results += self.measure(model, able)
+        # A GPU's machine has cores enough to start everything at once.
+        groups = [[model] for model in models] if self.accelerator == "cpu" else [models]
+        for group in groups:
+            with ExitStack() as stack:
+                engines = self.start_products(stack)
+                contests = [self.start_contest(stack, model, competitors) for model in group]
+                for contest in contests:
+                    for entry in list(contest.entries):
+                        self.try_with(contest, entry, take_settings)
+                for contest in contests:
+                    if contest.entries:
+                        results += self.measure(contest, engines)
+                        self.write(results)
+        return results
+
+    def write(self, results: Sequence[Result]) -> None:
+        """Write what has been measured so far."""
         table = pd.DataFrame([result.row() for result in results])
         facts = {"accelerator": self.accelerator, "threads": self.threads}
         content = {
@@ -222,13 +261,11 @@ class Benchmark:
         write_atomically(self.output / "speed.csv", table.to_csv(index=False))
         text = json.dumps(content, indent=2, default=str) + "\n"
         write_atomically(self.output / "speed.json", text)
-        return results
 
     def check_environments(self, competitors: Sequence[Competitor]) -> None:
         """Raise PtbenchError if an environment that is needed is missing."""
         needed = {str(competitor.framework) for competitor in competitors}
-        if self.accelerator == "cpu":
-            needed |= {framework for framework, _ in PRODUCTS.values()}
+        needed |= {framework for framework, _ in self.engines().values()}
         for framework in sorted(needed):
             if not self.python(framework).exists():
                 raise PtbenchError(
@@ -237,58 +274,82 @@ class Benchmark:
                     f"{self.accelerator} --output {self.environments}`"
                 )
 
+    def engines(self) -> dict[str, tuple[str, str]]:
+        """Return what multiplies matrices here; see `PRODUCTS`."""
+        return PRODUCTS if self.accelerator == "cpu" else {"PyTorch": PRODUCTS["PyTorch"]}
+
     def python(self, framework: str) -> Path:
         """Return the interpreter of a framework's environment."""
-        return (self.environments / f"{framework}-{self.accelerator}" / PYTHON).absolute()
+        folder = self.environments / f"{framework}-{self.accelerator}"
+        return self.interpreter or (folder / PYTHON).absolute()
 
     def start(self, task: dict[str, Any], name: str) -> Worker:
         """Start a worker in the environment of its task's framework."""
         log = self.output / "logs" / f"{name}.log"
         return Worker(self.python(task["framework"]), {"threads": self.threads} | task, log)
 
-    def measure(self, model: str, competitors: Sequence[Competitor]) -> list[Result]:
-        """Measure all competitors on one model, taking turns."""
-        recipe = MODELS[model]
-        with ExitStack() as stack:
-            measured: list[tuple[Worker, Result]] = []
-            for each in competitors:
-                name = f"{model}-{each.label.replace(' ', '-')}"
-                task = each.task(recipe, self.accelerator)
-                worker = stack.enter_context(self.start(task, name))
-                # Waits for its answer, so that one at a time compiles.
-                measured.append((worker, Result(model, each, worker.answer())))
-            engines = self.start_products(stack, model) if self.accelerator == "cpu" else []
-            for number in range(self.rounds):
-                shift = number % len(measured)
-                for worker, result in [*measured[shift:], *measured[:shift]]:
-                    self.take_turn(worker, result)
-                if engines:
-                    limit = bound(recipe, VOCABULARY_SIZE, product_rates(recipe, engines))
-                    for _, result in measured:
-                        result.bounds.append(limit)
-                self.say(f"{model}: round {number + 1} of {self.rounds} done")
-        results = [result for _, result in measured]
-        if engines:
-            flops = flops_per_token(recipe, VOCABULARY_SIZE) / 1e6
-            limit = statistics.median(results[0].bounds)
-            self.say(
-                f"{model}: {flops:.1f} MFLOP a token; the products alone allow {limit:,.0f} "
-                "tokens/s"
-            )
-        return results
-
-    def start_products(self, stack: ExitStack, model: str) -> list[Worker]:
+    def start_products(self, stack: ExitStack) -> list[Worker]:
         """Start the workers that multiply matrices."""
         engines = []
-        for engine, (framework, name) in PRODUCTS.items():
-            task = {"framework": framework, "class": name}
-            engines.append(stack.enter_context(self.start(task, f"{model}-products-{engine}")))
-            engines[-1].answer()
+        for engine, (framework, name) in self.engines().items():
+            task = {"framework": framework, "class": name, "accelerator": self.accelerator}
+            engines.append(stack.enter_context(self.start(task, f"products-{engine}")))
+            if limits := engines[-1].settings:
+                write_atomically(self.output / "limits.json", json.dumps(limits, indent=2) + "\n")
         return engines
+
+    def start_contest(
+        self, stack: ExitStack, model: str, competitors: Sequence[Competitor]
+    ) -> Contest:
+        """Start a worker for every competitor that can train the model."""
+        contest = Contest(model, load_library().recipes[MODELS[model]])
+        for each in competitors:
+            if not each.can_train(contest.recipe):
+                self.say(f"{model}: without {each.label}, which has no such model")
+                continue
+            name = f"{model}-{each.label.replace(' ', '-')}"
+            task = each.task(contest.recipe, self.accelerator)
+            worker = stack.enter_context(self.start(task, name))
+            contest.entries.append((worker, Result(model, each)))
+            if self.accelerator == "cpu":  # one at a time compiles
+                self.try_with(contest, contest.entries[-1], take_settings)
+        return contest
+
+    def measure(self, contest: Contest, engines: Sequence[Worker]) -> list[Result]:
+        """Measure all competitors on one model, taking turns."""
+        model, recipe = contest.model, contest.recipe
+        for number in range(self.rounds):
+            shift = number % max(len(contest.entries), 1)
+            for entry in [*contest.entries[shift:], *contest.entries[:shift]]:
+                self.try_with(contest, entry, self.take_turn)
+            rates = product_rates(recipe, engines, PRODUCT_SECONDS[self.accelerator])
+            limit = bound(recipe, VOCABULARY_SIZE, rates)
+            for _, result in contest.entries:
+                result.bounds.append(limit)
+            self.say(f"{model}: round {number + 1} of {self.rounds} done")
+        flops = flops_per_token(recipe, VOCABULARY_SIZE) / 1e6
+        self.say(
+            f"{model}: {flops:.1f} MFLOP a token; the products alone allow {limit:,.0f} tokens/s"
+        )
+        return [result for _, result in contest.entries]
+
+    def try_with(
+        self, contest: Contest, entry: Entry, act: Callable[[Worker, Result], None]
+    ) -> None:
+        """Act on a worker and its result; if that fails, the competitor leaves the contest."""
+        try:
+            act(*entry)
+        except PtbenchError as error:
+            contest.entries.remove(entry)
+            self.failures.append(f"{contest.model}: {error}")
+            self.say(f"{contest.model}: {error}")
 
     def take_turn(self, worker: Worker, result: Result) -> None:
         """Let one competitor train, and add its speed to its result."""
+        before = gpu_joules() if self.accelerator == "cuda" else None
         answer = worker.ask(seconds=self.seconds)
+        if before is not None and (after := gpu_joules()) is not None:
+            result.joules_per_token.append((after - before) / answer["tokens"])
         result.tokens_per_second.append(answer["tokens"] / answer["seconds"])
         result.peak_memory_bytes = answer["peak_memory_bytes"]
         if not 0 < answer["nll"] < 100:
@@ -297,10 +358,24 @@ class Benchmark:
             )
 
 
-def product_rates(recipe: Recipe, engines: Sequence[Worker]) -> dict[Product, float]:
+def gpu_joules() -> float | None:
+    """Return the first GPU's energy since its driver was loaded [J]; None if it does not say."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except pynvml.NVMLError:
+        return None
+
+
+def product_rates(
+    recipe: Recipe, engines: Sequence[Worker], seconds: float
+) -> dict[Product, float]:
     """Return the speed of each product of a training step, by the fastest engine [FLOP/s]."""
     return {
-        product: max(engine.ask(product=product, seconds=PRODUCT_SECONDS) for engine in engines)
+        product: max(engine.ask(product=product, seconds=seconds) for engine in engines)
         for product in training_products(recipe, VOCABULARY_SIZE)
     }
 
@@ -311,10 +386,9 @@ def show(results: Sequence[Result]) -> None:
                   "of bound", "peak memory", title="Medians over rounds")  # fmt: skip
     for result in results:
         row = result.row()
-        fraction = result.fraction_of_bound
         table.add_row(
             row["model"], row["framework"], row["implementation"],
             f"{row['tokens_per_second']:,.0f}", f"{row['lowest']:,.0f} to {row['highest']:,.0f}",
-            "" if fraction is None else f"{fraction:.2f}", f"{row['peak_memory_mb']:,} MB",
+            f"{result.fraction_of_bound:.2f}", f"{row['peak_memory_mb']:,} MB",
         )  # fmt: skip
     Console().print(table)

@@ -59,7 +59,9 @@ def claim_devices(setup: Setup) -> list[Any]:
     for name, value in CONFIGURATION.items():
         jax.config.update(name, value)
     on_cpu = setup.accelerator == "cpu"
-    jax.config.update("jax_platforms", "cpu" if on_cpu else "cuda,cpu")
+    platforms = "cpu" if on_cpu else "cuda,cpu"
+    if jax.config.jax_platforms != platforms:  # JAX looks for devices anew after each update
+        jax.config.update("jax_platforms", platforms)
     if on_cpu and jax.config.jax_num_cpu_devices < setup.devices:
         clear_backends()  # JAX may be in use already, with fewer devices
         jax.config.update("jax_num_cpu_devices", setup.devices)
@@ -105,7 +107,10 @@ class JAXBackend(Backend):
         means = tuned if is_tuned else model
         self._memory_is_kept = is_tuned and self.accelerator == "cpu" and keep_memory(arenas=1)
         self._generator = means.RANDOM_GENERATOR
-        self._model = LanguageModel(recipe, means.recurrent_layer, means.nll)
+        on_gpu = self.accelerator == "cuda"
+        layer = tuned.cudnn_layer if is_tuned and on_gpu else means.recurrent_layer
+        nll = model.nll if on_gpu else means.nll  # in chunks, it is slower on GPUs
+        self._model = LanguageModel(recipe, layer, nll)
 
         claimed = claim_devices(setup)
         self._first = claimed[0]

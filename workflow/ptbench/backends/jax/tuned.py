@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import rnn
 
 from ptbench.backends.jax import model
 from ptbench.backends.jax.model import Array, Head, LayerState, Weights
@@ -28,10 +29,34 @@ def recurrent_layer(
     recipe: Recipe, x: Array, weights: Weights, state: LayerState, mask: Array
 ) -> tuple[Array, LayerState]:
     """Run a fused LSTM with a derivative of its own, and any other layer as stock does."""
-    if recipe.rnn != "lstm" or recipe.kernel != "fused" or recipe.recurrent_dropout:
+    if not is_plain_lstm(recipe):
         return model.recurrent_layer(recipe, x, weights, state, mask)
     z_input = x @ weights.input + (weights.bias + weights.recurrent_bias)
     return recurrence(z_input, weights.recurrent, state)
+
+
+def cudnn_layer(
+    recipe: Recipe, x: Array, weights: Weights, state: LayerState, mask: Array
+) -> tuple[Array, LayerState]:
+    """Run a fused LSTM by cuDNN, which is for GPUs alone, and any other layer as stock does."""
+    if not is_plain_lstm(recipe):
+        return model.recurrent_layer(recipe, x, weights, state, mask)
+    time, batch, inputs = x.shape
+    h, c = state
+    recurrent_bias = jnp.broadcast_to(weights.recurrent_bias, weights.bias.shape)
+    stored = weights.input.T, weights.recurrent.T, weights.bias, recurrent_bias
+    outputs, h, c = rnn.lstm(
+        x.transpose(1, 0, 2), h[None], c[None],
+        jnp.concatenate([array.ravel() for array in stored]),
+        jnp.full(batch, time, jnp.int32),  # of each sequence
+        inputs, h.shape[-1], 1, 0.0, False, jax.lax.Precision.HIGHEST,
+    )  # fmt: skip
+    return outputs.transpose(1, 0, 2), (h[0], c[0])
+
+
+def is_plain_lstm(recipe: Recipe) -> bool:
+    """Return whether the layers are LSTMs that carry what they multiply."""
+    return recipe.rnn == "lstm" and recipe.kernel == "fused" and not recipe.recurrent_dropout
 
 
 @jax.custom_vjp

@@ -1,15 +1,20 @@
-"""What is faster than torch.nn's own and keeps its precision: the loss, products and the allocator.
+"""What is faster than torch.nn's own and keeps its precision.
 
+On CPUs these are the loss, products and the allocator, and on GPUs a step's kernels as one graph.
 Recurrent layers are those of `model.py`: nothing here beats oneDNN's and cuDNN's LSTM.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ptbench.backends.base import Setup
+from ptbench.backends.pytorch.model import LanguageModel, LayerState
 
 CHUNK = 2**23  # logits at a time: few enough for memory, enough for products at full speed
 
@@ -81,6 +86,37 @@ class ChunkedLoss(torch.autograd.Function):
         if d_loss.is_cuda or d_loss != 1:
             gradients = [None if each is None else each * d_loss for each in gradients]
         return (*gradients, None, None, None)
+
+
+def can_be_a_graph(setup: Setup) -> bool:
+    """Return whether a step's kernels can be one CUDA graph.
+
+    Replicas exchange gradients while they are computed, and masks of words and weights come from
+    a generator that a graph cannot draw from.
+    """
+    recipe = setup.recipe
+    return setup.devices == 1 and not (recipe.word_dropout or recipe.weight_dropout)
+
+
+def as_graph(model: LanguageModel, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return the model's forward and backward pass as two CUDA graphs.
+
+    A GPU computes a small model faster than Python can start its hundreds of kernels.
+
+    Args:
+        model: in training mode.
+        arguments: of a step; those of later ones have the same shapes.
+    """
+    forward = model.forward
+    graphed = torch.cuda.make_graphed_callables(model, arguments).forward
+    model.forward = forward  # type: ignore[method-assign] # evaluation has other shapes
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, list[LayerState]]:
+        nll, penalty, state = graphed(*arguments)
+        # the next step writes over the graph's own
+        return nll, penalty, [tuple(part.clone() for part in layer) for layer in state]
+
+    return run
 
 
 @torch.no_grad()

@@ -92,7 +92,8 @@ def run_tests(asked: argparse.Namespace) -> None:
         sys.executable, "-m", "pytest", "-q", "tests/contract", "tests/parity",
         f"--numprocesses={len(asked.frameworks) + 1}", "-p", "no:cacheprovider",
         f"--accelerator={asked.accelerator}", f"--python={sys.executable}",
-        f"--junit-xml={asked.output / 'tests.xml'}", "-k", asked.select,
+        f"--junit-xml={asked.output / 'tests.xml'}",
+        f"--basetemp={asked.output / 'work' / 'tests'}", "-k", asked.select,
         *(f"--framework={framework}" for framework in asked.frameworks),
     ]  # fmt: skip
     with (asked.output / "tests.txt").open("w") as log:

@@ -83,12 +83,7 @@ class PyTorchProducts:
         out = torch.empty(product.m, product.n, device=self.device)
         if self.device.type == "cpu":
             return measured_rate(product, lambda: torch.mm(a, b, out=out), seconds)
-        # As a graph: the GPU's own time is asked for, not that of Python, which starts products.
-        torch.mm(a, b, out=out)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(AT_ONCE):
-                torch.mm(a, b, out=out)
+        graph = self.as_graph(lambda: torch.mm(a, b, out=out))
         single = measured_rate(product, graph.replay, seconds, self.synchronize)
         return AT_ONCE * single
 
@@ -102,8 +97,8 @@ class PyTorchProducts:
     def settings(self) -> dict[str, float]:
         """Return what limits a GPU besides its products; {} for a CPU.
 
-        Memory is copied to memory, and counts as read and as written. A step is one of many small
-        sums of which each needs the one before.
+        Memory is copied to memory, and counts as read and as written. A dependent step is one of
+        many small sums, each of which needs the one before.
         """
         import torch
 
@@ -112,11 +107,25 @@ class PyTorchProducts:
         source = torch.rand(2**28, device=self.device)  # 1 GiB
         target, small = torch.empty_like(source), torch.zeros(20, 200, device=self.device)
         copy = seconds_each(lambda: target.copy_(source), 20, self.synchronize)
-        step = seconds_each(lambda: small.add_(1.0), 2000, self.synchronize)
+        started = seconds_each(lambda: small.add_(1.0), 2000, self.synchronize)
+        graph = self.as_graph(lambda: small.add_(1.0))
+        step = seconds_each(graph.replay, 20, self.synchronize) / AT_ONCE
         return {
             "bytes_per_second": 2 * source.nbytes / copy,
-            "seconds_per_dependent_step": step,
+            "seconds_to_start_a_kernel": started,
+            "seconds_of_a_dependent_step": step,
         }
+
+    def as_graph(self, work: Callable[[], object]) -> Any:
+        """Return a graph of `AT_ONCE` repetitions: a GPU's own time, without Python's."""
+        import torch
+
+        work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(AT_ONCE):
+                work()
+        return graph
 
 
 def seconds_each(work: Callable[[], object], count: int, synchronize: Callable[[], None]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+import warnings
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -56,25 +57,31 @@ def claim_devices(setup: Setup) -> list[Any]:
         PtbenchError: if there are fewer devices of that kind than the setup asks for.
     """
     os.environ["NPROC"] = str(pool_threads(setup))
-    for name, value in CONFIGURATION.items():
-        jax.config.update(name, value)
     on_cpu = setup.accelerator == "cpu"
-    platforms = "cpu" if on_cpu else "cuda,cpu"
-    if jax.config.jax_platforms != platforms:  # JAX looks for devices anew after each update
-        jax.config.update("jax_platforms", platforms)
+    settings = CONFIGURATION | {"jax_platforms": "cpu" if on_cpu else "cuda,cpu"}
+    for name, value in settings.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
     if on_cpu and jax.config.jax_num_cpu_devices < setup.devices:
         clear_backends()  # JAX may be in use already, with fewer devices
         jax.config.update("jax_num_cpu_devices", setup.devices)
-    try:
-        found = jax.devices(setup.accelerator)
-    except RuntimeError:  # no such platform
-        found = []
+    found = jax.devices("cpu") if on_cpu else gpus()
     if len(found) < setup.devices:
         raise PtbenchError(
             f"devices={setup.devices} on {setup.accelerator}, but JAX finds {len(found)}; "
             "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
         )
     return list(found[: setup.devices])
+
+
+@cache
+def gpus() -> list[Any]:
+    """Return the GPUs that JAX found when it was first asked."""
+    try:
+        return jax.devices("cuda")
+    except RuntimeError as error:
+        warnings.warn(f"JAX has no GPU: {error}", stacklevel=2)
+        return []
 
 
 def pool_threads(setup: Setup) -> int:
@@ -108,7 +115,7 @@ class JAXBackend(Backend):
         self._memory_is_kept = is_tuned and self.accelerator == "cpu" and keep_memory(arenas=1)
         self._generator = means.RANDOM_GENERATOR
         on_gpu = self.accelerator == "cuda"
-        layer = tuned.cudnn_layer if is_tuned and on_gpu else means.recurrent_layer
+        layer = tuned.gpu_layer if is_tuned and on_gpu else means.recurrent_layer
         nll = model.nll if on_gpu else means.nll  # in chunks, it is slower on GPUs
         self._model = LanguageModel(recipe, layer, nll)
 

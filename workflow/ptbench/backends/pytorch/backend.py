@@ -214,8 +214,13 @@ class PyTorchBackend(Backend, Replicated):
         else:
             products = "oneDNN float32" if self.fast_products else "default float32"
             allocator = "glibc" + (", memory kept between steps" if self.keeps_memory else "")
-        return {
+        settings = {
             "matmul": products,
             "threads per replica": str(self.threads),
             "allocator": allocator,
         }
+        if self.on_gpu and self.recipe.kernel == "sparse":
+            settings["determinism"] = "off: cuSPARSE adds in the order of timing"
+        if self.graphs:
+            settings["CUDA graphs"] = "forward and backward pass"
+        return settings

@@ -6,7 +6,7 @@ Recurrent layers are those of `model.py`: nothing here beats oneDNN's and cuDNN'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,16 +107,40 @@ def as_graph(model: LanguageModel, arguments: tuple[Any, ...]) -> Callable[..., 
         model: in training mode.
         arguments: of a step; those of later ones have the same shapes.
     """
-    forward = model.forward
-    graphed = torch.cuda.make_graphed_callables(model, arguments).forward
-    model.forward = forward  # type: ignore[method-assign] # evaluation has other shapes
+    graph = torch.cuda.make_graphed_callables(Flat(model), Flat.flattened(*arguments))
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, list[LayerState]]:
-        nll, penalty, state = graphed(*arguments)
-        # the next step writes over the graph's own
-        return nll, penalty, [tuple(part.clone() for part in layer) for layer in state]
+        nll, penalty, *parts = graph(*Flat.flattened(*arguments))
+        # clones, because the next step writes over what the graph returns
+        return nll, penalty, Flat.layers([part.clone() for part in parts], len(model.layers))
 
     return run
+
+
+class Flat(nn.Module):
+    """A model that takes and returns the state as a list of tensors, as graphs want it."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @staticmethod
+    def flattened(
+        inputs: Tensor, targets: Tensor, weights: Tensor, state: list[LayerState]
+    ) -> tuple[Tensor, ...]:
+        return inputs, targets, weights, *(part for layer in state for part in layer)
+
+    @staticmethod
+    def layers(parts: Sequence[Tensor], count: int) -> list[LayerState]:
+        size = len(parts) // count
+        return [tuple(parts[i : i + size]) for i in range(0, len(parts), size)]
+
+    def forward(
+        self, inputs: Tensor, targets: Tensor, weights: Tensor, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        state = self.layers(parts, len(self.model.layers))
+        nll, penalty, last = self.model(inputs, targets, weights, state)
+        return nll, penalty, *(part for layer in last for part in layer)
 
 
 @torch.no_grad()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ptbench.backends.allocator import keep_memory
@@ -59,7 +58,7 @@ class PyTorchBackend(Backend, Replicated):
             self.replicate()
         self.device = torch.device("cuda", self.rank) if self.on_gpu else torch.device("cpu")
         self.clip = means.clip
-        nll = tuned.nll if tuned_cpu or (means is tuned and self.devices > 1) else model.nll
+        nll = tuned.nll if tuned_cpu else model.nll
         self.model = LanguageModel(self.recipe, setup.vocabulary_size, self.kept, nll)
         self.model.to(self.device)
         self.trained = self.model.trained()
@@ -71,9 +70,7 @@ class PyTorchBackend(Backend, Replicated):
         for parameter in self.trained.values() if self.slots else ():
             zeros = {SLOTS[slot]: torch.zeros_like(parameter) for slot in self.slots}
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
-        self.parallel: Callable[..., Any] = self.model
-        # None until the first step, whose shapes are those of all steps
-        self.graphs = means is tuned and self.on_gpu and tuned.can_be_a_graph(setup)
+        self.parallel: nn.Module = self.model
         if self.devices > 1:
             replicas.meet(self.replicas)
             device_ids = [self.device] if self.on_gpu else None
@@ -132,17 +129,14 @@ class PyTorchBackend(Backend, Replicated):
     def differentiate(self, batch: Batch, state: State) -> tuple[Tensor, list[LayerState]]:
         """Put the objective's gradient over all replicas into the parameters; see `TrainStep`."""
         self.apply_settings()
+        if self.recipe.drops:
+            self.model.dropout.seed(self.setup.seed, self.step, self.rank, self.device)
         share = Batch(*(self.shares(array, axis=1)[self.rank] for array in batch))
         # DistributedDataParallel averages over the replicas; the objective is their sum.
         scale = self.devices / self.objective_divisor(batch)
         self.model.train()
         self.optimizer.zero_grad()
-        fed = *self.on_device(share, scale), state
-        if self.graphs and self.parallel is self.model:
-            self.parallel = tuned.as_graph(self.model, fed)
-        if self.recipe.drops:
-            self.model.dropout.seed(self.setup.seed, self.step, self.rank, self.device)
-        nll, penalty, state = self.parallel(*fed)
+        nll, penalty, state = self.parallel(*self.on_device(share, scale), state)
         (nll + penalty).backward()
         nll = nll.detach() / scale
         if self.devices > 1:
@@ -221,6 +215,4 @@ class PyTorchBackend(Backend, Replicated):
         }
         if self.on_gpu and self.recipe.kernel == "sparse":
             settings["determinism"] = "off: cuSPARSE adds in the order of timing"
-        if self.graphs:
-            settings["CUDA graphs"] = "forward and backward pass"
         return settings

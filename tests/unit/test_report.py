@@ -141,7 +141,7 @@ def test_the_experiment_folder_is_whole(report: Path) -> None:
     written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     figures = {"perplexity", "learning-curves", "tokens-per-second", "seconds", "front"}
     assert written == {
-        *(f"figures/{name}.{suffix}" for name in figures for suffix in ("svg", "png")),
+        *(f"figures/{name}.svg" for name in figures),
         *("table.csv", "table.md", "table.tex", "comparison.csv", "differences.csv"),
         *("variants.csv", "curves.csv", "analysis.json"),
     }

@@ -140,7 +140,7 @@ class VariantFacts(Model):
 
 
 class FigureFile(Model):
-    """A figure of the experiment, as figures/{name}.svg and .png."""
+    """A figure of the experiment, as figures/{name}.svg."""
 
     name: str = Field(description="File name without its ending.")
     title: str = Field(description="What is drawn.")

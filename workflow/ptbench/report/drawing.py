@@ -19,7 +19,6 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -34,7 +33,6 @@ RIGHT = 0.12
 TITLE = 0.3  # room above a panel
 LABELS = 0.5  # room below a panel, for its axis' numbers and label
 LEGEND_LINE = 0.2
-PNG_RESOLUTION = 120  # dots per inch
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = "osD^vh"  # not the cross of diverged runs
 STYLE: Any = {  # matplotlib types its keys as literals
@@ -44,6 +42,7 @@ STYLE: Any = {  # matplotlib types its keys as literals
     "font.size": 9.5,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
+    "axes.titley": 1.0,
     "axes.titlelocation": "left",
     "axes.titlepad": 6,
     "axes.labelsize": 9.5,
@@ -88,12 +87,7 @@ def style() -> Iterator[None]:
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """Write `{stem}.svg` and `{stem}.png`, each the same bytes for the same drawing."""
-    FigureCanvasAgg(figure)
-    with replacing(stem.with_suffix(".png")) as path:
-        figure.savefig(path, format="png", dpi=PNG_RESOLUTION, metadata={"Software": None})
-    if figure.get_layout_engine():
-        figure.set_layout_engine("none")  # both files show the layout that was just made
+    """Write `{stem}.svg`, the same bytes for the same drawing."""
     FigureCanvasSVG(figure)
     with replacing(stem.with_suffix(".svg")) as path:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,6 +1,6 @@
 """A document's tables and figures in their own shape: ours filled, the document's open.
 
-`{id}.svg`, `.png` and `.csv` of each exhibit that can be drawn; of tables `.csv` and `.tex`.
+`{id}.svg` and `.csv` of each exhibit that can be drawn; of tables `.csv` and `.tex`.
 `ptbench.analysis.exhibits` has the numbers.
 """
 

@@ -24,7 +24,7 @@ def analyse_experiment(
     """Analyse the planned cells that exist and write everything the report needs of them.
 
     Writes table.csv, table.md, table.tex, comparison.csv, differences.csv, curves.csv, and
-    figures/*.svg and *.png. Writes analysis.json last, because it tells that the others are there.
+    figures/*.svg. Writes analysis.json last, because it tells that the others are there.
 
     Args:
         plan: the experiment.

@@ -67,7 +67,7 @@ class Drawing(NamedTuple):
 
 
 def write_figures(analysis: Analysis, rows: Sequence[Row], folder: Path) -> tuple[FigureFile, ...]:
-    """Draw every figure that has something to show, as {folder}/{name}.svg and .png.
+    """Draw every figure that has something to show, as {folder}/{name}.svg.
 
     Args:
         analysis: the numbers.

@@ -17,7 +17,7 @@ from ptbench.report.overview import read_analysis
 def answer_paper(folder: Path, experiment_folders: Sequence[Path], output: Path) -> Answers:
     """Answer a document and write everything the report needs of it.
 
-    Writes exhibits/*.svg, *.png and *.csv, and tables/*.tex. Writes answers.json last, because it
+    Writes exhibits/*.svg and *.csv, and tables/*.tex. Writes answers.json last, because it
     tells that the others are there.
 
     Args:

@@ -49,7 +49,7 @@ def truth_of(law: Law, claim: Claim) -> tuple[bool, bool]:
 
 def drawer(law: Law) -> Values:
     """Return what gives the seeds of each row, drawn once."""
-    return cache(lambda row, metric: law.draw(row, metric, SEEDS))
+    return cache(lambda row, metric: dict(enumerate(law.draw(row, metric, SEEDS))))
 
 
 class Tally:

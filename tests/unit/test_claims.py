@@ -29,9 +29,10 @@ def claim(*tests: dict[str, Any], **test: Any) -> Claim:
 
 
 def judged(given: Claim, perplexities: dict[str, Sequence[float]]) -> Result:
-    def values(row: NamedRow, metric: str) -> Sequence[float] | None:
+    def values(row: NamedRow, metric: str) -> dict[int, float] | None:
         assert metric == given.tests[0].metric
-        return perplexities.get(str(row))
+        found = perplexities.get(str(row))
+        return None if found is None else dict(enumerate(found))
 
     return judge_claims([given], values, MARGIN)[0]
 
@@ -159,6 +160,18 @@ def test_a_ratio_is_that_of_the_seeds_in_pairs(number: float, verdict: str) -> N
     assert judged(given, values).verdict == verdict
 
 
+def test_a_seed_that_one_row_lacks_has_no_part_in_a_ratio() -> None:
+    given = claim(test="ratio", left=["a [jax]"], right=["b [jax]"], number=2.0025)
+    lower = dict(enumerate(seeds(4.5, 0.1)))
+    upper = {seed: (2.0 + 0.001 * seed) * value for seed, value in lower.items()}
+    del lower[0]
+
+    def values(row: NamedRow, _: str) -> dict[int, float]:
+        return upper if row.variant == "a" else lower
+
+    assert judge_claims([given], values, MARGIN)[0].verdict == "upheld"
+
+
 def test_a_row_that_was_not_run_leaves_the_finding_not_run() -> None:
     given = claim(test="lower", left=["a [jax]"], right=["b [jax]"])
     assert judged(given, {"a [jax]": seeds(4.5)}).verdict == "not run"
@@ -182,9 +195,9 @@ def test_p_values_of_a_document_are_one_family() -> None:
     test = {"test": "lower", "left": ["a [jax]"], "right": ["b [jax]"]}
     weak = {"a [jax]": seeds(4.455, 0.02), "b [jax]": seeds(4.5, 0.02)}
 
-    def values(row: NamedRow, metric: str) -> Sequence[float] | None:
+    def values(row: NamedRow, metric: str) -> dict[int, float]:
         assert metric == "valid_perplexity"
-        return weak[str(row)]
+        return dict(enumerate(weak[str(row)]))
 
     alone = judge_claims([claim(**test)], values, MARGIN)
     many = judge_claims([claim(**test)] * 20, values, MARGIN)

@@ -141,9 +141,8 @@ def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
     ratios = {_place(ratio): ratio for ratio in ratios_within(published)}
     numbers = [(group, _number(group, ratios, rows, margin)) for group in readings(published)]
 
-    def values(row: NamedRow, metric: str) -> list[float] | None:
-        found = seed_values(rows[row], metric) if row in rows else None
-        return None if found is None else list(found.values())
+    def values(row: NamedRow, metric: str) -> dict[int, float] | None:
+        return seed_values(rows[row], metric) if row in rows else None
 
     results = judge_claims(read_claims(folder), values, margin)
     verdicts = {value: number.verdict for group, number in numbers for value in group}

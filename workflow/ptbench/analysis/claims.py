@@ -198,8 +198,8 @@ class Result:
     numbers: list[Numbers] = field(default_factory=list)
 
 
-# Gives a metric's value of every seed of a row; None: the row has not been run.
-Values = Callable[[NamedRow, str], Sequence[float] | None]
+# Gives a metric's value of a row by seed; None: the row has not been run.
+Values = Callable[[NamedRow, str], Mapping[int, float] | None]
 Gathered = dict[NamedRow, list[float]]
 
 
@@ -233,19 +233,28 @@ def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list
 
 
 def _gather(test: ClaimTest, values: Values) -> list[Gathered]:
-    """Return the values of each row, once for each framework if a row has none of its own."""
+    """Return the values of each row, once for each framework if a row has none of its own.
+
+    A ratio is formed seed by seed, so only seeds that all rows have count for it.
+    """
     anywhere = any(row.framework is None for row in test.rows)
     found: list[Gathered] = []
     for framework in FRAMEWORKS if anywhere else [None]:
-        rows: Gathered = {}
+        rows: dict[NamedRow, Mapping[int, float]] = {}
         for row in test.rows:
             asked = row if row.framework else row._replace(framework=framework)
             seeds = values(asked, test.metric)
             if seeds is None:
                 break
-            rows[row] = list(seeds)
+            rows[row] = seeds
         else:
-            found.append(rows)
+            shared = set.intersection(*(set(seeds) for seeds in rows.values()))
+            found.append(
+                {
+                    row: [seeds[s] for s in sorted(seeds) if test.test != "ratio" or s in shared]
+                    for row, seeds in rows.items()
+                }
+            )
     return found
 
 
@@ -352,7 +361,7 @@ def _direct(test: ClaimTest, rows: Gathered, error: float) -> Verdict:
             return _together(
                 [
                     findings.holds(
-                        [x - y for x, y in zip(logs[a], logs[b], strict=False)],
+                        [x - y for x, y in zip(logs[a], logs[b], strict=True)],
                         math.log(number),
                         error,
                     )

@@ -14,7 +14,7 @@ from ptbench.analysis.exhibits import read_exhibits
 from ptbench.analysis.published import COLUMNS
 from ptbench.configuration.experiments import load_library
 from ptbench.configuration.papers import named_rows, paper_folders
-from ptbench.configuration.specification import Cell
+from ptbench.configuration.specification import Cell, whole
 from ptbench.configuration.study import load_study
 from ptbench.errors import ConfigurationError
 from ptbench.report.experiment import analyse_experiment
@@ -57,8 +57,8 @@ PUBLISHED = [
 
 
 def run(cell: Cell, deviation: float) -> None:
-    nll = NLL[cell.variant] + deviation
-    wide = cell.variant != "m"
+    nll = NLL[whole(cell.variant)] + deviation
+    wide = whole(cell.variant) != "m"
     found = metrics(
         cell,
         nll - 0.05,
@@ -72,9 +72,14 @@ def run(cell: Cell, deviation: float) -> None:
 RESULTS = Path()
 
 
-@pytest.fixture
-def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Answers, Path]:
-    """The answers to the document above, and the results folder."""
+@pytest.fixture(params=[""])
+def answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> tuple[Answers, Path]:
+    """The answers to the document above, and the results folder.
+
+    The parameter is what a configuration adds to every variant.
+    """
     monkeypatch.setattr(f"{__name__}.RESULTS", tmp_path)
     folder = tmp_path / "documents" / "example2018"
     folder.mkdir(parents=True)
@@ -82,10 +87,10 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Answers, 
     (folder / "claims.yaml").write_text(CLAIMS)
     (folder / "exhibits.yaml").write_text(EXHIBITS)
     (folder / "published.csv").write_text("\n".join([",".join(COLUMNS), *PUBLISHED]) + "\n")
-    variants = (*NLL, "m+hidden_size=8")
+    variants = [f"{name}{request.param}" for name in (*NLL, "m+hidden_size=8")]
     experiment = plan("widths", variants, ["jax"], seeds=[1, 2, 3, 4, 5])
     for cell in experiment.cells:
-        if cell.variant in NLL:
+        if whole(cell.variant) in NLL:
             run(cell, 0.004 * (cell.seed - 3))
         else:
             write_diverged(tmp_path, cell, epochs=2)
@@ -112,6 +117,18 @@ def test_findings_have_the_verdicts_that_the_seeds_give(
     diverged = answered[0].findings[2].numbers[0]
     assert diverged.values == (math.inf,) * 5
     assert answered[0].upheld == 3 / 4
+
+
+@pytest.mark.parametrize("answered", ["+subset=9"], indirect=True)
+def test_runs_on_less_judge_no_number_and_no_finding(answered: tuple[Answers, Path]) -> None:
+    answers = answered[0]
+    assert answers.reductions == ("subset=9",)
+    verdicts = [finding.verdict for finding in answers.findings]
+    assert verdicts == [*["reduced budget"] * 3, "not run", "untested", "reduced budget"]
+    assert answers.findings[1].reason == "with subset=9; of these runs it would be: contradicted"
+    assert {n.verdict for n in answers.published} == {"reduced budget", "not run"}
+    assert (answers.upheld, answers.reproduced) == (None, None)
+    assert answers.exhibits[0].lines[0].cells["valid_perplexity"].ours is not None
 
 
 def test_published_numbers_count_once_and_times_are_judged_as_ratios(

@@ -35,8 +35,11 @@ TOLERANCE = 0.05  # nats: an interval wider than ± this can hold a number and p
 MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
 
 Agreement = Literal["reproduced", "close", "not reproduced", "cannot tell", "other hardware"]
-FITS: tuple[Agreement, ...] = (  # from the reading that fits best to the one that fits worst
-    "reproduced", "close", "cannot tell", "not reproduced", "other hardware",
+# Of a number that was judged, and of one that could not be.
+PublishedVerdict = Agreement | Literal["reduced budget", "not run"]
+FITS: tuple[PublishedVerdict, ...] = (  # from the reading that fits best to the one that fits worst
+    "reproduced", "close", "cannot tell", "not reproduced", "other hardware", "reduced budget",
+    "not run",
 )  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def _is_the_count(published: PublishedValue, ours: Sequence[float]) -> bool:
     return is_count and len(set(ours)) == 1 and abs(ours[0] - published.value) <= published.rounding
 
 
-def best_reading(verdicts: Sequence[Agreement]) -> int:
+def best_reading(verdicts: Sequence[PublishedVerdict]) -> int:
     """Return which of several readings of one printed number fits best; the first if several do."""
     return min(range(len(verdicts)), key=lambda i: FITS.index(verdicts[i]))
 

@@ -10,13 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from ptbench.analysis import agreement
+from ptbench.analysis.agreement import PublishedVerdict
 from ptbench.analysis.claims import Result, judge_claims, read_claims
-from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict, fill_exhibit, read_exhibits
+from ptbench.analysis.exhibits import ExhibitResult, fill_exhibit, read_exhibits
 from ptbench.analysis.experiment import Analysis, RowResult, judge_row
 from ptbench.analysis.published import (
     LeftOut,
@@ -29,13 +30,14 @@ from ptbench.analysis.published import (
 from ptbench.backends import FRAMEWORKS, Framework
 from ptbench.configuration.experiments import Paper, load_library, read_paper
 from ptbench.configuration.papers import NamedRow
+from ptbench.configuration.specification import reductions, whole
 from ptbench.model.recipe import Model
 
-FindingVerdict = Literal["upheld", "contradicted", "cannot tell", "not run", "untested"]
-FINDING_VERDICTS: tuple[FindingVerdict, ...] = (
-    "upheld", "contradicted", "cannot tell", "not run", "untested",
-)  # fmt: skip
-NUMBER_VERDICTS: tuple[NumberVerdict, ...] = (*agreement.FITS, "not run")
+FindingVerdict = Literal[
+    "upheld", "contradicted", "cannot tell", "reduced budget", "not run", "untested"
+]
+FINDING_VERDICTS = get_args(FindingVerdict)
+NUMBER_VERDICTS = agreement.FITS
 
 
 class SeedNumbers(Model):
@@ -74,14 +76,14 @@ class Reading(Model):
     high: float | None = Field(description="Its upper end.")
     cv: float | None = Field(description="CV* of the published number and ours [%].")
     seeds: int | None = Field(description="Seeds that would settle it.")
-    verdict: agreement.Agreement = Field(description="What may be said.")
+    verdict: PublishedVerdict = Field(description="What may be said.")
 
 
 class PublishedNumber(Model):
     """A published number, which counts once, and ours beside it."""
 
     published: PublishedValue = Field(description="The number as printed, and its source.")
-    verdict: NumberVerdict = Field(description="Of the reading that fits best.")
+    verdict: PublishedVerdict = Field(description="Of the reading that fits best.")
     reason: str | None = Field(None, description="Why it is not judged, where it is not.")
     best: int | None = Field(None, description="Which reading fits best, from 0.")
     readings: tuple[Reading, ...] = Field((), description="Of each row and framework of ours.")
@@ -93,6 +95,7 @@ class Answers(Model):
     paper: str = Field(description="Name of the document: its folder.")
     about: Paper = Field(description="Citation, hardware and readings.")
     experiments: tuple[str, ...] = Field(description="Experiments that answer it.")
+    reductions: tuple[str, ...] = Field(description="What made runs smaller: budget=quick.")
     equivalence_margin: float = Field(description="Largest difference that does not matter [nats].")
     findings: tuple[Finding, ...] = Field(description="In the document's order.")
     published: tuple[PublishedNumber, ...] = Field(description="In the document's order.")
@@ -152,6 +155,7 @@ def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
         paper=folder.name,
         about=read_paper(folder),
         experiments=tuple(analysis.name for analysis in analyses),
+        reductions=tuple(sorted({each for a in analyses for each in a.reductions})),
         equivalence_margin=margin,
         findings=tuple(_finding(result, rows) for result in results),
         published=tuple(number for _, number in numbers),
@@ -161,11 +165,19 @@ def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
 
 
 def best_rows(analyses: Sequence[Analysis]) -> dict[NamedRow, RowResult]:
-    """Return every row once: where experiments share it, as the one with most finished seeds."""
+    """Return every row once, by its name in the document.
+
+    Where experiments share it, it is the one with most finished seeds; rows of a reduced budget or
+    of another text stand in where there is no other.
+    """
+
+    def rank(row: RowResult) -> tuple[bool, int]:
+        return not reductions(row.variant), _finished(row)
+
     rows: dict[NamedRow, RowResult] = {}
     for row in (row for analysis in analyses for row in analysis.rows):
-        name = NamedRow(row.variant, row.framework, row.devices)
-        if name not in rows or _finished(row) > _finished(rows[name]):
+        name = NamedRow(whole(row.variant), row.framework, row.devices)
+        if name not in rows or rank(row) > rank(rows[name]):
             rows[name] = row
     return rows
 
@@ -180,7 +192,18 @@ def seed_values(row: RowResult, metric: str) -> dict[int, float] | None:
 
 
 def _finding(result: Result, rows: Mapping[NamedRow, RowResult]) -> Finding:
-    claim = result.claim
+    claim, reason = result.claim, _reason(result, rows)
+    verdict: FindingVerdict = result.verdict
+    reduced = {
+        each
+        for test in claim.tests
+        for name in test.rows
+        for row in _found(name, rows)
+        for each in reductions(row.variant)
+    }
+    if reduced and result.numbers:
+        reason = f"with {', '.join(sorted(reduced))}; of these runs it would be: {verdict}"
+        verdict = "reduced budget"
     return Finding(
         id=claim.id,
         locator=claim.locator,
@@ -188,8 +211,8 @@ def _finding(result: Result, rows: Mapping[NamedRow, RowResult]) -> Finding:
         printed=claim.printed,
         note=claim.note,
         tests=tuple(test.sentence for test in claim.tests),
-        verdict=result.verdict,
-        reason=_reason(result, rows),
+        verdict=verdict,
+        reason=reason,
         effect=result.effect,
         p=result.p,
         seeds=result.seeds if result.verdict == "cannot tell" else None,
@@ -215,9 +238,14 @@ def _reason(result: Result, rows: Mapping[NamedRow, RowResult]) -> str | None:
 
 
 def _has_result(row: NamedRow, rows: Mapping[NamedRow, RowResult]) -> bool:
+    return any(_finished(each) > 0 for each in _found(row, rows))
+
+
+def _found(row: NamedRow, rows: Mapping[NamedRow, RowResult]) -> list[RowResult]:
+    """Return our rows of that name: one for each framework, if it names none."""
     frameworks = [row.framework] if row.framework else list(FRAMEWORKS)
-    found = (rows.get(row._replace(framework=framework)) for framework in frameworks)
-    return any(each is not None and _finished(each) > 0 for each in found)
+    names = [row._replace(framework=framework) for framework in frameworks]
+    return [rows[name] for name in names if name in rows]
 
 
 def _place(value: PublishedValue) -> tuple[object, ...]:
@@ -276,5 +304,5 @@ def _reading(
         high=None if judged.high is None else math.exp(judged.high),
         cv=judged.cv,
         seeds=judged.seeds,
-        verdict=judged.verdict,
+        verdict="reduced budget" if reductions(row.variant) else judged.verdict,
     )

@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ptbench.analysis.agreement import Agreement, correlate
+from ptbench.analysis.agreement import PublishedVerdict, correlate
 from ptbench.analysis.experiment import RowResult
 from ptbench.analysis.metrics import MetricName, Summary
 from ptbench.analysis.published import PublishedValue
@@ -24,7 +24,6 @@ from ptbench.configuration.specification import format_override
 from ptbench.model.recipe import Model, Name, Recipe
 from ptbench.yaml import read_mapping, shown_path
 
-NumberVerdict = Agreement | Literal["not run"]
 Kind = Literal["table", "curves", "sweep", "scaling", "settings"]
 
 
@@ -90,7 +89,7 @@ class ExhibitCell(Model):
 
     ours: Summary | None = Field(description="Of the seeds that ended well; null: none did.")
     published: PublishedValue | None = Field(description="The document's; null: it has none.")
-    verdict: NumberVerdict | None = Field(description="Of the document's number.")
+    verdict: PublishedVerdict | None = Field(description="Of the document's number.")
 
 
 class ExhibitLine(Model):
@@ -127,7 +126,7 @@ class ExhibitResult(Model):
 def fill_exhibit(
     exhibit: Exhibit,
     rows: Mapping[NamedRow, RowResult],
-    published: Mapping[PublishedValue, NumberVerdict],
+    published: Mapping[PublishedValue, PublishedVerdict],
     recipes: Mapping[str, Recipe],
 ) -> ExhibitResult:
     """Return an exhibit with our numbers and the document's.
@@ -223,7 +222,7 @@ def _published(
 def _cell(
     ours: Summary | None,
     published: PublishedValue | None,
-    verdicts: Mapping[PublishedValue, NumberVerdict],
+    verdicts: Mapping[PublishedValue, PublishedVerdict],
 ) -> ExhibitCell:
     verdict = verdicts[published] if published else None
     return ExhibitCell(ours=ours, published=published, verdict=verdict)

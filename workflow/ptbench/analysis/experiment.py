@@ -9,11 +9,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
-from ptbench.analysis.agreement import Agreement, Judgement, judge_published
+from ptbench.analysis.agreement import Judgement, PublishedVerdict, judge_published
 from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, State
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
 from ptbench.analysis.plan import ExperimentPlan, Settings
@@ -31,12 +31,10 @@ from ptbench.analysis.variants import (
 from ptbench.backends import Framework
 from ptbench.configuration.experiments import Compared
 from ptbench.configuration.papers import NamedRow
-from ptbench.configuration.specification import Cell
+from ptbench.configuration.specification import Cell, reductions, whole
 from ptbench.model.recipe import Implementation, Model
 
 NOT_JUDGED = Judgement("cannot tell", None, None, None, None)
-REDUCED = ("corpus=", "subset=", "budget=")  # what a configuration changes in every variant
-PublishedVerdict = Agreement | Literal["reduced budget", "not run"]
 
 
 class CellLine(Model):
@@ -175,6 +173,11 @@ class Analysis(Model):
         """Return the number of cells in the state."""
         return sum(cell.state == state for row in self.rows for cell in row.cells)
 
+    @property
+    def reductions(self) -> list[str]:
+        """What made its runs smaller, or of another text, such as `budget=quick`."""
+        return sorted({each for row in self.rows for each in reductions(row.variant)})
+
     def label(self, variant: str) -> str:
         """Return a variant's short name."""
         return next(each.label for each in self.variants if each.name == variant)
@@ -306,16 +309,6 @@ def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
     )
 
 
-def whole(variant: str) -> str:
-    """Return a variant's name without what a configuration made of it.
-
-    The options `corpus`, `subset` and `budget` change every variant; published numbers are set
-    beside the variant without them.
-    """
-    recipe, *overrides = variant.split("+")
-    return "+".join([recipe, *(each for each in overrides if not each.startswith(REDUCED))])
-
-
 class Judged(NamedTuple):
     """What our seeds say of a published number."""
 
@@ -364,7 +357,7 @@ def _beside(
     found = judge_row(value, row, over, margin)
     verdict: PublishedVerdict = "not run"
     judged = NOT_JUDGED
-    if found and whole(row.variant) != row.variant:
+    if found and reductions(row.variant):
         verdict = "reduced budget"
     elif found:
         judged = found.judgement

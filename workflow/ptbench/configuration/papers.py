@@ -18,6 +18,7 @@ from pydantic import BeforeValidator
 
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.experiments import WORKFLOW
+from ptbench.configuration.specification import whole
 from ptbench.errors import ConfigurationError
 from ptbench.yaml import read_mapping, shown_path
 
@@ -124,7 +125,7 @@ def answering(folder: Path, experiments: Mapping[str, PlannedExperiment]) -> lis
 
 
 def _plans_any(experiment: PlannedExperiment, rows: set[NamedRow]) -> bool:
-    variants = {each.variant for each in experiment.specifications}
+    variants = {whole(each.variant) for each in experiment.specifications}
     return any(
         row.variant in variants
         and row.devices in experiment.devices

@@ -64,6 +64,24 @@ def variant_name(recipe_name: str, base: Recipe, changed: Recipe) -> str:
     return recipe_name + "".join(overrides)
 
 
+# What a configuration changes in every variant: less of the work, or another text.
+REDUCED = ("corpus=", "subset=", "budget=")
+
+
+def whole(variant: str) -> str:
+    """Return a variant's name without what a configuration made of it.
+
+    Published numbers and findings are of the variant of that name.
+    """
+    recipe, *overrides = variant.split("+")
+    return "+".join([recipe, *(each for each in overrides if not each.startswith(REDUCED))])
+
+
+def reductions(variant: str) -> list[str]:
+    """Return what a configuration made of a variant, such as `budget=quick`."""
+    return [each for each in variant.split("+")[1:] if each.startswith(REDUCED)]
+
+
 class Specification(Model):
     """One variant resolved: all that a framework is told, whatever its devices and seed.
 

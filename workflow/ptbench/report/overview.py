@@ -95,6 +95,7 @@ def write_overview(
         memory = "peak_device_memory_bytes"
     study = {
         "analyses": analyses,
+        "reductions": sorted({each for analysis in analyses for each in analysis.reductions}),
         "documents": documents,
         "runs": runs,
         "states": Counter(run.state for run in runs.values()),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from ptbench.analysis.agreement import PublishedVerdict
 from ptbench.analysis.answers import (
     FINDING_VERDICTS,
     NUMBER_VERDICTS,
@@ -16,9 +17,9 @@ from ptbench.analysis.answers import (
     PublishedNumber,
     SeedNumbers,
 )
-from ptbench.analysis.exhibits import ExhibitResult, NumberVerdict
+from ptbench.analysis.exhibits import ExhibitResult
 from ptbench.analysis.metrics import METRICS, NOTHING
-from ptbench.report import exhibits
+from ptbench.report import exhibits, words
 from ptbench.report.formatting import format_published, format_ratio
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
@@ -30,7 +31,8 @@ class Shown(NamedTuple):
     result: ExhibitResult
     svg: Markup | None
     headings: list[str]  # of its metrics
-    lines: list[tuple[str, str, list[tuple[str, str, NumberVerdict | None]]]]  # label, seeds, cells
+    # label, seeds, cells
+    lines: list[tuple[str, str, list[tuple[str, str, PublishedVerdict | None]]]]
     words: str
     keys: list[str]  # of settings
 
@@ -57,6 +59,7 @@ def write_paper_page(site: Site, answers: Answers, folder: Path) -> Path:
         finding_note=finding_note,
         number_text=format_published,
         our_number=our_number,
+        words=words,
     )
 
 

@@ -84,6 +84,16 @@ def speed_warning(speeds: Comparison | None) -> str:
     return f"{why}; run with --cores 1 on one quiet machine to compare speed."
 
 
+def reduced_warning(reduced: Sequence[str]) -> str:
+    """Say that runs were made smaller, or on another text; nothing where none was."""
+    if not reduced:
+        return ""
+    return (
+        f"Runs were made with {listed(reduced)}, so these are not numbers of the documents, and "
+        "none of theirs is judged by them."
+    )
+
+
 def perplexity_sentence(found: Perplexities) -> str:
     """Say whether perplexity depends on the framework."""
     total = sum(found.verdicts.values())

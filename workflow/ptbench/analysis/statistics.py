@@ -8,7 +8,7 @@ Two frameworks whose runs of one seed share initial values and batches, and draw
 are compared seed by seed (paired). Where dropout draws differ by framework, the samples are
 independent (Welch).
 
-Student's distribution is that of `scipy.special`: the import of `scipy.stats` or statsmodels would
+Student's distribution is that of `scipy.special`: the import of `scipy.stats` would
 take longer than all tests of an experiment.
 """
 

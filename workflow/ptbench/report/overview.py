@@ -28,6 +28,7 @@ from ptbench.report import words
 from ptbench.report.commands import study_command
 from ptbench.report.runs import Run, missing, runs_of, versions_of
 from ptbench.report.site import Site
+from ptbench.report.speed_map import draw_speed_map
 
 RUN_METRICS = ("test_perplexity", "tokens_per_second", "total_seconds")  # columns of runs.html
 FAILURES_SHOWN = 3  # on index.html; runs.html has all
@@ -137,6 +138,7 @@ def write_overview(
         features=read_features(),
         kernels={name: row.kernels for name, row in FRAMEWORKS.items()},
         run_with=facts_of(runs, site.results),
+        speed_map=draw_speed_map(analyses),
         **study,
     )
     site.write(

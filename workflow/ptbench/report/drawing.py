@@ -243,13 +243,14 @@ def spans(values: Sequence[float], ratio: float = 3.0) -> bool:
     return bool(found) and max(found) > ratio * min(found)
 
 
-def cross(axes: Axes, x: float, y: float | None, colour: str) -> None:
+def cross(axes: Axes, x: float, y: float | None, colour: str, label: str = "") -> None:
     """Mark a run that diverged: at its last finite value, or at the upper edge of the panel."""
     inside = y is not None and y < axes.get_ylim()[1]
     axes.plot(
         x,
         1.0 if y is None or not inside else y,
         "X",
+        label=label,
         color=colour,
         markersize=8,
         markeredgecolor=LIGHT_BACKGROUND,

@@ -17,14 +17,15 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ptbench.analysis.exhibits import ExhibitCell, ExhibitLine, ExhibitResult
 from ptbench.analysis.metrics import METRICS, NOTHING, PERPLEXITY
 from ptbench.analysis.published import PublishedValue
+from ptbench.analysis.variants import is_geometric
 from ptbench.configuration.papers import NamedRow
 from ptbench.files import write_atomically
-from ptbench.report.drawing import WIDTH, save, style
+from ptbench.report.drawing import WIDTH, cross, number_ticks, save, style
 from ptbench.report.formatting import format_published
 from ptbench.report.palette import FRAMEWORK_COLOURS, INK, LIGHT_BACKGROUND, MUTED
 from ptbench.report.tables import LATEX
@@ -205,7 +206,7 @@ def draw_sweep(result: ExhibitResult) -> Figure:
                 axes.set_ylim(0, 1.05 * at[-1] / at[0])
                 axes.plot(at, [x / at[0] for x in at], color=MUTED, linewidth=1, zorder=1)
                 axes.annotate("ideal", (at[-1], at[-1] / at[0]), color=MUTED, ha="right")
-            if min(at) > 0 and len(at) > 2 and _is_geometric(at):
+            if is_geometric(at):
                 axes.set_xscale("log")
             axes.set_xticks(at, [f"{x:g}" for x in at])
             axes.xaxis.set_minor_locator(NullLocator())
@@ -231,11 +232,6 @@ def _positions(labels: Sequence[str]) -> tuple[list[float], bool]:
         return [float(label) for label in labels], True
     except ValueError:
         return [float(index) for index in range(len(labels))], False
-
-
-def _is_geometric(at: Sequence[float]) -> bool:
-    steps = [b / a for a, b in itertools.pairwise(at)]
-    return min(steps) >= 1.9
 
 
 def _draw_ours(axes: Axes, at: Sequence[float], cells: Sequence[ExhibitCell]) -> None:
@@ -274,31 +270,21 @@ def _mark_diverged(
     """Put a cross on the upper edge where seeds diverged."""
     if METRICS[metric].kind is not PERPLEXITY:
         return
-    places = [x for x, line in zip(at, lines, strict=True) if line.n_diverged]
-    if places:
-        axes.plot(
-            places, [1.0] * len(places), "X", color=INK, markeredgecolor=LIGHT_BACKGROUND,
-            markersize=8, clip_on=False, zorder=5, transform=axes.get_xaxis_transform(),
-            label="seeds diverged",
-        )  # fmt: skip
+    label = "seeds diverged"
+    for x, line in zip(at, lines, strict=True):
+        if line.n_diverged:
+            cross(axes, x, None, INK, label)
+            label = ""  # once in the legend
 
 
 def _number_perplexities(axes: Axes, metric: str) -> None:
     """Draw perplexities on a logarithmic axis, other metrics from zero; number both plainly."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    if METRICS[metric].kind is not PERPLEXITY:
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        return
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high / low < 10:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    logarithmic = METRICS[metric].kind is PERPLEXITY
+    if logarithmic:
+        axes.set_yscale("log")
     else:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(bottom=0)
+    number_ticks(axes.yaxis, (), logarithmic)
 
 
 def draw_curves(result: ExhibitResult, curves: Curves) -> Figure:

@@ -35,7 +35,8 @@ def relative_speeds(analyses: Sequence[Analysis]) -> pd.DataFrame:
     """Return each framework's speed as a share of the fastest one's, by experiment.
 
     A share is the geometric mean over the variants and numbers of devices that all of the
-    experiment's frameworks ran. With a single experiment there is a row for each variant.
+    experiment's frameworks ran. With a single experiment there is a row for each variant. Where one
+    framework ran alone there is nothing to compare, and no row.
     """
     alone = len(analyses) == 1
     speeds = pd.DataFrame(
@@ -55,7 +56,7 @@ def relative_speeds(analyses: Sequence[Analysis]) -> pd.DataFrame:
     shared = table.groupby(level="row", sort=False, group_keys=False).apply(
         lambda part: part.dropna(axis="columns", how="all").dropna()
     )
-    means = shared.groupby(level="row", sort=False).mean()
+    means = shared.groupby(level="row", sort=False).mean().dropna(thresh=2)
     ordered = means.reindex(columns=[name for name in FRAMEWORKS if name in means])
     return pd.DataFrame(np.exp(ordered.sub(ordered.max(axis="columns"), axis="index")))
 

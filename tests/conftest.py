@@ -157,6 +157,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"{count:4} {reason.removeprefix('Skipped: ')}")
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Let go of the memory of workers that have compiled much, between two tests."""
+    backends = getattr(item, "funcargs", {}).get("backends")
+    if isinstance(backends, Backends):
+        backends.renew()
+
+
 @pytest.fixture(scope="session")
 def frameworks(pytestconfig: pytest.Config) -> list[str]:
     """Return the frameworks under test."""

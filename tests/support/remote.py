@@ -31,6 +31,7 @@ from ptbench.model.recipe import Accelerator, Recipe
 
 ROOT = Path(__file__).parents[2]
 THREADS = 2
+MOST_BACKENDS = 200  # in one process: what a framework has compiled stays in its memory
 SECONDS_TO_END = 30  # for a worker that was asked to end; frameworks take a few to clean up
 
 
@@ -43,6 +44,7 @@ class Worker:
 
     def __init__(self, python: str | Path, log: Path) -> None:
         self.log = log
+        self.backends = 0  # made in it
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [python, "-m", "tests.support.worker"],
@@ -114,6 +116,7 @@ class RemoteBackend(Backend):
     ) -> None:
         # without the base's __init__, whose attributes are the worker's
         self.worker = worker
+        worker.backends += 1
         arguments = recipe.model_dump_json(), VOCABULARY, devices, seed, accelerator, THREADS
         self.handle = worker.ask("create", framework, *arguments)
 
@@ -256,6 +259,14 @@ class Backends:
         backend.restore(snapshot)
         backend.average_from = None  # a test that was skipped half-way may have set it
         return backend
+
+    def renew(self) -> None:
+        """End the workers that have made many backends; no test may be using one."""
+        for key, worker in list(self.workers.items()):
+            if worker.backends >= MOST_BACKENDS:
+                worker.close()
+                del self.workers[key]
+                self.made = {k: v for k, v in self.made.items() if (k[0], k[2]) != key}
 
     def close(self) -> None:
         for worker in self.workers.values():

@@ -54,12 +54,22 @@ report_before = modified("results/report/index.html")
 
 
 onsuccess:
+    from ptbench.report.closing import print_results
+    from ptbench.report.live import finish
+
+    finish(logger)
     if modified("results/report/index.html") != report_before:
-        print("The report is at results/report/index.html", flush=True)
+        print_results(
+            [Path("results/experiments") / name for name in study.experiments],
+            Path("results/report/index.html"),
+        )
 
 
 # Says what failed, why, and the command that runs it alone.
 onerror:
+    from ptbench.report.live import finish
+
+    finish(logger)
     again = command()
     shell(
         "python -m ptbench status --failed --snakemake-log {log:q} --again {again:q}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptbench.files import remove_leftovers, replacing, sha256, write_atomically, write_new
+from ptbench.log import Log
 
 
 def test_a_block_that_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ WRITES = """
 import sys
 from pathlib import Path
 import numpy as np
+from ptbench.log import Log
 from ptbench.files import write_atomically, write_new
 from ptbench.training.checkpoints import write_arrays
 
@@ -86,3 +88,13 @@ def test_every_kind_of_file_is_readable_as_the_umask_says(tmp_path: Path, umask:
     )
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes == dict.fromkeys(["text", "record", "arrays"], 0o666 & ~umask)
+
+
+def test_nothing_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    """Root could replace /dev/null itself; a link to it is enough to see."""
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")
+    write_atomically(device, "text")
+    with Log(device) as log:
+        log.say("a line")
+    assert device.is_char_device()

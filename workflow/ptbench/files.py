@@ -38,6 +38,9 @@ def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
             still there, and nothing half-written is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_char_device():  # nothing takes the place of /dev/null, not even for root
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -50,7 +50,8 @@ def redirected(path: Path) -> Iterator[TextIO]:
     saved = os.dup(2)
     sys.stdout.flush()
     sys.stderr.flush()
-    path.unlink(missing_ok=True)  # not truncated: a former attempt keeps its log by another name
+    if path.is_file():  # not truncated: a former attempt keeps its log by another name
+        path.unlink()  # and /dev/null is no file: root would remove it for everybody
     with path.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

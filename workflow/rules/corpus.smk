@@ -15,4 +15,4 @@ rule corpus:
         corpus=lambda wildcards: or_exit(study.corpus_content, wildcards.corpus_folder),
     shell:
         "python -m ptbench corpus --corpus {params.corpus:q} --downloads results/downloads"
-        f" --output {{params.folder:q}} --log {{log:q}} --fetching {literal(study.fetching)}"
+        f" --output {{params.folder:q}} --log {{log:q}} --fetching {literal(study.fetching)} > /dev/null"

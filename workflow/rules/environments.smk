@@ -17,4 +17,4 @@ rule environment:
         "../../envs/workflow.yaml"
     shell:
         "python -m ptbench environments {wildcards.framework:q} --output results/environments"
-        " --accelerator {wildcards.accelerator} --log {log:q}"
+        " --accelerator {wildcards.accelerator} --log {log:q} > /dev/null"

@@ -32,3 +32,5 @@ rule train:
         f" --threads {study.config.threads} --code {study.code}"
         f" --checkpoint-minutes {study.config.checkpoint_minutes}"
         f" --keep-checkpoints {study.config.keep_checkpoints} --log {{log:q}}"
+        # what it prints is in its log, whose end the display shows
+        " > /dev/null"

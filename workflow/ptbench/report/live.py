@@ -1,0 +1,282 @@
+"""What a run of the workflow shows: how far it is, what is running, what failed.
+
+On a terminal it is a display that changes in place; elsewhere, a line for each job that has ended.
+What a running cell says is read from the end of its log, so that it is the same on a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+REFRESH = 2.0  # pictures a second
+SHOWN = 12  # running jobs in the display
+TAIL = 4096  # bytes of a log's end
+NOISE = (  # what Snakemake says of itself
+    "Assuming unrestricted", "Building DAG", "Using shell", "Provided ", "Rules claiming",
+    "Conda environments", "Select jobs", "Complete log", "Job stats", "no more jobs", "Singularity",
+    "Trying to restart", "SLURM run ID", "MinJobAge", "Checking that storage", "host:",
+)  # fmt: skip
+SUBMITTED = "has been submitted with SLURM"
+# Of one job of each rule, and of several.
+NAMES = {
+    "train": ("run", "runs"),
+    "environment": ("environment", "environments"),
+    "corpus": ("corpus", "corpora"),
+    "analyse": ("experiment to analyse", "experiments to analyse"),
+    "answer": ("document to answer", "documents to answer"),
+}
+DONE = {
+    "environment": "the environment of {framework} is ready",
+    "corpus": "corpus {corpus_folder} is ready",
+    "analyse": "experiment {experiment} is analysed",
+    "answer": "document {paper} is answered",
+    "report": "the report is made",
+}
+
+
+@dataclass
+class Job:
+    """A job that Snakemake has started or submitted."""
+
+    rule: str
+    wildcards: Mapping[str, str]
+    outputs: Sequence[str]
+    logs: Sequence[str]
+    began: float  # monotonic clock [s]
+
+    @property
+    def name(self) -> str:
+        """What it is called: a cell by its variant, framework, devices and seed."""
+        own = self.wildcards
+        if self.rule != "train":
+            return " ".join([self.rule, *own.values()][:2])
+        devices = "" if own["devices"] == "1" else f" devices {own['devices']}"
+        return f"{own['variant']} {own['framework']}{devices} seed {own['seed']}"
+
+    def said(self) -> str:
+        """Return the newest line of its log, without its name."""
+        with contextlib.suppress(OSError, IndexError), open(self.logs[0], "rb") as log:  # noqa: PTH123
+            log.seek(max(log.seek(0, os.SEEK_END) - TAIL, 0))
+            lines = log.read().decode(errors="replace").split("\n")[:-1]
+            newest = next(line for line in reversed(lines) if line.startswith(("[", "Build")))
+            return newest.partition("] ")[2] if newest.startswith("[") else newest
+        return ""
+
+
+@dataclass
+class Progress:
+    """How far a run of the workflow is."""
+
+    total: Counter[str] = field(default_factory=Counter)  # jobs by rule
+    done: Counter[str] = field(default_factory=Counter)
+    running: dict[int, Job] = field(default_factory=dict)  # by Snakemake's number
+    failed: dict[str, Job] = field(default_factory=dict)  # by name
+    began: float = field(default_factory=time.monotonic)
+    first_run: float | None = None  # when the first cell began
+
+    def summary(self) -> str:
+        """Say what there is to do."""
+        parts = []
+        for rule, (one, several) in NAMES.items():
+            if count := self.total[rule]:
+                parts.append(f"{count:,} {one if count == 1 else several}")
+        return "To do: " + (", ".join(parts) or "one step")
+
+    def left(self) -> float | None:
+        """Return the seconds that the other runs take at the pace so far; None: unknown."""
+        done, total = self.done["train"], self.total["train"]
+        if not done or done == total or self.first_run is None:
+            return None
+        return (time.monotonic() - self.first_run) / done * (total - done)
+
+    def ended(self, job: Job) -> str:
+        """Return the line of a job that ended well; empty for one that nobody waits for."""
+        seconds = duration(time.monotonic() - job.began)
+        if job.rule == "train":
+            count = f"{self.done['train']:,} of {self.total['train']:,}"
+            return f"{count}  {job.name}: {result(Path(job.outputs[0]))}, {seconds}"
+        if job.rule in DONE:
+            return f"{DONE[job.rule].format(**job.wildcards)}, {seconds}"
+        return ""
+
+
+def result(metrics: Path) -> str:
+    """Say in a few words what came out of a cell."""
+    try:
+        found = json.loads(metrics.read_bytes())
+        if found["status"] == "diverged":
+            return "diverged"
+        speed = found["tokens_per_second"]
+        said = f"test perplexity {found['test']['perplexity']:,.2f}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "done"
+    return said + (f", {speed:,.0f} tokens/s" if speed else "")
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people read it: 8 s, 3 min 20 s, 5 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+class Display(logging.Handler):
+    """A handler of Snakemake's log that shows progress."""
+
+    current: Display | None = None  # that of this process, for `finish`
+
+    def __init__(self, stream: TextIO, quiet: set[str]) -> None:
+        """Show nothing yet.
+
+        Args:
+            stream: where to show it.
+            quiet: what Snakemake's --quiet names: `all` leaves errors, `progress` leaves out what
+                has ended.
+        """
+        super().__init__()
+        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.progress = Progress()
+        self.silent = bool(quiet & {"all", "progress"})
+        self.seen = threading.Event()  # set when `finish`'s record has come through
+        self.live: Live | None = None
+        Display.current = self
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take in one of Snakemake's records, and say what there is to say."""
+        try:
+            event = str(getattr(record, "event", None) or "")
+            act = getattr(self, f"on_{event}", None)
+            if act is not None:
+                act(record)
+            elif record.levelno >= logging.WARNING or event == "error":
+                self.say(record.getMessage(), style="red" if record.levelno >= 40 else "yellow")
+            elif not event and not self.silent:
+                self.on_words(record.getMessage())
+        except Exception:
+            self.handleError(record)
+
+    def on_words(self, words: str) -> None:
+        """Pass on what Snakemake says, but for its noise."""
+        if words and not words.startswith(NOISE) and SUBMITTED not in words and words != "None":
+            self.say(words)
+
+    def on_workflow_started(self, _: logging.LogRecord) -> None:
+        """Leave out versions and paths, which the full log has."""
+
+    on_progress = on_job_started = on_resources_info = on_shellcmd = on_debug_dag = on_rulegraph = (
+        on_workflow_started
+    )
+
+    def on_run_info(self, record: logging.LogRecord) -> None:
+        """Begin: it is known what there is to do."""
+        stats: dict[str, int] = record.__dict__["stats"]
+        self.progress.total = Counter({k: v for k, v in stats.items() if k != "total"})
+        if self.silent:
+            return
+        self.say(self.progress.summary())
+        if self.console.is_terminal and not self.live:
+            self.live = Live(
+                get_renderable=self.picture, console=self.console, refresh_per_second=REFRESH,
+                transient=True,
+            )  # fmt: skip
+            self.live.start()
+
+    def on_job_info(self, record: logging.LogRecord) -> None:
+        """Note a job that begins."""
+        facts = record.__dict__
+        wildcards = dict(facts["wildcards"].items()) if facts["wildcards"] else {}
+        if facts["rule_name"] == "train" and self.progress.first_run is None:
+            self.progress.first_run = time.monotonic()
+        self.progress.running[facts["jobid"]] = Job(
+            facts["rule_name"], wildcards, facts["output"], facts["log"], time.monotonic()
+        )
+
+    def on_job_finished(self, record: logging.LogRecord) -> None:
+        """Say what came of a job."""
+        job = self.progress.running.pop(record.__dict__["job_id"], None)
+        if job is None:
+            return
+        self.progress.done[job.rule] += 1
+        self.progress.failed.pop(job.name, None)
+        line = self.progress.ended(job)
+        if line and not self.silent:
+            self.say(line)
+
+    def on_job_error(self, record: logging.LogRecord) -> None:
+        """Say that a job failed, and where to read why."""
+        facts = record.__dict__
+        job = self.progress.running.pop(facts["jobid"], None)
+        if job is None:
+            self.say(f"{facts['rule_name']} failed", style="red")
+            return
+        self.progress.failed[job.name] = job
+        log = f"; see {job.logs[0]}" if job.logs else ""
+        self.say(f"{job.name} failed{log}", style="red")
+
+    def on_ptbench_end(self, _: logging.LogRecord) -> None:
+        """Take the display away: the rest of the run prints by itself."""
+        self.close()
+        self.seen.set()
+
+    def say(self, words: str, style: str = "") -> None:
+        """Print a line, above the display where there is one."""
+        self.console.print(Text(words, style=style))
+
+    def picture(self) -> Group:
+        """Return the display as it is now."""
+        progress = self.progress
+        done, total = progress.done["train"], progress.total["train"]
+        head = f"{done:,} of {total:,} runs" if total else "no runs"
+        if progress.failed:
+            head += f", {len(progress.failed):,} failed"
+        head += f", {duration(time.monotonic() - progress.began)} gone"
+        if (left := progress.left()) is not None:
+            head += f", about {duration(left)} left"
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column(no_wrap=True, overflow="ellipsis", style="dim")
+        jobs = list(progress.running.values())
+        for job in jobs[:SHOWN]:
+            table.add_row(job.name, job.said() or duration(time.monotonic() - job.began))
+        if len(jobs) > SHOWN:
+            table.add_row(f"and {len(jobs) - SHOWN:,} more", "")
+        bar = ProgressBar(total=max(total, 1), completed=done, width=min(self.console.width, 60))
+        return Group(Text(head, style="bold"), bar, table)
+
+    def close(self) -> None:
+        """Take the display away."""
+        if self.live:
+            self.live.stop()
+            self.live = None
+        super().close()
+
+
+def finish(logger: logging.Logger) -> None:
+    """End the display once it has shown all that was logged, and return then.
+
+    Snakemake hands records over in a queue, so the last ones may still be on their way.
+    """
+    display = Display.current
+    if display is None:
+        return
+    logger.info("", extra={"event": "ptbench_end"})
+    display.seen.wait(timeout=5)

@@ -80,8 +80,9 @@ class Study(Project):
         return text
 
     def said(self) -> str:
-        """What all runs so far said."""
-        return (self.folder / "said").read_text()
+        """What all runs so far said, and what is in Snakemake's own logs of them."""
+        logs = sorted((self.folder / ".snakemake/log").glob("*.log"))
+        return "".join(file.read_text() for file in [self.folder / "said", *logs])
 
     @contextlib.contextmanager
     def start(self, *arguments: str, background: bool = False) -> Iterator[subprocess.Popen[bytes]]:

@@ -74,7 +74,7 @@ class Job:
         with contextlib.suppress(OSError, IndexError), open(self.logs[0], "rb") as log:  # noqa: PTH123
             log.seek(max(log.seek(0, os.SEEK_END) - TAIL, 0))
             lines = log.read().decode(errors="replace").split("\n")[:-1]
-            newest = next(line for line in reversed(lines) if line.startswith(("[", "Build")))
+            newest = next((line for line in reversed(lines) if line.startswith(("[", "Build"))), "")
             return newest.partition("] ")[2] if newest.startswith("[") else newest
         return ""
 
@@ -153,7 +153,7 @@ class Display(logging.Handler):
                 has ended.
         """
         super().__init__()
-        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.console = Console(file=stream, highlight=False)
         self.progress = Progress()
         self.silent = bool(quiet & {"all", "progress"})
         self.seen = threading.Event()  # set when `finish`'s record has come through
@@ -239,7 +239,7 @@ class Display(logging.Handler):
 
     def say(self, words: str, style: str = "") -> None:
         """Print a line, above the display where there is one."""
-        self.console.print(Text(words, style=style))
+        self.console.print(Text(words, style=style), soft_wrap=True)
 
     def picture(self) -> Group:
         """Return the display as it is now."""
@@ -259,7 +259,8 @@ class Display(logging.Handler):
             table.add_row(job.name, job.said() or duration(time.monotonic() - job.began))
         if len(jobs) > SHOWN:
             table.add_row(f"and {len(jobs) - SHOWN:,} more", "")
-        bar = ProgressBar(total=max(total, 1), completed=done, width=min(self.console.width, 60))
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=max(total, 1), completed=done, width=60))
         return Group(Text(head, style="bold"), bar, table)
 
     def close(self) -> None:

@@ -1,0 +1,151 @@
+"""What a run of the workflow shows, from the events that Snakemake logs."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tests.support.fake_results import metrics, write_cell, write_diverged
+
+from ptbench.configuration.specification import Cell
+from ptbench.report.live import Display, duration, finish
+
+CELL = Cell(variant="tiny", framework="jax", devices=2, seed=3)
+
+
+class Run:
+    """A display that is fed with events."""
+
+    def __init__(self, folder: Path, *quiet: str) -> None:
+        self.folder, self.stream = folder, io.StringIO()
+        self.display = Display(self.stream, set(quiet))
+
+    def log(
+        self, event: str | None, words: str = "", level: int = logging.INFO, **facts: Any
+    ) -> None:
+        record = logging.LogRecord("snakemake", level, "", 0, words, (), None)
+        record.__dict__ |= {"event": event, **facts} if event else facts
+        self.display.handle(record)
+
+    def begin(self, rule: str, number: int, **wildcards: str) -> Path:
+        """Begin a job; return its log."""
+        log = self.folder / f"{number}.log"
+        outputs = [str(self.folder / "cells" / CELL.path / "metrics.json")]
+        self.log(
+            "job_info", jobid=number, rule_name=rule, wildcards=wildcards, output=outputs,
+            log=[str(log)],
+        )  # fmt: skip
+        return log
+
+    def train(self, number: int = 1) -> Path:
+        own = CELL.model_dump(exclude={"devices", "seed"})
+        return self.begin("train", number, **own, devices="2", seed="3")
+
+    def said(self) -> list[str]:
+        return self.stream.getvalue().splitlines()
+
+    def picture(self) -> str:
+        console = Console(file=io.StringIO(), width=80)
+        console.print(self.display.picture())
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    begun = Run(tmp_path)
+    begun.log("run_info", stats={"train": 2, "environment": 1, "report": 1, "total": 4})
+    return begun
+
+
+def test_what_there_is_to_do_is_said_in_a_line(run: Run) -> None:
+    assert run.said() == ["To do: 2 runs, 1 environment"]
+
+
+def test_a_run_that_ended_is_one_line_with_its_result(run: Run) -> None:
+    write_cell(run.folder, metrics(CELL, 2.0, tokens_per_second=12345.6))
+    run.train()
+    run.log("job_finished", job_id=1)
+    [_, line] = run.said()
+    assert line.startswith(
+        "1 of 2  tiny jax devices 2 seed 3: test perplexity 7.39, 12,346 tokens/s, "
+    )
+
+
+def test_a_run_that_diverged_says_so(run: Run) -> None:
+    write_diverged(run.folder, CELL)
+    run.train()
+    run.log("job_finished", job_id=1)
+    assert ": diverged, " in run.said()[-1]
+
+
+def test_other_jobs_are_a_line_too_and_the_last_rule_is_none(run: Run) -> None:
+    run.begin("environment", 1, framework="jax", accelerator="cpu", digest="0")
+    run.log("job_finished", job_id=1)
+    run.begin("all", 2)
+    run.log("job_finished", job_id=2)
+    assert [line.partition(",")[0] for line in run.said()[1:]] == [
+        "the environment of jax is ready"
+    ]
+
+
+def test_a_failure_names_the_log_and_is_counted_until_a_retry_succeeds(run: Run) -> None:
+    log = run.train()
+    run.log("job_error", level=logging.ERROR, jobid=1, rule_name="train")
+    assert run.said()[-1] == f"tiny jax devices 2 seed 3 failed; see {log}"
+    assert "1 failed" in run.picture()
+    run.train(2)
+    run.log("job_finished", job_id=2)
+    assert "failed" not in run.picture()
+
+
+def test_the_display_shows_what_a_cell_says_at_the_end_of_its_log(run: Run) -> None:
+    log = run.train()
+    assert "tiny jax devices 2 seed 3  0 s" in run.picture()
+    log.write_text(
+        "noise\n" * 2000 + "[tiny jax devices 2 seed 3] epoch 2/8  train 12.10\n[tiny jax"
+    )
+    assert "epoch 2/8  train 12.10" in run.picture()
+    assert "0 of 2 runs" in run.picture()
+    assert max(map(len, run.picture().splitlines())) <= 80
+
+
+def test_snakemake_s_own_words_are_left_out_but_for_what_it_warns_of(run: Run) -> None:
+    run.log(None, "Building DAG of jobs...")
+    run.log("workflow_started", "SNAKEMAKE 9")
+    run.log("resources_info", "Provided cores: 2")
+    run.log(None, "Job 5 has been submitted with SLURM jobid 7")
+    run.log(None, "Nothing to be done (all requested files are present and up to date).")
+    run.log(None, "The disk is full", logging.WARNING)
+    run.log("error", "MissingInputException", logging.ERROR)
+    assert run.said()[1:] == [
+        "Nothing to be done (all requested files are present and up to date).",
+        "The disk is full", "MissingInputException",
+    ]  # fmt: skip
+
+
+def test_quiet_leaves_failures(tmp_path: Path) -> None:
+    run = Run(tmp_path, "all")
+    run.log("run_info", stats={"train": 2, "total": 2})
+    log = run.train()
+    run.log("job_error", level=logging.ERROR, jobid=1, rule_name="train")
+    run.train(2)
+    run.log("job_finished", job_id=2)
+    assert run.said() == [f"tiny jax devices 2 seed 3 failed; see {log}"]
+
+
+def test_finish_waits_for_what_was_logged_before(run: Run) -> None:
+    logger = logging.Logger("snakemake")
+    logger.addHandler(run.display)
+    finish(logger)
+    assert run.display.seen.is_set()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(8.4, "8 s"), (200, "3 min 20 s"), (18600, "5 h 10 min")]
+)
+def test_times_are_written_as_people_read_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -43,3 +43,6 @@ def test_the_perplexities_of_a_gpu_in_the_documentation_are_those_of_the_runs() 
         values = [run[key]["perplexity"] for run in runs]
         said = f"| {name} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |"
         assert said in page
+    test = [run["test"]["perplexity"] for run in runs]
+    readme = (ROOT / "README.md").read_text()
+    assert f"{statistics.mean(test):.2f} ± {statistics.stdev(test):.2f} in PyTorch" in readme

@@ -46,7 +46,7 @@ RECIPE = Recipe(
 CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}  # of history.csv
 MEASURED = {  # of metrics.json: what a clock or a memory counter gave, and how often it was tried
     "tokens_per_second", "seconds_per_epoch", "seconds", "attempts", "peak_memory_bytes",
-    "peak_device_memory_bytes",
+    "peak_device_memory_bytes", "hardware",
 }  # fmt: skip
 
 

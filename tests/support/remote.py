@@ -150,6 +150,12 @@ class RemoteBackend(Backend):
     def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
         return TrainStep(*self._ask("train_step", batch, state, learning_rate))
 
+    def forward_pass(self, batch: Batch, state: State) -> float:
+        return self._ask("forward_pass", batch, state)
+
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> float:
+        return self._ask("forward_and_backward_pass", batch, state)
+
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
         return EvaluateStep(*self._ask("evaluate_step", batch, state))
 

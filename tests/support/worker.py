@@ -56,6 +56,8 @@ class Objects:
             return self.keep(result)
         if method == "train_step":
             return [float(result.nll), float(result.gradient_norm), self.keep(result.state)]
+        if method in ("forward_pass", "forward_and_backward_pass"):
+            return float(result)
         if method == "evaluate_step":
             return [float(result.nll), self.keep(result.state)]
         if method == "next_token_log_probabilities":

@@ -28,7 +28,7 @@ from ptbench.analysis.experiment import analyse
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.plan import PlannedVariant, plan_experiment, read_plan
 from ptbench.configuration.study import load_study
-from ptbench.training.records import Metrics, Seconds
+from ptbench.training.records import Hardware, Metrics, Seconds
 
 
 def test_runs_of_a_variant_are_pairs_exactly_if_it_has_no_dropout() -> None:
@@ -58,8 +58,10 @@ def test_every_number_that_a_run_records_is_a_metric() -> None:
     scores = {f"{split}_perplexity" for split in ("train", "valid", "test")}
     not_measured = {"protocol", "fingerprint", "cell", "status", "reason", "stopped", "attempts"}
     given = {"vocabulary_size"}  # by the corpus
-    recorded = Metrics.model_fields.keys() - {"train", "valid", "test", "seconds"}
-    assert set(METRICS) >= clocks | scores | (recorded - not_measured - given)
+    recorded = Metrics.model_fields.keys() - {"train", "valid", "test", "seconds", "hardware"}
+    sampled = Hardware.model_fields.keys() - {"seconds", "cores", "threads", "sampling_seconds"}
+    sampled -= {"gpu_memory_bytes"}  # beside the framework's own count
+    assert set(METRICS) >= clocks | scores | sampled | (recorded - not_measured - given)
 
 
 def test_rows_follow_the_plans_variants_then_devices_then_frameworks(tmp_path: Path) -> None:

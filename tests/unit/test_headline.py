@@ -23,6 +23,7 @@ from ptbench.analysis.headline import (
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.configuration.specification import Cell
 from ptbench.report import words
+from ptbench.training.records import Hardware
 
 Speed = Callable[[Cell], float]
 
@@ -104,6 +105,24 @@ def test_speeds_of_runs_that_shared_their_machine_are_shown_with_a_warning(
     assert not found.fair
     assert words.speed_warning(found).startswith(said)
     assert words.speed_title(found).endswith("(not a fair comparison)")
+
+
+def test_speeds_beside_other_processes_are_shown_with_a_warning(tmp_path: Path) -> None:
+    experiment = plan("x", ("a",), TWO)
+    of_speeds(tmp_path, experiment, planted)
+    disturbed = experiment.cells[0]
+    hardware = Hardware(
+        seconds=9, cores=2, threads=2, own_cores=1.2, other_cores=0.8, memory_bytes=1,
+        sampling_seconds=0,
+    )  # fmt: skip
+    write_cell(tmp_path, metrics(disturbed, 4.7, tokens_per_second=9.0, hardware=hardware))
+    found = analysed(tmp_path, experiment)
+    lines = {line.path: line.note for row in found.rows for line in row.cells}
+    assert {path for path, note in lines.items() if note} == {disturbed.path}
+    assert "0.8 of 2 cores" in str(lines[disturbed.path])
+    speeds = speeds_of(found)
+    assert not speeds.fair
+    assert words.speed_warning(speeds).startswith("other processes took cores that 1 run could")
 
 
 def test_a_run_that_had_its_machine_to_itself_outvotes_those_that_shared(tmp_path: Path) -> None:

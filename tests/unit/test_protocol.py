@@ -21,7 +21,7 @@ from ptbench.backends.oracle import Oracle
 from ptbench.configuration.specification import PROTOCOL, Cell, Specification
 from ptbench.model.recipe import Recipe
 from ptbench.training.cell import Paths, run_cell
-from ptbench.training.records import Epoch, Metrics, Score, Seconds, read_history
+from ptbench.training.records import Epoch, Hardware, Metrics, Score, Seconds, read_history
 
 GOLDEN = Path(__file__).parents[1] / "support" / "golden.json"
 # A rate that falls, a norm that clips at times, padded windows, a best epoch before the last.
@@ -31,7 +31,7 @@ RECIPE = Recipe(
     learning_rate=4.0, clip_norm=2.0,
 )  # fmt: skip
 CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}
-MEASURED = {"tokens_per_second", "seconds_per_epoch", "seconds", "peak_memory_bytes"}
+MEASURED = {"tokens_per_second", "seconds_per_epoch", "seconds", "peak_memory_bytes", "hardware"}
 
 
 def words(count: int, step: int) -> str:
@@ -57,7 +57,7 @@ def meaning(folder: Path) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "records": {
             model.__name__: {name: field.description for name, field in model.model_fields.items()}
-            for model in (Metrics, Score, Seconds, Epoch)
+            for model in (Metrics, Score, Seconds, Epoch, Hardware)
         },
         "defaults": Recipe(corpus="ptb").model_dump(mode="json"),
         "metrics": metrics.model_dump(mode="json", exclude=MEASURED),

@@ -43,6 +43,7 @@ class CellLine(Model):
     cell: Cell = Field(description="Which run.")
     state: State = Field(description="ok, diverged or missing.")
     reason: str | None = Field(None, description="Why it counts as diverged or missing.")
+    note: str | None = Field(None, description="What else to know: whether its machine was busy.")
     values: dict[str, float] = Field({}, description="Its metrics by name, where it has them.")
 
     @property
@@ -68,10 +69,16 @@ class RowResult(Model):
     framework_versions: tuple[str, ...] = Field(description="Of the framework, in its runs.")
     machines: tuple[str, ...] = Field(description="Processors and GPUs of its runs.")
     cells_at_once: int | None = Field(description="Most cells that a machine trained at once.")
+    busy: int = Field(0, description="Its runs whose machine was busier than its cores.")
     commits: tuple[str, ...] = Field(description="Commits of its runs; `+changes` if not clean.")
     began: str | None = Field(None, description="When the first of its runs began (UTC).")
     ended: str | None = Field(None, description="When the last of its runs ended (UTC).")
     cells: tuple[CellLine, ...] = Field(description="Its runs, missing ones too.")
+
+    @property
+    def alone(self) -> bool:
+        """Return whether each of its runs is known to have had its machine to itself."""
+        return self.cells_at_once == 1 and not self.busy
 
     def value(self, metric: str) -> float | None:
         """Return the number that stands for the row's seeds, if there is one."""
@@ -253,6 +260,7 @@ def _row_result(row: Row) -> RowResult:
         framework_versions=_distinct(cell.provenance.framework_version for cell in row.cells),
         machines=_distinct(_machine(cell.provenance) for cell in row.cells),
         cells_at_once=max(at_once, default=None),
+        busy=sum(_busy(cell) is not None for cell in row.cells),
         commits=_distinct(_commit(cell.provenance) for cell in row.cells),
         began=min(_distinct(cell.provenance.started for cell in row.cells), default=None),
         ended=max(_distinct(cell.provenance.finished for cell in row.cells), default=None),
@@ -281,7 +289,20 @@ def _cell_line(found: CellResult) -> CellLine:
         value = metric.read(found.result) if found.result else None
         if value is not None:
             values[name] = metric.shown(value)
-    return CellLine(cell=found.cell, state=found.state, reason=found.reason, values=values)
+    return CellLine(
+        cell=found.cell, state=found.state, reason=found.reason, note=_busy(found), values=values
+    )
+
+
+def _busy(found: CellResult) -> str | None:
+    """Return how busy a run's machine was, if it was too busy for the run's speed to count."""
+    hardware = found.result.metrics.hardware if found.result else None
+    if hardware is None or not hardware.busy:
+        return None
+    return (
+        f"its machine was busy: other processes used {hardware.other_cores:.1f} of "
+        f"{hardware.cores} cores, and the run had {hardware.threads} threads"
+    )
 
 
 def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:

@@ -42,6 +42,7 @@ class Comparison(NamedTuple):
     pairs: dict[tuple[str, str], Ratio]  # of the first framework to the second
     fair: bool = True  # whether every number is of a run that had its machine to itself
     cells_at_once: int | None = None  # most runs that shared a machine, where that is known
+    busy: int = 0  # runs whose machine was busy with other processes
 
     def leaders(self) -> list[str]:
         """Return the framework with the highest numbers, and those that it is not proven above."""
@@ -66,11 +67,7 @@ def groups_of(analyses: Iterable[Analysis]) -> Groups:
 
 def alone(a: RowResult, b: RowResult) -> bool:
     """Return whether speeds compare: on one kind of machine, with no run beside them."""
-    return (
-        a.cells_at_once == b.cells_at_once == 1
-        and a.machines == b.machines
-        and (len(a.machines) == 1)
-    )
+    return a.alone and b.alone and a.machines == b.machines and len(a.machines) == 1
 
 
 def compare_speeds(groups: Groups) -> Comparison | None:
@@ -86,8 +83,10 @@ def compare_speeds(groups: Groups) -> Comparison | None:
     found = fair or compare(groups, metric)
     if found is None:
         return None
-    known = [r.cells_at_once for own in groups.values() for r in own.values() if r.cells_at_once]
-    return found._replace(fair=fair is not None, cells_at_once=max(known, default=None))
+    rows = [row for own in groups.values() for row in own.values()]
+    known = [row.cells_at_once for row in rows if row.cells_at_once]
+    busy = sum(row.busy for row in rows)
+    return found._replace(fair=fair is not None, cells_at_once=max(known, default=None), busy=busy)
 
 
 def compare(

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ptbench.analysis.statistics import as_sample, t_interval
 from ptbench.model.recipe import Model
-from ptbench.training.records import Epoch, Metrics, Score, Seconds, perplexity
+from ptbench.training.records import Epoch, Hardware, Metrics, Score, Seconds, perplexity
 
 NOTHING = "\N{EN DASH}"  # stands where there is no number
 
@@ -116,6 +116,14 @@ def write_short_seconds(value: float) -> str:
     return f"{value * 1000:.3g} ms" if value < 1 else write_seconds(value)
 
 
+def write_joules(value: float) -> str:
+    """Write J, kJ or MJ."""
+    for size, unit in ((1e6, "MJ"), (1e3, "kJ")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} J"
+
+
 class Kind(NamedTuple):
     """How the seeds of a row become one number."""
 
@@ -146,7 +154,7 @@ class Metric:
     @property
     def depends_on_machine(self) -> bool:
         """Whether another machine gives another number: times, speeds and memory."""
-        return self.unit in ("s", "tokens/s", "bytes")
+        return self.unit in ("s", "tokens/s", "bytes", "cores", "share", "W", "J")
 
     def shown(self, value: float) -> float:
         """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
@@ -193,6 +201,16 @@ def training_and_validation(seconds: Seconds) -> float:
     return seconds.compile + seconds.training + seconds.validation
 
 
+def of_hardware(read: Callable[[Hardware], float | None]) -> Callable[[Result], float | None]:
+    """Return what reads a number of the hardware sampler; None where it did not run."""
+    return lambda run: read(run.metrics.hardware) if run.metrics.hardware else None
+
+
+def gpu_watts(hardware: Hardware) -> float | None:
+    """Return the mean power of a run's GPUs together [W]."""
+    return None if hardware.gpu_joules is None else hardware.gpu_joules / hardware.seconds
+
+
 # fmt: off
 METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("test_perplexity", "Test perplexity", "Test perplexity", "", "lower", PERPLEXITY,
@@ -237,6 +255,20 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            write_bytes, lambda run: run.metrics.peak_memory_bytes),
     Metric("peak_device_memory_bytes", "Peak GPU memory", "GPU memory", "bytes", "lower", LARGEST,
            write_bytes, lambda run: run.metrics.peak_device_memory_bytes),
+    Metric("memory_bytes", "Mean memory", None, "bytes", "lower", LARGEST,
+           write_bytes, of_hardware(lambda own: own.memory_bytes)),
+    Metric("own_cores", "Cores kept busy", "Cores used", "cores", "neither", MEDIAN,
+           "{:.2f}".format, of_hardware(lambda own: own.own_cores)),
+    Metric("other_cores", "Cores that other processes kept busy", None, "cores", "lower", MEDIAN,
+           "{:.2f}".format, of_hardware(lambda own: own.other_cores)),
+    Metric("gpu_utilization", "GPU use", "GPU use", "share", "higher", MEDIAN,
+           "{:.0%}".format, of_hardware(lambda own: own.gpu_utilization)),
+    Metric("gpu_watts", "GPU power", None, "W", "lower", MEDIAN,
+           "{:.0f} W".format, of_hardware(gpu_watts)),
+    Metric("gpu_joules", "GPU energy", "GPU energy", "J", "lower", MEDIAN,
+           write_joules, of_hardware(lambda own: own.gpu_joules)),
+    Metric("cpu_joules", "Processors' energy", "CPU energy", "J", "lower", MEDIAN,
+           write_joules, of_hardware(lambda own: own.cpu_joules)),
 )}
 # fmt: on
 

@@ -99,7 +99,7 @@ def compare_folders(first: Iterable[Analysis], second: Iterable[Analysis]) -> Co
                 speed_low=math.exp(speed.low) if speed else None,
                 speed_high=math.exp(speed.high) if speed else None,
                 speed_p=p,
-                alone=a.cells_at_once == b.cells_at_once == 1,
+                alone=a.alone and b.alone,
             )
         )
     return Comparison(

@@ -205,6 +205,20 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+        """Return the nll that `train_step` would, without gradients; nothing changes.
+
+        It drops what the next step drops, and is called to be timed, as is the next method.
+        """
+
+    @abc.abstractmethod
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+        """Do what `train_step` does before it clips and updates: return the nll.
+
+        The gradient over all replicas is then on the devices; nothing else changes.
+        """
+
+    @abc.abstractmethod
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
         """Return the negative log-likelihood without dropout; no parameter changes."""
 

@@ -20,6 +20,7 @@ from ptbench.backends.base import (
     Arrays,
     Backend,
     EvaluateStep,
+    Scalar,
     Setup,
     State,
     TrainStep,
@@ -423,7 +424,7 @@ class Oracle(Backend):
         self, batch: Batch, state: dict[str, Array]
     ) -> tuple[float, dict[str, Array], dict[str, Array]]:
         """Return the summed nll, the float64 gradient of the objective, and the final state."""
-        masks = self.dropout_masks(*batch.inputs.shape) if self.recipe.drops else self.no_masks
+        masks = self.next_masks(batch)
         forward = self.forward(batch.inputs, state, masks)
         weights = batch.mask.astype(np.float64) / self.objective_divisor(batch)
         gradients = self.backward(forward, batch.targets, weights, masks)
@@ -432,6 +433,15 @@ class Oracle(Backend):
     @property
     def no_masks(self) -> Masks:
         return Masks.none(self.recipe.layers)
+
+    def next_masks(self, batch: Batch) -> Masks:
+        return self.dropout_masks(*batch.inputs.shape) if self.recipe.drops else self.no_masks
+
+    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+        return summed_nll(self.forward(batch.inputs, state, self.next_masks(batch)), batch)
+
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+        return self.loss_and_gradients(batch, state)[0]
 
     def read_gradients(self, batch: Batch, state: State) -> Arrays:
         return self.loss_and_gradients(batch, state)[1]

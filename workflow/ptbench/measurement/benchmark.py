@@ -29,6 +29,7 @@ from ptbench.errors import PtbenchError
 from ptbench.files import write_atomically
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.work import Product, bound, flops_per_token, training_products
+from ptbench.training.hardware import Gpus
 from ptbench.training.provenance import provenance
 
 VOCABULARY_SIZE = 10_000  # PTB's
@@ -222,6 +223,11 @@ class Benchmark:
     interpreter: Path | None = None  # one Python with all frameworks, in place of environments
     failures: list[str] = field(default_factory=list)  # a sentence for each competitor that failed
 
+    @cached_property
+    def gpus(self) -> Gpus:
+        """The GPU that is measured, which counts its energy; none on CPUs."""
+        return Gpus(1 if self.accelerator == "cuda" else 0)
+
     def run(self, models: Sequence[str], competitors: Sequence[Competitor]) -> list[Result]:
         """Measure, and write `speed.csv` and `speed.json` into the output folder.
 
@@ -346,9 +352,9 @@ class Benchmark:
 
     def take_turn(self, worker: Worker, result: Result) -> None:
         """Let one competitor train, and add its speed to its result."""
-        before = gpu_joules() if self.accelerator == "cuda" else None
+        before = self.gpus.joules()
         answer = worker.ask(seconds=self.seconds)
-        if before is not None and (after := gpu_joules()) is not None:
+        if before is not None and (after := self.gpus.joules()) is not None:
             result.joules_per_token.append((after - before) / answer["tokens"])
         result.tokens_per_second.append(answer["tokens"] / answer["seconds"])
         result.peak_memory_bytes = answer["peak_memory_bytes"]
@@ -356,18 +362,6 @@ class Benchmark:
             raise PtbenchError(
                 f"{result.competitor.label} trained to a loss of {answer['nll']} nats per token"
             )
-
-
-def gpu_joules() -> float | None:
-    """Return the first GPU's energy since its driver was loaded [J]; None if it does not say."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-    except pynvml.NVMLError:
-        return None
 
 
 def product_rates(

@@ -79,6 +79,9 @@ def speed_warning(speeds: Comparison | None) -> str:
         why = "it was not recorded whether runs shared their machine"
     elif speeds.cells_at_once > 1:
         why = f"up to {speeds.cells_at_once} runs shared a machine"
+    elif speeds.busy:
+        runs = count(speeds.busy, "run")
+        why = f"other processes took cores that {runs} could have used"
     else:
         why = "the frameworks ran on different machines"
     return f"{why}; run with --cores 1 on one quiet machine to compare speed."

@@ -38,6 +38,7 @@ from ptbench.training.attempts import Attempt, now
 from ptbench.training.checkpoints import Checkpoints, Identity, packed, write_arrays
 from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
+from ptbench.training.hardware import Sampler
 from ptbench.training.loop import Progress, Run, Splits, train
 from ptbench.training.provenance import cells_at_once, peak_memory_bytes, provenance
 from ptbench.training.records import Metrics, Score, Seconds, history_csv, perplexity
@@ -132,6 +133,8 @@ class CellTrainer:
         self.recipe = specification.recipe.within_budget()
         self.threads, self.attempt, self.say = threads, attempt, say
         self.clocks = Clocks()
+        on_gpus = specification.accelerator == "cuda"
+        self.sampler = Sampler(threads, gpus=cell.devices if on_gpus else 0)
         self.began = now()
 
     def start(self) -> None:
@@ -171,17 +174,22 @@ class CellTrainer:
             signals,
             self.attempt.check,
             self.say,
+            self.sampler.totals,
         )
         with self.clocks("start_up"):
             resumed = checkpoints.latest(self.new_snapshot)
         if resumed:
             for clock, seconds in resumed.seconds.items():
                 self.clocks.seconds[clock] += seconds
+            self.sampler.add(resumed.hardware)
             self.say(f"[{self.cell.path}] goes on {checkpoints.position}")
         saved = resumed.saved if resumed else None
         signals.losable = True
         try:
-            return train(self.backend, self.splits, self.clocks, self.report, checkpoints, saved)
+            with self.sampler:
+                return train(
+                    self.backend, self.splits, self.clocks, self.report, checkpoints, saved
+                )
         except InterruptionError:
             where = checkpoints.position or "before its first step"
             raise InterruptionError(
@@ -291,6 +299,7 @@ class CellTrainer:
             attempts=self.facts["attempts"],
             peak_memory_bytes=peak,
             peak_device_memory_bytes=peak_on_devices,
+            hardware=self.sampler.hardware(),
         )
 
 

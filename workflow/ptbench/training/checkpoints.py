@@ -59,6 +59,7 @@ class Header(Model):
     history: list[Epoch] = Field(description="The finished epochs.")
     sums: Sums | None = Field(description="Of the epoch under way; null between two.")
     seconds: dict[str, float] = Field(description="The run's clocks [s].")
+    hardware: dict[str, float] = Field({}, description="What the hardware sampler added up.")
     written: float = Field(description="When [s since 1970], by this machine's clock.")
 
 
@@ -67,10 +68,11 @@ class RejectedError(Exception):
 
 
 class Resumed(NamedTuple):
-    """A saved run and its clocks."""
+    """A saved run, its clocks, and what the hardware sampler added up."""
 
     saved: Saved
     seconds: dict[str, float]
+    hardware: dict[str, float]
 
 
 class Checkpoints(Keeper):
@@ -85,6 +87,7 @@ class Checkpoints(Keeper):
         signals: Signals | None = None,
         check: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
+        hardware: Mapping[str, float] | None = None,
     ) -> None:
         """Change nothing on disk.
 
@@ -96,7 +99,9 @@ class Checkpoints(Keeper):
             signals: whether the process has been told to end.
             check: raises PtbenchError if this process may no longer write here.
             say: called with a line about anything unusual.
+            hardware: what the hardware sampler adds up.
         """
+        self.hardware: Mapping[str, float] = {} if hardware is None else hardware
         self.folder, self.identity, self.seconds = folder, identity, seconds
         self.minutes, self.check, self.say = minutes, check, say
         self.signals = signals or Signals()
@@ -124,6 +129,7 @@ class Checkpoints(Keeper):
                 history=run.history,
                 sums=run.sums and dataclasses.replace(run.sums),
                 seconds=dict(self.seconds()),
+                hardware=dict(self.hardware),
                 written=time.time(),
             )
             best = {BEST + name: array for name, array in (run.best_parameters or {}).items()}
@@ -158,7 +164,7 @@ class Checkpoints(Keeper):
             self.position = describe(header)
             lowest = min(header.history, key=lambda epoch: epoch.valid_nll, default=None)
             run = Run(header.history, lowest, best or None, header.sums)
-            return Resumed(Saved(run, arrays), header.seconds)
+            return Resumed(Saved(run, arrays), header.seconds, header.hardware)
         return None
 
     def read(self, path: Path) -> tuple[Header, Arrays, Arrays]:

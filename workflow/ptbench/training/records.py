@@ -17,6 +17,8 @@ from pydantic import Field
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Model
 
+BUSY = 0.1  # share of a run's threads that other processes may take before its machine is busy
+
 
 class Score(Model):
     """How well a split was predicted."""
@@ -78,6 +80,41 @@ class Seconds(Model):
     )
 
 
+class Hardware(Model):
+    """What a run did to its machine while it trained, validated, tested and saved.
+
+    Means over time, of all attempts up to the checkpoints that were gone on from, as the clocks
+    are. `training/hardware.py` samples it.
+    """
+
+    seconds: float = Field(description="Time that was sampled [s].")
+    cores: int = Field(description="CPU cores of the machine.")
+    threads: int = Field(description="CPU threads that the run was given.")
+    own_cores: float = Field(description="Cores that the run's processes kept busy.")
+    other_cores: float = Field(description="Cores that all other processes kept busy.")
+    memory_bytes: int = Field(description="Resident memory of the run's processes [bytes].")
+    sampling_seconds: float = Field(description="Processor time that sampling took [s].")
+    gpu_utilization: float | None = Field(
+        None, description="Share of the time in which the run's GPUs had work, by NVML."
+    )
+    gpu_memory_bytes: int | None = Field(
+        None, description="Largest memory in use on the run's GPUs, by NVML [bytes]."
+    )
+    gpu_joules: float | None = Field(
+        None, description="Energy of the run's GPUs, by NVML's counter [J]."
+    )
+    cpu_joules: float | None = Field(
+        None,
+        description="Energy of all of the machine's processors and their memory, by RAPL, whoever "
+        "used them [J].",
+    )
+
+    @property
+    def busy(self) -> bool:
+        """Return whether other processes took cores that the run could have used."""
+        return self.threads + self.other_cores - self.cores > BUSY * self.threads
+
+
 class Metrics(Model):
     """`metrics.json`: the result of one cell."""
 
@@ -105,6 +142,7 @@ class Metrics(Model):
     peak_device_memory_bytes: int | None = Field(
         None, description="Largest allocation on the GPUs, by the framework's own count [bytes]."
     )
+    hardware: Hardware | None = Field(None, description="Use of the machine; null: not sampled.")
 
 
 def history_csv(epochs: Iterable[Epoch]) -> str:

@@ -19,6 +19,7 @@ from ptbench.backends.base import (
     Arrays,
     Backend,
     EvaluateStep,
+    Scalar,
     Setup,
     State,
     TrainStep,
@@ -129,15 +130,16 @@ class JAXBackend(Backend):
         everywhere, of_batch, of_state = (sharding.spec for sharding in shardings)
 
         compile_ = partial(jax.jit, compiler_options=compiler_options(self.accelerator))
-        self._gradients = compile_(
-            jax.shard_map(
-                self._objective_gradients,
-                mesh=mesh,
-                in_specs=(everywhere, everywhere, of_batch, everywhere, of_state, everywhere),
-                out_specs=(everywhere, everywhere, of_state),
-                check_vma=False,
-            )
+        on_replicas = partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, of_batch, everywhere, of_state, everywhere),
+            check_vma=False,
         )
+        self._gradients = compile_(
+            on_replicas(self._objective_gradients, out_specs=(everywhere, everywhere, of_state))
+        )
+        self._forward = compile_(on_replicas(self._objective_nll, out_specs=everywhere))
         # Compiled apart from the gradients, because XLA would otherwise compute those twice.
         # Parameters and slots are donated: the updated ones take their memory.
         self._update = compile_(partial(model.update, recipe), donate_argnums=0)
@@ -158,6 +160,23 @@ class JAXBackend(Backend):
 
     # ---------------------------------------------------------------------------- what is compiled
 
+    def _objective(
+        self, parameters: Tree, places: Tree, batch: Batch, divisor: Array, state: Tree, step: Array
+    ) -> tuple[Array, tuple[Array, Tree]]:
+        """Return a replica's share of the objective, and beside it of the nll, and its state."""
+        key = jax.random.key(self.setup.seed, impl=self._generator)
+        dropout = Dropout(self.recipe, jax.random.fold_in(key, step))
+        weighted = batch._replace(mask=batch.mask / divisor)
+        return self._model.objective(parameters | places, weighted, state, dropout)
+
+    def _objective_nll(
+        self, parameters: Tree, kept: tuple[Tree, Tree], batch: Batch, divisor: Array, state: Tree,
+        step: Array,
+    ) -> Array:  # fmt: skip
+        """Return the global batch's summed nll; see `_objective_gradients`."""
+        _, (nll, _) = self._objective(parameters, kept[0], batch, divisor, state, step)
+        return jax.lax.psum(nll, DATA) * divisor
+
     def _objective_gradients(
         self, parameters: Tree, kept: tuple[Tree, Tree], batch: Batch, divisor: Array, state: Tree,
         step: Array,
@@ -167,14 +186,8 @@ class JAXBackend(Backend):
         It runs on every replica at once, each with its columns of the batch.
         """
         places, masks = kept
-        key = jax.random.key(self.setup.seed, impl=self._generator)
-        dropout = Dropout(self.recipe, jax.random.fold_in(key, step))
-        weighted = batch._replace(mask=batch.mask / divisor)
-
-        def objective(parameters: Tree) -> tuple[Array, tuple[Array, Tree]]:
-            return self._model.objective(parameters | places, weighted, state, dropout)
-
-        gradients, (nll, final) = jax.grad(objective, has_aux=True)(parameters)
+        differentiated = jax.grad(self._objective, has_aux=True)
+        gradients, (nll, final) = differentiated(parameters, places, batch, divisor, state, step)
         gradients |= {name: gradients[name] * mask for name, mask in masks.items()}
         gradients, nll = jax.lax.psum((gradients, nll), DATA)
         return gradients, nll * divisor, final
@@ -200,12 +213,12 @@ class JAXBackend(Backend):
     def make_state(self, arrays: Parameters, training: bool) -> State:
         return jax.device_put(arrays, self._of_state if training else self._first)
 
-    def _differentiate(self, batch: Batch, state: State) -> tuple[Tree, Array, Tree]:
+    def _arguments(self, batch: Batch, state: State) -> tuple[Any, ...]:
+        """Return the arguments of `_objective_gradients` for the next step."""
         divisor = np.float32(self.objective_divisor(batch))
         batch = self._on_devices(batch, self._of_batch)
         kept = self._places, self._masks
-        parameters, step = self._arrays[PARAMETER], np.uint32(self.step)
-        return self._gradients(parameters, kept, batch, divisor, state, step)
+        return self._arrays[PARAMETER], kept, batch, divisor, state, np.uint32(self.step)
 
     @staticmethod
     def _on_devices(batch: Batch, place: Any) -> Batch:
@@ -213,16 +226,22 @@ class JAXBackend(Backend):
         return jax.device_put(jax.tree.map(np.copy, batch), place)
 
     def read_gradients(self, batch: Batch, state: State) -> Arrays:
-        gradients, _, _ = self._differentiate(batch, state)
+        gradients, _, _ = self._gradients(*self._arguments(batch, state))
         return {name: np.asarray(array) for name, array in gradients.items()}
 
     def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
-        gradients, nll, final = self._differentiate(batch, state)
+        gradients, nll, final = self._gradients(*self._arguments(batch, state))
         rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
         numbers = np.array((*rates, self.averaged), np.float32)
         self._arrays, norm = self._update(self._arrays, gradients, *numbers)
         self.step += 1
         return TrainStep(nll, norm, final)
+
+    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+        return self._forward(*self._arguments(batch, state))
+
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+        return self._gradients(*self._arguments(batch, state))[1]
 
     def _parameters_on_first_device(self) -> Tree:
         parameters = self._arrays[PARAMETER] | self._places

@@ -216,13 +216,20 @@ class MXNetBackend(Backend):
         spread = np.random.SeedSequence([self.setup.seed, self.step, *words]).generate_state(1)[0]
         mx.random.seed(int(spread) >> 1, ctx=context)  # a C int
 
-    def _forward_backward(self, batch: Batch, state: State) -> tuple[mx.nd.NDArray, State]:
+    def _passes(
+        self, batch: Batch, state: State, backward: bool = True
+    ) -> tuple[mx.nd.NDArray, State]:
         """Leave the objective's gradient, summed over replicas, in every replica's `grad`.
+
+        Args:
+            batch, state: as of `train_step`.
+            backward: if false, there is no gradient.
 
         Returns:
             The summed nll, and the final state.
         """
-        divisor = self.objective_divisor(batch)
+        divisor = self.objective_divisor(batch) if backward else None
+        mode = autograd.record if backward else autograd.train_mode
         # All uploads come first: one waits for what cpu(0) was given before, so a later one would
         # keep its replica waiting for the first.
         shares = [
@@ -230,7 +237,7 @@ class MXNetBackend(Backend):
             for a in batch
         ]
         words = [self.dropped_words(True, context) for context in self.contexts]
-        if self.in_chunks:
+        if self.in_chunks and backward:
             self.output.collect_params().zero_grad()
         nlls, states, heads, head_gradients = [], [], [], []
         with self.dropped_weights():
@@ -239,29 +246,37 @@ class MXNetBackend(Backend):
                     self._seed(context, replica)
                 x, y, mask = (share[replica] for share in shares)
                 y, real = y.reshape(-1), mask.reshape(-1)
-                with autograd.record():
+                with mode():
                     outputs, final, penalized = self.model(x, state[replica], *words[replica])
                 summed, ends, gradients = self.nll(self.output, y, real, divisor, *outputs)
                 heads += ends
                 head_gradients += gradients
-                if penalized:
+                if penalized and backward:
                     with autograd.record():
                         heads.append(self.penalty(*penalized, mask) / divisor)
                     head_gradients.append(None)  # one
                 nlls.append(summed)
                 states.append([a.detach() for a in final])  # the next window's past ends here
-            autograd.backward(heads, head_gradients)
-        for parameter, context, kept in self.masks:
-            parameter.grad(context)[:] *= kept
-        self.trainer.allreduce_grads()
+            if backward:
+                autograd.backward(heads, head_gradients)
+        if backward:
+            for parameter, context, kept in self.masks:
+                parameter.grad(context)[:] *= kept
+            self.trainer.allreduce_grads()
         return mx.nd.add_n(*[n.as_in_context(self.contexts[0]) for n in nlls]), states
 
+    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+        return as_scalar(self._passes(batch, state, backward=False)[0])
+
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+        return as_scalar(self._passes(batch, state)[0])
+
     def read_gradients(self, batch: Batch, state: State) -> Arrays:
-        self._forward_backward(batch, state)
+        self._passes(batch, state)
         return {name: p.grad(self.contexts[0]).asnumpy() for name, p in self.trained.items()}
 
     def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
-        summed, final = self._forward_backward(batch, state)
+        summed, final = self._passes(batch, state)
         # Every replica holds the same summed gradient, so each finds the same norm by itself.
         norms = [
             gluon.utils.clip_global_norm(

@@ -126,8 +126,10 @@ class PyTorchBackend(Backend, Replicated):
 
     # ---------------------------------------------------------------------------------------- steps
 
-    def differentiate(self, batch: Batch, state: State) -> tuple[Tensor, list[LayerState]]:
-        """Put the objective's gradient over all replicas into the parameters; see `TrainStep`."""
+    def objective(
+        self, batch: Batch, state: State
+    ) -> tuple[Tensor, Tensor, float, list[LayerState]]:
+        """Return this replica's nll and penalty, both times a scale; the scale; and the state."""
         self.apply_settings()
         if self.recipe.drops:
             self.model.dropout.seed(self.setup.seed, self.step, self.rank, self.device)
@@ -135,13 +137,31 @@ class PyTorchBackend(Backend, Replicated):
         # DistributedDataParallel averages over the replicas; the objective is their sum.
         scale = self.devices / self.objective_divisor(batch)
         self.model.train()
-        self.optimizer.zero_grad()
         nll, penalty, state = self.parallel(*self.on_device(share, scale), state)
+        return nll, penalty, scale, state
+
+    def differentiate(self, batch: Batch, state: State) -> tuple[Tensor, list[LayerState]]:
+        """Put the objective's gradient over all replicas into the parameters; see `TrainStep`."""
+        self.optimizer.zero_grad()
+        nll, penalty, scale, state = self.objective(batch, state)
         (nll + penalty).backward()
-        nll = nll.detach() / scale
+        return self.over_replicas(nll.detach() / scale), state
+
+    def over_replicas(self, nll: Tensor) -> Tensor:
+        """Return the sum over all replicas."""
         if self.devices > 1:
             dist.all_reduce(nll)
-        return nll, state
+        return nll
+
+    @on_every_replica
+    @torch.no_grad()
+    def forward_pass(self, batch: Batch, state: State) -> Tensor:
+        nll, _, scale, _ = self.objective(batch, state)
+        return self.over_replicas(nll / scale)
+
+    @on_every_replica
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> Tensor:
+        return self.differentiate(batch, state)[0]
 
     def on_device(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Return inputs, targets, and the weights of their losses."""

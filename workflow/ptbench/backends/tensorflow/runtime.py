@@ -17,6 +17,7 @@ from ptbench.backends.base import (
     Arrays,
     Backend,
     EvaluateStep,
+    Scalar,
     Setup,
     State,
     TrainStep,
@@ -94,6 +95,7 @@ class TensorFlowRuntimeBackend(Backend):
         with self.strategy.scope():
             self.build()
         # Arguments are tensors, so that each is compiled once for each shape.
+        self._compiled_forward = tf.function(self._global_forward, autograph=False)
         self._compiled_gradients = tf.function(self._global_gradients, autograph=False)
         self._compiled_update = tf.function(self._update, autograph=False)
         self._compiled_nll = tf.function(self.nll, autograph=False)
@@ -167,6 +169,23 @@ class TensorFlowRuntimeBackend(Backend):
         nll, *sums = replica.all_reduce(tf.distribute.ReduceOp.SUM, [nll, *found.values()])
         return nll, sums, state
 
+    def _replica_forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        state: Tensors,
+        divisor: Tensor,  # noqa: ARG002 - the nll is not divided
+        step: Tensor,
+    ) -> Tensor:
+        """Return the global nll, for arguments as of `_replica_gradients`."""
+        _, nll, _ = self.objective(inputs, targets, mask, state, step)
+        replica = tf.distribute.get_replica_context()
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, nll)
+
+    def _global_forward(self, *arguments: Any) -> PerReplica:
+        return self.strategy.run(self._replica_forward, arguments)
+
     def _global_gradients(self, *arguments: Any) -> tuple[PerReplica, list[PerReplica], State]:
         return self.strategy.run(self._replica_gradients, arguments)
 
@@ -237,6 +256,13 @@ class TensorFlowRuntimeBackend(Backend):
         result = self._compiled_update(numbers, *self._arguments(batch, state))
         self.step += 1
         return TrainStep(*result)
+
+    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+        return self.local(self._compiled_forward(*self._arguments(batch, state)))[0]
+
+    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+        nll, _, _ = self._compiled_gradients(*self._arguments(batch, state))
+        return self.local(nll)[0]
 
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
         with tf.device(self.worker_devices[0]):

@@ -1,0 +1,35 @@
+"""The passes of a step alone, which are timed to tell what of a step takes how long."""
+
+from __future__ import annotations
+
+import pytest
+from tests.support.problems import BATCH, DROPOUT, random_batch, recipe, train
+from tests.support.remote import Backends
+
+from ptbench.model.recipe import Recipe
+
+AWD_MIXTURE = recipe(
+    mixtures=2, dropout=0.35, weight_dropout=0.3, word_dropout=0.2, activation_regularization=0.1,
+    temporal_activation_regularization=0.1, implementation="tuned",
+)  # fmt: skip
+BATCHES = [random_batch(seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("model", [DROPOUT, AWD_MIXTURE], ids=["stock", "tuned"])
+def test_passes_give_the_nll_of_the_step_and_change_nothing(
+    backends: Backends, framework: str, model: Recipe, devices: int
+) -> None:
+    alone = train(backends.get(framework, model, devices), BATCHES, [0.5] * len(BATCHES))[0]
+    backend = backends.get(framework, model, devices)
+    state = backend.initial_state(BATCH, training=True)
+    for batch, undisturbed in zip(BATCHES, alone, strict=True):
+        passes = [
+            one(batch, state)
+            for one in (backend.forward_pass, backend.forward_and_backward_pass)
+            for _ in range(2)  # the second would show what the first has changed
+        ]
+        step = backend.train_step(batch, state, 0.5)
+        state = step.state
+        assert step.nll == undisturbed
+        assert passes == pytest.approx([step.nll] * 4, rel=1e-5)

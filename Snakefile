@@ -3,6 +3,7 @@
 #   results/environments/{framework}-{accelerator}/lock-{digest}       a framework's environment
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
+#   results/profiles/{variant}/{framework}/devices-{devices}/profile.json   (`profiles`: all of them)
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
 #   results/report/experiments/{experiment}.html                       its page of the report
 #   results/papers/{paper}/answers.json                                findings and exhibits of a document
@@ -19,6 +20,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/training.smk"
+include: "workflow/rules/profile.smk"
 include: "workflow/rules/analysis.smk"
 include: "workflow/rules/papers.smk"
 include: "workflow/rules/report.smk"

@@ -3,8 +3,8 @@
     PYTHONPATH=workflow results/environments/pytorch-cpu/bin/python benchmarks/sampler.py pytorch
 
 With --interval 0.01 it samples a hundred times as often, which shows a cost that is otherwise lost
-in the noise. Prints the median over rounds of the speed with the sampler over the speed without it, its 95 %
-interval by the sign test's order statistics, and the sampler's own processor time.
+in the noise. Prints the median over rounds of the speed with the sampler over the speed without it,
+its 95 % interval by the sign test's order statistics, and the sampler's own processor time.
 """
 
 from __future__ import annotations

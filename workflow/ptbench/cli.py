@@ -204,14 +204,43 @@ def train(
         raise
 
 
-def parsed_cell(path: str) -> Cell:
-    """Return the cell that `--cell` names."""
+@command(
+    "Profile one row: the phases of a step, its operators, prediction and loading.",
+    argument("--row", required=True, help="variant/framework/devices-N"),
+    argument("--specification", required=True, help="what would be trained, as JSON"),
+    argument("--corpus", type=Path, required=True, help="corpus.json, or its folder"),
+    argument("--output", type=Path, required=True, help="the file profile.json"),
+    argument("--threads", type=positive, default=1, help="CPU threads; at least one per device"),
+    LOG,
+)
+def profile(
+    row: str, specification: str, corpus: Path, output: Path, threads: int, log: Path | None
+) -> None:
+    which = parsed_cell(f"{row}/seed-1", "--row", row, "variant/framework/devices-N")
+    threads = max(threads, which.devices)
+    isolate(which.framework, threads, which.devices)  # before NumPy starts its threads
+
+    from ptbench.measurement.profile import profile_row
+    from ptbench.training.cell import read_specification
+
+    folder = corpus.parent if corpus.name == "corpus.json" else corpus
+    with Log(log) as opened:
+        profile_row(which, read_specification(specification), folder, output, threads, opened.say)
+
+
+def parsed_cell(
+    path: str,
+    option: str = "--cell",
+    text: str = "",
+    form: str = "variant/framework/devices-N/seed-N",
+) -> Cell:
+    """Return the cell that an option names, by its path; `text` is what was given, if less."""
     from ptbench.configuration.specification import parse_cell_path
 
     try:
         return parse_cell_path(path)
     except ValueError as error:
-        raise PtbenchError(f"--cell {path} is not variant/framework/devices-N/seed-N") from error
+        raise PtbenchError(f"{option} {text or path} is not {form}") from error
 
 
 def cells_done(cell_folder: Path) -> str:

@@ -6,6 +6,11 @@ rule analyse:
             for cell in or_exit(study.experiment, wildcards.experiment).cells
         ],
         published=study.published_files,
+        profiles=lambda wildcards: [
+            f"results/profiles/{row}/profile.json"
+            for row in study.profiles(wildcards.experiment)
+            if study.config.profile
+        ],
     output:
         multiext(
             "results/experiments/{experiment}/",

@@ -135,6 +135,33 @@ def inputs_of(wildcards):
     return inputs
 
 
+# A profile is of a variant in a framework, whatever the seed.
+@noted
+def profiled_cell(wildcards):
+    return CELL.format(**wildcards, seed=1)
+
+
+@noted
+def profiled_corpus(wildcards):
+    corpus = or_exit(study.corpus_of_cell, profiled_cell(wildcards))
+    return f"results/corpora/{corpus}/corpus.json"
+
+
+@noted
+def profiled_environment(wildcards):
+    if USES_CONDA or workflow.remote_exec:
+        return []
+    return ancient(or_exit(environments.to_wait_for, wildcards.framework, ACCELERATOR))
+
+
+# It has this machine to itself.
+@noted
+def cores_of_profile(wildcards):
+    here = workflow.nodes is None and not workflow.remote_exec
+    least = max(study.config.threads, int(wildcards.devices))
+    return workflow.cores if here else least
+
+
 # What runs this study, whatever its targets are now.
 def command():
     return command_without_targets(sys.argv, get_argument_parser().parse_args)

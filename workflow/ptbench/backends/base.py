@@ -7,7 +7,7 @@ backend is `training/loop.py`; `tests/contract` and `tests/parity` check every b
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -62,6 +62,14 @@ class EvaluateStep(NamedTuple):
 
     nll: Scalar  # summed negative log-likelihood of the batch's real tokens [nats]
     state: State
+
+
+class Operator(NamedTuple):
+    """An operator of a framework, by its own profiler and under its own name."""
+
+    name: str
+    calls: int
+    seconds: float  # of all calls together
 
 
 class Backend(abc.ABC):
@@ -242,6 +250,14 @@ class Backend(abc.ABC):
         It is the framework's own count; None where there is none, as on CPUs.
         """
         return None
+
+    def operators(self, work: Callable[[], None]) -> list[Operator]:
+        """Do some work under the framework's own profiler; return the operators that it was.
+
+        Operators that call others are without them, or left out.
+        """
+        work()
+        return []
 
     def settings(self) -> dict[str, str]:
         """Return settings that change speed or rounding (threads, product kernels)."""

@@ -104,6 +104,11 @@ class Config(Model):
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
     )
+    profile: bool = Field(
+        False,
+        description="Profile every row of the experiments too: phases of a step, operators, "
+        "prediction, loading.",
+    )
     checkpoint_minutes: float = Field(
         10, gt=0, description="Time between checkpoints within an epoch [minutes]."
     )

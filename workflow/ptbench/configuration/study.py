@@ -227,6 +227,11 @@ class Study:
         corpora = self.corpora.items()
         return json.dumps({n: d.model_dump(mode="json", include=TRANSPORT) for n, d in corpora})
 
+    def profiles(self, experiment: str | None = None) -> list[str]:
+        """Return the rows to profile, of an experiment or of all; each a folder of profiles."""
+        cells = self.cells if experiment is None else self.experiment(experiment).cells
+        return list(dict.fromkeys(cell.path.rpartition("/")[0] for cell in cells))
+
     @cached_property
     def published_files(self) -> list[str]:
         """The published numbers that results are set beside, relative to the project."""

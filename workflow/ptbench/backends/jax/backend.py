@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
+from collections import defaultdict
+from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +23,7 @@ from ptbench.backends.base import (
     Arrays,
     Backend,
     EvaluateStep,
+    Operator,
     Scalar,
     Setup,
     State,
@@ -46,6 +51,8 @@ CONFIGURATION: dict[str, Any] = {
     "jax_debug_nans": False,
     "jax_debug_infs": False,
 }
+
+CONTAINERS = ("while", "call", "conditional")  # XLA's operators that have others in them
 
 
 def claim_devices(setup: Setup) -> list[Any]:
@@ -268,6 +275,21 @@ class JAXBackend(Backend):
     def peak_device_memory(self) -> int | None:
         counts = [device.memory_stats() for device in self._everywhere.mesh.devices.flat]
         return max((c["peak_bytes_in_use"] for c in counts if c), default=None)  # CPUs have none
+
+    def operators(self, work: Callable[[], None]) -> list[Operator]:
+        """Return XLA's, by jax.profiler; loops and calls are left out, what is in them is not."""
+        found: dict[str, list[float]] = defaultdict(list)
+        with tempfile.TemporaryDirectory(prefix="ptbench-") as folder:
+            with jax.profiler.trace(folder):
+                work()
+            (trace,) = Path(folder).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+                for event in (event for line in plane.lines for event in line.events):
+                    # its end has an event of its own, without this
+                    operator = dict(event.stats).get("hlo_op")
+                    if operator and not str(operator).startswith(CONTAINERS):
+                        found[str(operator)].append(event.duration_ns / 1e9)
+        return [Operator(name, len(each), sum(each)) for name, each in found.items()]
 
     def settings(self) -> dict[str, str]:
         allocator = "glibc" if self.accelerator == "cpu" else "JAX's for CUDA"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mxnet as mx
@@ -19,6 +20,7 @@ from ptbench.backends.base import (
     Arrays,
     Backend,
     EvaluateStep,
+    Operator,
     Scalar,
     Setup,
     State,
@@ -330,6 +332,22 @@ class MXNetBackend(Backend):
             return None
         memory = [mx.context.gpu_memory_info(c.device_id) for c in self.contexts]
         return max(total - free for free, total in memory)
+
+    def operators(self, work: Callable[[], None]) -> list[Operator]:
+        """Return those that MXNet's engine ran, by mx.profiler."""
+        mx.nd.waitall()
+        mx.profiler.set_config(
+            profile_symbolic=True, profile_imperative=True, aggregate_stats=True,
+            filename=os.devnull,
+        )  # fmt: skip
+        mx.profiler.set_state("run")
+        work()
+        mx.nd.waitall()
+        mx.profiler.set_state("stop")
+        operators = json.loads(mx.profiler.dumps(reset=True, format="json"))["Time"]["operator"]
+        return [
+            Operator(name, each["Count"], each["Total"] / 1e3) for name, each in operators.items()
+        ]
 
     def settings(self) -> dict[str, str]:
         return {

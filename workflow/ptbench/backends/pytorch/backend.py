@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, profiler
 from torch.nn.parallel import DistributedDataParallel
 
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.base import PARAMETER, Arrays, Backend, EvaluateStep, Setup, State, TrainStep
+from ptbench.backends.base import (
+    PARAMETER,
+    Arrays,
+    Backend,
+    EvaluateStep,
+    Operator,
+    Setup,
+    State,
+    TrainStep,
+)
 from ptbench.backends.pytorch import model, replicas, tuned
 from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
 from ptbench.backends.pytorch.replicas import Replicated, on_every_replica
@@ -221,6 +231,21 @@ class PyTorchBackend(Backend, Replicated):
             return None
         peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
         return int((replicas.gathered(peak) if self.devices > 1 else peak).max())
+
+    def operators(self, work: Callable[[], None]) -> list[Operator]:
+        """Return this replica's, by torch.profiler: time of its own, without operators called."""
+        kinds = [profiler.ProfilerActivity.CPU]
+        kinds += [profiler.ProfilerActivity.CUDA] if self.on_gpu else []
+        with profiler.profile(activities=kinds) as profile:
+            work()
+        return [
+            Operator(
+                event.key,
+                event.count,
+                (event.self_device_time_total if self.on_gpu else event.self_cpu_time_total) / 1e6,
+            )
+            for event in profile.key_averages()
+        ]
 
     def settings(self) -> dict[str, str]:
         if self.on_gpu:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import abc
 import os
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors, no start-up notes
@@ -11,12 +16,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors, no start-up notes
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 from ptbench.backends.base import (
     PARAMETER,
     Arrays,
     Backend,
     EvaluateStep,
+    Operator,
     Scalar,
     Setup,
     State,
@@ -36,6 +43,11 @@ Tensors = dict[str, Any]  # by canonical name
 
 # Logical CPUs cannot be added once TensorFlow is in use, and idle ones cost nothing.
 LOGICAL_CPUS = 8
+
+KERNEL = re.compile(r"[\w./-]+:_?[A-Z]\w*")  # how a profile calls what the executor runs
+CONTAINERS = (  # operators that have others in them
+    "If", "PartitionedCall", "StatefulPartitionedCall", "StatelessIf", "StatelessWhile", "While",
+)  # fmt: skip
 
 
 def start_tensorflow(setup: Setup) -> None:
@@ -290,6 +302,24 @@ class TensorFlowRuntimeBackend(Backend):
             return None
         information = tf.config.experimental.get_memory_info
         return max(int(information(f"GPU:{r}")["peak"]) for r in range(self.devices))
+
+    def operators(self, work: Callable[[], None]) -> list[Operator]:
+        """Return the kernels that ran, by tf.profiler, those of one kind together."""
+        found: dict[str, list[float]] = defaultdict(list)
+        with tempfile.TemporaryDirectory(prefix="ptbench-") as folder:
+            with tf.profiler.experimental.Profile(folder):
+                work()
+            (trace,) = Path(folder).rglob("*.xplane.pb")
+            planes = xplane_pb2.XSpace.FromString(trace.read_bytes()).planes
+        devices = [plane for plane in planes if plane.name.startswith("/device:")]
+        for plane in devices or planes:
+            for event in (event for line in plane.lines for event in line.events):
+                name = plane.event_metadata[event.metadata_id].name
+                # the executor calls a kernel node:operator
+                kind = name if devices else name.rpartition(":")[2]
+                if devices or (KERNEL.fullmatch(name) and kind not in CONTAINERS):
+                    found[kind].append(event.duration_ps / 1e12)
+        return [Operator(name, len(each), sum(each)) for name, each in found.items()]
 
     def settings(self) -> dict[str, str]:
         on_gpu = self.setup.accelerator == "cuda"

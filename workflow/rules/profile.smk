@@ -1,0 +1,35 @@
+# What a step's time is made of, in a process of its own that trains nothing. The report shows the
+# profiles that are there; `all` asks for them if the configuration does.
+ROW = "{variant}/{framework}/devices-{devices}"
+
+
+rule profile:
+    input:
+        corpus=profiled_corpus,
+        environment=profiled_environment,
+    output:
+        f"results/profiles/{ROW}/profile.json",
+    log:
+        f"results/logs/profiles/{ROW}.log",
+    conda:
+        "../../envs/{framework}.yaml"
+    threads: cores_of_profile
+    resources:
+        nodes=1,
+        mem_mb=lambda wildcards, input: study.memory_megabytes(
+            profiled_cell(wildcards), input.corpus
+        ),
+        runtime=30,
+    params:
+        row=ROW,
+        specification=specification_of,
+    shell:
+        f"{FRAMEWORK_PYTHON} -m ptbench profile --row {{params.row:q}}"
+        " --specification {params.specification:q} --corpus {input.corpus:q} --output {output:q}"
+        f" --threads {study.config.threads} --log {{log:q}}"
+
+
+rule profiles:
+    input:
+        [f"results/profiles/{row}/profile.json" for row in study.profiles()],
+    localrule: True

@@ -28,6 +28,7 @@ from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.analysis.published import read_published
 from ptbench.files import write_atomically
+from ptbench.measurement.profile import Profile
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.experiment_page import write_experiment_page
 from ptbench.report.overview import read_analysis, write_overview
@@ -42,6 +43,10 @@ FACTS = RunFacts(
     commit="0123456789abcdef",
     machine="a machine",
 )
+PHASE_SECONDS = {
+    "feed": 0.01, "forward": 0.04, "backward": 0.045, "update": 0.005, "step": 0.09,
+    "evaluation": 0.03,
+}  # fmt: skip
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -330,6 +335,39 @@ def test_the_page_says_whether_speeds_compare(
     page = Page(page_of(tmp_path, experiment).read_text())
     assert words in page.text
     assert absent not in page.text
+
+
+def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
+    experiment = plan("demo", ("tiny",), ("pytorch", "jax"), seeds=(1,))
+    for cell in experiment.cells:
+        write_cell(tmp_path, metrics(cell, 4.7))
+    write_corpus(tmp_path)
+    own = metrics(experiment.cells[0], 4.7).fingerprint
+    for framework, fingerprint in (("pytorch", own), ("jax", "of another recipe")):
+        profile = Profile.model_validate(
+            {name: {"median": at, "low": at, "high": at} for name, at in PHASE_SECONDS.items()}
+            | {
+                "fingerprint": fingerprint, "variant": "tiny", "framework": framework,
+                "devices": 1, "warm_up_steps": 5,
+                "steps": 100, "operators": [{"name": "aten::mm", "calls": 2, "seconds": 0.004}],
+                "operator_seconds": 0.008, "hardware": None, "facts": {},
+                "prediction": [
+                    {"batch": 1, "calls": 9, "median": 2e-3, "percentile_95": 3e-3,
+                     "words_per_second": 500.0},
+                ],
+                "loading": {
+                    "stream": {"open_seconds": 0.02, "tokens_per_second": 1e6, "bytes": 5_000_000}
+                },
+            }
+        )  # fmt: skip
+        path = tmp_path / "profiles" / "tiny" / framework / "devices-1" / "profile.json"
+        write_atomically(path, profile.model_dump_json())
+    page = Page(page_of(tmp_path, experiment).read_text(encoding="utf-8"))
+    section = page.text[page.text.index("What a step's time is made of") :]
+    section = section[: section.index("Runs and their files")]
+    for said in ("PyTorch", "10 10.0%", "40 40.0%", "45 45.0%", "aten::mm", "50.0%", "5 MB", "500"):
+        assert said in section
+    assert "JAX" not in section
 
 
 def test_an_experiment_without_any_result_is_rendered(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
-from ptbench.analysis.metrics import METRICS, NOTHING, Metric
+from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
 from ptbench.analysis.variants import TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
+from ptbench.report.profiles import PHASES, profiles_of
 from ptbench.report.runs import runs_of, versions_of
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
@@ -103,6 +104,10 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         published_value=formatting.format_published,
         ours=_ours,
         runs=runs_of(analysis.rows, site.results),
+        profiles=profiles_of(analysis.rows, site.results),
+        phases=PHASES,
+        milliseconds=lambda seconds: f"{seconds * 1e3:.3g}",
+        write_bytes=write_bytes,
         machines=_distinct(analysis, "machines"),
         commits=_distinct(analysis, "commits"),
         versions=versions_of(analysis.rows),

@@ -346,7 +346,9 @@ class MXNetBackend(Backend):
         mx.profiler.set_state("stop")
         operators = json.loads(mx.profiler.dumps(reset=True, format="json"))["Time"]["operator"]
         return [
-            Operator(name, each["Count"], each["Total"] / 1e3) for name, each in operators.items()
+            Operator(name, each["Count"], each["Total"] / 1e3)
+            for name, each in operators.items()
+            if name not in ("WaitForVar", "DeleteVariable")  # the engine's own
         ]
 
     def settings(self) -> dict[str, str]:

@@ -247,3 +247,10 @@ def aligned(array: Any) -> Any:
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def said_to_mistakes(backend: Backend) -> dict[str, dict[str, Any]]:
+    """Return what the framework says to each classic mistake."""
+    from ptbench.measurement.mistakes import mistakes
+
+    return {name: each.model_dump() for name, each in mistakes(backend.name).items()}

@@ -15,6 +15,7 @@ from ptbench.analysis.claims import ClaimFile
 from ptbench.analysis.exhibits import ExhibitFile
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.published import COLUMNS, LeftOut, PublishedValue
+from ptbench.analysis.source import source_json
 from ptbench.configuration.config import Config, CorpusFile
 from ptbench.configuration.experiments import WORKFLOW, ExperimentFile, Paper, load_library
 from ptbench.configuration.schemas import schemas
@@ -166,6 +167,7 @@ def generated(parser: ArgumentParser) -> dict[str, str]:
     return (
         {f"workflow/schemas/{name}": text for name, text in schemas().items()}
         | {"docs/features.md": features_markdown()}
+        | {"workflow/ptbench/backends/source.json": source_json()}
         | {"docs/decisions/index.md": "\n".join([DECISIONS, decisions(), NOTE])}
         | {f"docs/manual/{name}.md": "\n".join([*parts, NOTE]) for name, parts in pages.items()}
     )

@@ -22,8 +22,10 @@ from ptbench.analysis.collect import AnalysisError, first_line
 from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.headline import Comparison, Perplexities
 from ptbench.analysis.metrics import METRICS
+from ptbench.analysis.source import read_source
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
+from ptbench.backends.mistakes import read_mistakes
 from ptbench.report import words
 from ptbench.report.commands import study_command
 from ptbench.report.runs import Run, missing, runs_of, versions_of
@@ -136,6 +138,8 @@ def write_overview(
         "frameworks.html.j2",
         "frameworks.html",
         features=read_features(),
+        source=read_source(),
+        mistakes=read_mistakes(),
         kernels={name: row.kernels for name, row in FRAMEWORKS.items()},
         run_with=facts_of(runs, site.results),
         speed_map=draw_speed_map(analyses),

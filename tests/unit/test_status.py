@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +16,11 @@ from rich.console import Console
 from tests.support.fake_results import metrics, write_cell, write_diverged
 
 from ptbench.analysis.collect import OUTDATED
+from ptbench.analysis.costs import Estimator
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study, load_study
 from ptbench.errors import InterruptionError
+from ptbench.report.costs import Left, time_left
 from ptbench.report.status import (
     JobError,
     after_errors,
@@ -31,7 +35,7 @@ from ptbench.report.status import (
 )
 from ptbench.slurm import comment_of
 from ptbench.training.attempts import Attempt
-from ptbench.training.records import Metrics
+from ptbench.training.records import Metrics, Seconds
 
 
 @pytest.fixture
@@ -333,3 +337,34 @@ def test_the_grid_has_every_framework_and_state(study: Study, tmp_path: Path) ->
     assert ["demo", "PyTorch", "3", "1", *"······", "2"] in lines
     assert ["JAX", "3", *"·······", "3"] in lines
     assert ["all", "6", "1", *"······", "5"] in lines
+
+
+def test_the_time_left_comes_from_finished_seeds_and_is_shared_by_what_runs_at_once(
+    study: Study, tmp_path: Path
+) -> None:
+    pytorch, jax = study.cells[:3], study.cells[3:]
+    seconds = Seconds(total=7200.0)
+    for cell in (pytorch[0], *jax):
+        fingerprint = study.specification(cell.variant).fingerprint
+        write_cell(tmp_path, metrics(cell, 4.7, fingerprint=fingerprint, seconds=seconds))
+
+    def left(at_once: int | None = None) -> Left:
+        cells = distinct(study_status(study, tmp_path))
+        return time_left(cells, Estimator(study, tmp_path), at_once)
+
+    assert left(1).hours == pytest.approx(4.0)  # two seeds of PyTorch, each as long as the first
+    assert left(2).hours == left(9).hours == pytest.approx(2.0)
+    assert "takes 4 h 0 min on 1 core at best" in left(1).sentence
+    assert "2 by other seeds of the same row" in left(1).sentence
+    with attempt(tmp_path, pytorch[1]):
+        record = tmp_path / "attempts" / pytorch[1].path / "attempt-1.json"
+        content = json.loads(record.read_text())
+        began = datetime.now(UTC) - timedelta(hours=0.5)
+        record.write_text(json.dumps(content | {"started": began.isoformat(timespec="seconds")}))
+        under_way = left()
+        assert under_way.at_once == 1  # that of the run under way
+        assert under_way.hours == pytest.approx(3.5, abs=0.01)
+    shutil.rmtree(tmp_path / "attempts")
+    for cell in pytorch:
+        write_cell(tmp_path, finished(study, cell))
+    assert left().sentence == ""

@@ -542,6 +542,14 @@ def compare(first: Path, second: Path, every: bool, as_json: bool) -> None:
     argument("--failed", action="store_true", help="only the cells that failed"),
     argument("--snakemake-log", type=Path, nargs="*", default=[], help=SNAKEMAKE_LOG_HELP),
     argument("--again", help="what runs the workflow; default: what ran it last"),
+    argument(
+        "--gpus",
+        "--cores",
+        dest="at_once",
+        type=positive,
+        metavar="N",
+        help="how many run at once, for the time left; default: as many as run now",
+    ),
 )
 def status(
     study: Path | None,
@@ -551,10 +559,14 @@ def status(
     failed: bool,
     snakemake_log: list[Path],
     again: str | None,
+    at_once: int | None,
 ) -> None:
     from rich.console import Console
 
+    from ptbench.analysis.costs import Estimator
     from ptbench.configuration.study import read_study
+    from ptbench.corpus import CorpusError
+    from ptbench.report import costs
     from ptbench.report import status as report
     from ptbench.report.commands import study_command
 
@@ -562,11 +574,18 @@ def status(
     runs = shlex.split(again) if again else study_command(results)
     planned = read_study(written) if study or written.exists() else load(config)
     found = report.study_status(planned, results)
+    left = None
+    if not failed:
+        with contextlib.suppress(CorpusError):  # its size is not known before it is fetched
+            estimator = Estimator(planned, results)
+            left = costs.time_left(report.distinct(found), estimator, at_once)
     if as_json:
-        print(report.status_json(found))
+        print(report.status_json(found, left and left.hours))
         return
     if not failed:
         report.show(found, Console(width=None if sys.stdout.isatty() else 120))
+    if left and left.sentence:
+        print(left.sentence)
     log = "".join(path.read_text(errors="replace") for path in snakemake_log)
     if sentence := report.disk_sentence(results):
         print(sentence)

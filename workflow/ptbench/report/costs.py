@@ -1,13 +1,15 @@
-"""Show what a study takes: `ptbench plan`."""
+"""Show what a study takes, `ptbench plan`, and what is left of it, `ptbench status`."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -18,6 +20,7 @@ from ptbench.analysis.metrics import write_bytes, write_count, write_seconds
 from ptbench.configuration.experiments import load_library
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
+from ptbench.report.status import CellStatus
 
 DEAREST = 10  # rows that are listed
 
@@ -67,6 +70,68 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
     for sentence in sentences(total, estimator, at_once, unit):
         console.print(sentence, soft_wrap=True)
     console.print(dearest_rows(total, unit))
+
+
+class Left(NamedTuple):
+    """What is still to be run of a study that is under way."""
+
+    costs: Costs
+    at_once: int  # GPUs or cores
+
+    @property
+    def hours(self) -> float:
+        """Return the shortest wall-clock time [h]."""
+        return self.costs.hours(self.at_once)
+
+    @property
+    def sentence(self) -> str:
+        """Say how long it takes, and how that is known."""
+        if not self.costs.runs:
+            return ""
+        cuda = self.costs.accelerator == "cuda"
+        unit = f"{'GPU' if cuda else 'core'}{'' if self.at_once == 1 else 's'}"
+        sources = self.costs.by_source.items()
+        ways = "; ".join(f"{count:,} {SOURCES[source]}" for source, count in sources)
+        return (
+            f"What is left takes {write_seconds(3600 * self.hours)} on {self.at_once} {unit} at "
+            f"best. Runs left: {ways}."
+        )
+
+
+def time_left(
+    cells: Iterable[CellStatus], estimator: Estimator, at_once: int | None = None
+) -> Left:
+    """Return what a study still takes. Of a run that is under way, its attempt's time is taken off.
+
+    Args:
+        cells: all of the study, each once.
+        estimator: knows the finished runs.
+        at_once: GPUs or cores; None: as many as the runs under way have, or else this machine's
+            cores, or one GPU.
+
+    Raises:
+        CorpusError: if the size of a corpus is not known yet.
+    """
+    config, now = estimator.study.config, datetime.now(UTC)
+    rows: dict[tuple[str, str, int], RunCost] = {}  # seeds of a row are estimated alike
+    runs, busy = [], 0
+    for status in cells:
+        if status.state in ("done", "diverged"):
+            continue
+        cell = status.cell
+        key = cell.variant, cell.framework, cell.devices
+        if key not in rows:
+            rows[key] = estimator.run(cell)
+        run = rows[key]._replace(cell=cell)
+        if status.state == "running":
+            busy += run.units
+            if status.since:
+                spent = (now - datetime.fromisoformat(status.since)).total_seconds()
+                run = run._replace(seconds=max(run.seconds - spent, 0.0))
+        runs.append(run)
+    cores = os.cpu_count() or 1
+    at_once = at_once or busy or (1 if config.accelerator == "cuda" else cores)
+    return Left(Costs(runs, config.prices, config.accelerator), at_once)
 
 
 def dearest_rows(total: Costs, unit: str) -> Table:

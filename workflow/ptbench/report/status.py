@@ -286,13 +286,14 @@ def _touched(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def status_json(status: Mapping[str, Sequence[CellStatus]]) -> str:
-    """Return for machines how many cells are in each state, and each cell."""
+def status_json(status: Mapping[str, Sequence[CellStatus]], hours_left: float | None = None) -> str:
+    """Return for machines how many cells are in each state, each cell, and the hours left."""
     cells = distinct(status)
     counts = Counter(cell.state for cell in cells)
     content = {
         "planned": len(cells),
         "states": {state: counts[state] for state in STATES},
+        "hours_left": hours_left,
         "experiments": {name: [cell.path for cell in own] for name, own in status.items()},
         "cells": [{k: v for k, v in c._asdict().items() if k != "cell"} for c in cells],
     }

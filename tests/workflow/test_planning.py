@@ -13,6 +13,8 @@ import pytest
 from tests.support.sentences import assert_no_frames
 from tests.workflow.conftest import Project
 
+from ptbench.measurement.profile import Profile
+
 # Two small variants in one framework, so that one can change without the other.
 EXPERIMENT = """
 recipes:
@@ -174,6 +176,22 @@ def test_a_job_trains_what_was_planned_whatever_was_edited_since(finished: Proje
         cell.write_bytes(before)
         for name, text in texts.items():
             (finished.folder / name).write_text(text)
+
+
+def test_profiles_are_made_where_they_are_asked_for(finished: Project) -> None:
+    rows = [cell.removeprefix("results/cells/").partition("/seed-")[0] for cell in CELLS]
+    profiles = [f"results/profiles/{row}/profile.json" for row in dict.fromkeys(rows)]
+    assert not [path for path in finished.planned(*RUN) if "/profiles/" in path]
+    for asked in ((*RUN, "profiles"), (*RUN[:2], "profile=true", *RUN[2:])):
+        planned = finished.planned(*asked)
+        assert sorted(path for path in planned if "/profiles/" in path) == sorted(profiles)
+    finished.snakemake(*RUN, profiles[0])
+    profile = Profile.model_validate_json((finished.folder / profiles[0]).read_bytes())
+    phases = (profile.feed, profile.forward, profile.backward, profile.update)
+    assert profile.steps > 9
+    assert sum(each.median for each in phases) > 0
+    assert profile.operators
+    assert [each.batch for each in profile.prediction] == [1, 10, 100]
 
 
 def test_a_result_of_another_specification_is_made_again(finished: Project) -> None:

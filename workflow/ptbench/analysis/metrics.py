@@ -234,7 +234,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("total_seconds", "Total time", "Total time", "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.total),
     Metric("load_seconds", "Time to load the corpus", "Load time", "s", "lower", MEDIAN,
-           write_seconds, lambda run: run.metrics.seconds.load),
+           write_short_seconds, lambda run: run.metrics.seconds.load),
     Metric("start_up_seconds", "Start-up time", None, "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.start_up),
     Metric("compile_seconds", "Compilation time", None, "s", "lower", MEDIAN,

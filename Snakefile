@@ -32,6 +32,7 @@ rule all:
         "results/report/index.html",
         # by name, because Snakemake does not miss a file between two that are there
         [f"results/cells/{cell.path}/metrics.json" for cell in study.cells],
+        rules.profiles.input if study.config.profile else [],
 
 
 # Not a rule, because it must be new with every run: what the run is of, and, by its age, when it began.

@@ -27,7 +27,8 @@ rule profile:
         f"{FRAMEWORK_PYTHON} -m ptbench profile --row {{params.row:q}}"
         " --specification {params.specification:q} --corpus {input.corpus:q} --output {output:q}"
         f" --threads {study.config.threads} --log {{log:q}}"
-        " > /dev/null"  # as in training.smk
+        # as in training.smk
+        " > /dev/null"
 
 
 rule profiles:

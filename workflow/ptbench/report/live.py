@@ -36,6 +36,7 @@ SUBMITTED = "has been submitted with SLURM"
 # Of one job of each rule, and of several.
 NAMES = {
     "train": ("run", "runs"),
+    "profile": ("profile", "profiles"),
     "environment": ("environment", "environments"),
     "corpus": ("corpus", "corpora"),
     "analyse": ("experiment to analyse", "experiments to analyse"),
@@ -46,6 +47,7 @@ DONE = {
     "corpus": "corpus {corpus_folder} is ready",
     "analyse": "experiment {experiment} is analysed",
     "answer": "document {paper} is answered",
+    "profile": "{variant} in {framework} on {devices} devices is profiled",
     "report": "the report is made",
 }
 

@@ -460,3 +460,18 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert np.array_equal(read_arrays(path)[0]["a"], [0.0, 1.0, 2.0])
+
+
+def test_a_checkpoint_has_the_clocks_and_what_the_hardware_sampler_added_up(
+    tmp_path: Path,
+) -> None:
+    recipe = next(iter(RECIPES.values()))
+    attempt(recipe, tmp_path, hardware={"own_seconds": 2.5})
+    backend = new_oracle(recipe, 1, 3, VOCABULARY)
+    batch_size = splits(recipe).train.batch_size
+    resumed = Checkpoints(tmp_path, IDENTITY, dict).latest(
+        lambda: backend.snapshot(backend.initial_state(batch_size, True))
+    )
+    assert resumed is not None
+    assert resumed.hardware == {"own_seconds": 2.5}
+    assert resumed.seconds["training"] > 0

@@ -56,3 +56,8 @@ def test_the_drawing_says_who_is_fastest_and_there_is_none_of_one_row(tmp_path: 
     assert "PyTorch in 2" in drawn.words
     single = first.model_copy(update={"rows": [r for r in first.rows if r.variant == "a"]})
     assert draw_speed_map([single]) is None
+
+
+def test_without_any_speed_there_is_no_drawing(tmp_path: Path) -> None:
+    first, _ = analyses_of(tmp_path)
+    assert draw_speed_map([first.model_copy(update={"rows": ()})]) is None

@@ -53,6 +53,8 @@ def relative_speeds(analyses: Sequence[Analysis]) -> pd.DataFrame:
         columns=["row", "variant", "framework", "log"],
     )
     table = speeds.pivot_table("log", ["row", "variant"], "framework", sort=False)
+    if table.empty:  # no run has finished yet
+        return pd.DataFrame()
     shared = table.groupby(level="row", sort=False, group_keys=False).apply(
         lambda part: part.dropna(axis="columns", how="all").dropna()
     )

@@ -145,6 +145,33 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
 
 
 @command(
+    "Score a corpus with Kneser-Ney n-grams, which every model of it should beat.",
+    argument("--corpus", type=Path, required=True, help="folder of a prepared corpus"),
+    argument("--orders", type=positive, nargs="+", default=(3, 5), help="lengths of the n-grams"),
+    argument("--split", choices=("train", "valid", "test"), default="test"),
+    argument("--json", dest="as_json", action="store_true", help="one JSON object"),
+)
+def ngram(corpus: Path, orders: list[int], split: Split, as_json: bool) -> None:
+    from ptbench.corpus.ngrams import KneserNey, mean_nll
+    from ptbench.corpus.store import open_corpus
+    from ptbench.training.records import perplexity
+
+    text = open_corpus(corpus)
+    train, scored = (each.reader().read(len(each)) for each in (text.train, getattr(text, split)))
+    for order in orders:
+        model = KneserNey(train, order, text.vocabulary_size, text.end_of_sentence)
+        nll = mean_nll(model, scored)
+        found = {"order": order, "split": split, "nll": nll, "perplexity": perplexity(nll)}
+        if as_json:
+            print(json.dumps(found | {"tokens": len(scored)}))
+        else:
+            print(
+                f"{split} perplexity {perplexity(nll):.4f}, {nll:.6f} nats per token, "
+                f"{len(scored)} tokens, Kneser-Ney of order {order}"
+            )
+
+
+@command(
     "Train and score one cell.",
     argument("--cell", required=True, help="variant/framework/devices-N/seed-N"),
     argument("--specification", required=True, help="what to train, as JSON"),

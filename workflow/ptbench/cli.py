@@ -269,21 +269,43 @@ MODEL_ARGUMENTS = (
 @command(
     "Score a split with a trained model, in any framework, whichever trained it.",
     *MODEL_ARGUMENTS,
+    argument("--dynamic", action="store_true", help="the model goes on learning as it reads"),
+    argument("--learning-rate", type=nonnegative, default=0.002, help="of --dynamic"),
+    argument("--decay", type=nonnegative, default=0.02, help="towards the trained parameters"),
+    argument("--segment", type=positive, default=5, help="tokens between two updates"),
+    argument(
+        "--statistics-batches", type=positive, help="training batches whose gradients are measured"
+    ),
 )
-def evaluate(framework: str, split: Split, as_json: bool, **model: Any) -> None:
-    backend, text = open_model(framework, **model)
+def evaluate(
+    framework: str,
+    split: Split,
+    as_json: bool,
+    dynamic: bool,
+    learning_rate: float,
+    decay: float,
+    segment: int,
+    statistics_batches: int | None,
+    **model: Any,
+) -> None:
+    backend, text = open_model(framework, plain=dynamic, **model)
 
+    from ptbench.training.dynamic import Dynamics, evaluate_dynamically
     from ptbench.training.inference import evaluate_split
 
+    how = Dynamics(learning_rate, decay, segment, statistics_batches)
     with contextlib.closing(backend):
-        score = evaluate_split(backend, text, split)
+        if dynamic:
+            score = evaluate_dynamically(backend, text, split, how)
+        else:
+            score = evaluate_split(backend, text, split)
     if as_json:
-        said = {"framework": framework, "split": split}
+        said = {"framework": framework, "split": split} | ({"dynamic": True} if dynamic else {})
         print(json.dumps(said | json.loads(score.model_dump_json())))
     else:
         print(
             f"{split} perplexity {score.perplexity:.4f}, {score.nll:.6f} nats per token, "
-            f"{score.tokens} tokens, in {framework}"
+            f"{score.tokens} tokens, in {framework}{', dynamic' if dynamic else ''}"
         )
 
 
@@ -342,8 +364,11 @@ def open_model(
     accelerator: Accelerator,
     threads: int,
     environments: Path,
+    plain: bool = False,
 ) -> tuple[Backend, Corpus]:
     """Return a trained model in a framework, and its corpus.
+
+    A plain model has gradients of the mean loss per token, without dropout.
 
     If the framework cannot be imported here, the same command in its environment takes the place
     of this process.
@@ -352,12 +377,13 @@ def open_model(
     if sentence := ignored_sentence():
         complain(sentence)
 
-    from ptbench.training import inference
+    from ptbench.training import dynamic, inference
 
     read = inference.read_checkpoint(checkpoint)
     text = inference.open_corpus_of(read, corpus)
     enter_environment(framework, threads, environments / f"{framework}-{accelerator}")
-    return inference.build(read, framework, accelerator, threads), text
+    changes = dynamic.PLAIN if plain else None
+    return inference.build(read, framework, accelerator, threads, changes), text
 
 
 def enter_environment(framework: str, threads: int, folder: Path) -> None:

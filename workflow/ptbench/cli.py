@@ -93,6 +93,14 @@ def nonnegative(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
 
 
+def share(text: str) -> float:
+    """Read a number above zero, at most one."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a share above 0, at most 1")
+
+
 WAIT_HELP = "wait so long if another process trains the cell"
 SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, begun or not"
 
@@ -355,6 +363,19 @@ def predict(
     right = sum(each.true == each.predicted for each in stretch)
     print(f"{right} of {len(stretch)} words predicted, in {framework}\n")
     print(f"Drawn at temperature {temperature:g} with seed {seed}:\n{sampled}")
+
+
+@command(
+    "Write a copy of a trained model without the smallest weights of its recurrent layers.",
+    argument("checkpoint", type=Path, help="a best.safetensors"),
+    argument("--keep", type=share, required=True, help="share of each gate matrix that stays"),
+    argument("--output", type=Path, required=True, help="the new file"),
+)
+def prune(checkpoint: Path, keep: float, output: Path) -> None:
+    from ptbench.training import pruning
+
+    weights, left = pruning.prune(checkpoint, keep, output)
+    print(f"{output} has {left} of {weights} weights of its recurrent layers, the largest ones")
 
 
 def open_model(

@@ -158,7 +158,7 @@ class Analysis(Model):
     floor_perplexity: float | None = Field(description="No model can be better on average.")
     best_bigram_perplexity: float | None = Field(description="Best possible bigram model.")
     ngram_perplexities: dict[int, float] = Field(
-        description="Kneser-Ney n-grams by order, in the metric, where it is of valid or test."
+        {}, description="Kneser-Ney n-grams by order, in the metric, where it is of valid or test."
     )
     rows: tuple[RowResult, ...] = Field(description="The results table.")
     variants: tuple[VariantFacts, ...] = Field(description="Its variants, in order.")

@@ -4,8 +4,9 @@
 wait, and looks again after 10 ms where ten do (`GeneratorEnqueuer`). The generator of Singh 2018
 fills the same two arrays for every batch, row by row. TensorFlow 1.4 copies what it is fed to
 float32: the inputs, then the targets. Here are that thread, that generator and that copy; a sleep
-stands for the GPU. Everything is measured twice: with glibc's `malloc` as it is, which takes new
-pages from the system for every copy of more than 32 MiB, and with that bound at 1 GiB.
+stands for the GPU. Everything is measured three times: with glibc's `malloc` as it is, which takes
+new pages from the system for every copy of more than 32 MiB; with pages of 2 MiB instead of 4 KiB;
+and with that bound at 1 GiB.
 
     uv run python benchmarks/aliased_generator.py --output queue.csv
 """
@@ -23,8 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before NumPy is imported: no huge pages, which NumPy of 2018 did not ask for.
-os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"
+# Before NumPy is imported: NumPy of 2018 did not ask for huge pages.
+os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
 
 import numpy as np
 
@@ -109,9 +110,10 @@ def measure(batch_size: int, length: int, gpu_seconds: float, steps: int) -> dic
 
 
 SHAPES = [(5, 35), (10, 35), (20, 25), (20, 35), (24, 35), (20, 45), (20, 55), (50, 35)]
-BOUNDS = {
-    "32 MiB": {},
-    "1 GiB": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)},
+MEMORY = {
+    "new pages": {},
+    "new huge pages": {"NUMPY_MADVISE_HUGEPAGE": "1"},
+    "used again": {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)},
 }
 
 if __name__ == "__main__":
@@ -119,18 +121,20 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--gpu", type=float, default=1e-4, help="of a step [s/token]")
-    parser.add_argument("--bound", choices=BOUNDS, help="measure with this one alone")
+    parser.add_argument("--memory", choices=MEMORY, help="measure with this alone")
     asked = parser.parse_args()
-    if not asked.bound:
+    if not asked.memory:
         asked.output.unlink(missing_ok=True)
-        for bound, variables in BOUNDS.items():
-            command = [sys.executable, *sys.argv, "--bound", bound]
+        for memory, variables in MEMORY.items():
+            command = [sys.executable, *sys.argv, "--memory", memory]
             subprocess.run(command, check=True, env=os.environ | variables)
         sys.exit()
     rows = []
     for batch_size, length in SHAPES:
         row = measure(batch_size, length, asked.gpu * batch_size * length, asked.steps)
-        rows.append({"bound": asked.bound} | {name: round(value, 4) for name, value in row.items()})
+        rows.append(
+            {"memory": asked.memory} | {name: round(value, 4) for name, value in row.items()}
+        )
         print(rows[-1], flush=True)
     new = not asked.output.exists()
     with asked.output.open("a", newline="") as file:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from tests.support.checkpoints import save_model, small_corpus
 from tests.support.problems import AWD, new_oracle, random_parameters, recipe
 
 from ptbench.backends.oracle import Oracle
+from ptbench.cli import main
 from ptbench.corpus.batching import ParallelStreams, Windows
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
@@ -104,3 +108,26 @@ def test_a_rate_that_is_too_high_is_a_sentence(corpus: Corpus) -> None:
         pytest.raises(PtbenchError, match=r"not finite .* lower --learning-rate, which is 1e\+300"),
     ):
         evaluate_dynamically(oracle(), corpus, "test", Dynamics(learning_rate=1e300))
+
+
+def test_the_command_takes_rate_decay_and_segment(tmp_path: Path) -> None:
+    corpus = open_corpus(small_corpus(tmp_path))
+    path = tmp_path / "best.safetensors"
+    save_model(path, MODEL, random_parameters(MODEL, seed=1), tmp_path / "corpora/small")
+    options = ["--learning-rate", "0.01", "--decay", "0.1", "--segment", "7", "--json"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "ptbench", "evaluate", "--framework", "oracle", "--checkpoint", path,
+         "--dynamic", *options],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    expected = evaluate_dynamically(oracle(), corpus, "test", Dynamics(0.01, 0.1, 7))
+    assert json.loads(answer.stdout)["nll"] == expected.nll
+
+
+def test_options_of_dynamic_evaluation_alone_are_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--framework", "oracle", "--checkpoint", "x", "--segment", "7"])
+    assert "--segment without --dynamic: nothing is learned" in capsys.readouterr().err

@@ -278,11 +278,13 @@ MODEL_ARGUMENTS = (
     "Score a split with a trained model, in any framework, whichever trained it.",
     *MODEL_ARGUMENTS,
     argument("--dynamic", action="store_true", help="the model goes on learning as it reads"),
-    argument("--learning-rate", type=nonnegative, default=0.002, help="of --dynamic"),
-    argument("--decay", type=nonnegative, default=0.02, help="towards the trained parameters"),
-    argument("--segment", type=positive, default=5, help="tokens between two updates"),
+    argument("--learning-rate", type=nonnegative, help="of --dynamic; default: 0.002"),
+    argument("--decay", type=nonnegative, help="towards the trained parameters; default: 0.02"),
+    argument("--segment", type=positive, help="tokens between two updates; default: 5"),
     argument(
-        "--statistics-batches", type=positive, help="training batches whose gradients are measured"
+        "--statistics-batches",
+        type=positive,
+        help="training batches whose gradients are measured first; default: all",
     ),
 )
 def evaluate(
@@ -290,21 +292,33 @@ def evaluate(
     split: Split,
     as_json: bool,
     dynamic: bool,
-    learning_rate: float,
-    decay: float,
-    segment: int,
+    learning_rate: float | None,
+    decay: float | None,
+    segment: int | None,
     statistics_batches: int | None,
     **model: Any,
 ) -> None:
+    given: dict[str, Any] = {
+        name: value
+        for name, value in {
+            "learning_rate": learning_rate,
+            "decay": decay,
+            "segment": segment,
+            "statistics_batches": statistics_batches,
+        }.items()
+        if value is not None
+    }
+    if given and not dynamic:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise PtbenchError(f"{names} without --dynamic: nothing is learned in an evaluation")
     backend, text = open_model(framework, plain=dynamic, **model)
 
     from ptbench.training.dynamic import Dynamics, evaluate_dynamically
     from ptbench.training.inference import evaluate_split
 
-    how = Dynamics(learning_rate, decay, segment, statistics_batches)
     with contextlib.closing(backend):
         if dynamic:
-            score = evaluate_dynamically(backend, text, split, how)
+            score = evaluate_dynamically(backend, text, split, Dynamics(**given))
         else:
             score = evaluate_split(backend, text, split)
     if as_json:

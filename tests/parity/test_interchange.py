@@ -13,7 +13,7 @@ import pytest
 from tests.support import probes
 from tests.support.cases import MODELS
 from tests.support.checkpoints import save_model, small_corpus
-from tests.support.problems import new_oracle, random_batch, random_parameters, recipe, train
+from tests.support.problems import AWD, new_oracle, random_batch, random_parameters, recipe, train
 from tests.support.remote import ROOT, Backends, probe
 
 from ptbench.corpus.store import open_corpus
@@ -94,6 +94,22 @@ def test_a_model_trained_in_a_framework_is_the_same_in_the_oracle(
     oracle = new_oracle(trained)
     expected = probe(probes.score_of_checkpoint, oracle, str(path), "valid")
     assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=HALF)
+
+
+def test_a_model_that_goes_on_learning_has_the_oracle_s_perplexity(
+    backends: Backends, framework: str, folder: Path
+) -> None:
+    """Dynamic evaluation, of a model that was trained with dropout and penalties."""
+    saved = model({**AWD, "layers": 1, "dropout": 0.35})
+    parameters = random_parameters(saved, seed=1)
+    path = save_model(folder / "awd.safetensors", saved, parameters, folder / "corpora/small")
+    anyone = backends.get(framework, recipe())
+    how = (0.02, 0.1)
+    score = probe(probes.dynamic_score_of_checkpoint, anyone, str(path), *how)
+    expected = probe(probes.dynamic_score_of_checkpoint, new_oracle(saved), str(path), *how)
+    assert score["perplexity"] == pytest.approx(expected["perplexity"], rel=HALF)
+    unchanged = probe(probes.dynamic_score_of_checkpoint, new_oracle(saved), str(path), 0.0, 0.1)
+    assert abs(expected["perplexity"] / unchanged["perplexity"] - 1) > 100 * HALF
 
 
 def test_next_words_and_a_sample_are_the_oracle_s(

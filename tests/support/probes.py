@@ -21,7 +21,7 @@ from ptbench.corpus.definitions import Split
 from ptbench.corpus.store import open_corpus
 from ptbench.model.initialization import initial_parameters
 from ptbench.model.parameters import Parameters
-from ptbench.training import cell, inference
+from ptbench.training import cell, dynamic, inference
 from ptbench.training.clocks import Clocks
 from ptbench.training.loop import evaluate, train
 
@@ -91,6 +91,20 @@ def score_of_checkpoint(backend: Backend, path: str, split: str) -> dict[str, fl
         inference.build(checkpoint, backend.name, threads=backend.setup.threads)
     ) as model:
         return inference.evaluate_split(model, corpus, cast("Split", split)).model_dump()
+
+
+def dynamic_score_of_checkpoint(
+    backend: Backend, path: str, learning_rate: float, decay: float
+) -> dict[str, float]:
+    """Return the score of a trained model that learns on, in the backend's framework."""
+    checkpoint = inference.read_checkpoint(Path(path))
+    corpus = inference.open_corpus_of(checkpoint)
+    threads = backend.setup.threads
+    with contextlib.closing(
+        inference.build(checkpoint, backend.name, threads=threads, changes=dynamic.PLAIN)
+    ) as model:
+        how = dynamic.Dynamics(learning_rate, decay)
+        return dynamic.evaluate_dynamically(model, corpus, "test", how).model_dump()
 
 
 def predictions_of_checkpoint(backend: Backend, path: str) -> dict[str, list[Any]]:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptbench.corpus.batching import Batch, Feed, ParallelStreams, Sentences, Windows
+from ptbench.corpus.batching import (
+    Batch,
+    Feed,
+    Overwritten,
+    ParallelStreams,
+    Sentences,
+    Windows,
+)
 
 sizes = {
     "length": st.integers(2, 200),
@@ -189,3 +196,44 @@ def test_every_shape_of_a_feed_is_there_to_compile_with() -> None:
     feed = Sentences(tokens, 2, end_of_sentence=0)
     assert {b.mask.shape for b in feed.shapes()} == {b.mask.shape for b in feed.epoch()}
     assert {b.mask.shape for b in feed.shapes()} == {(8, 2), (24, 2)}
+
+
+def overwritten(batch_size: int, length: int) -> tuple[Windows, Overwritten]:
+    """Windows of the tokens 0, 1, ... of an epoch of 12 batches, and what Keras made of them."""
+    windows = Windows(np.arange(12 * batch_size * length), batch_size, length, wraps=True)
+    return windows, Overwritten(windows)
+
+
+def test_small_batches_are_seen_whole_and_nine_later_than_they_were_made() -> None:
+    windows, seen = overwritten(20, 41)  # 820 tokens
+    made = [*windows.epoch(1), *windows.epoch(2), *windows.epoch(3)]
+    for batch, (inputs, targets, _) in zip(
+        [*seen.epoch(1), *seen.epoch(2)], made[9:], strict=False
+    ):
+        np.testing.assert_array_equal(batch.inputs, inputs)
+        np.testing.assert_array_equal(batch.targets, targets)
+
+
+def test_the_end_of_a_large_batch_has_the_targets_of_the_next() -> None:
+    windows, seen = overwritten(20, 45)  # 900 tokens
+    made = [*windows.epoch(1), *windows.epoch(2), *windows.epoch(3)]
+    batches = [*seen.epoch(1), *seen.epoch(2)]
+    assert len(batches) == 24
+    for number, batch in enumerate(batches):
+        one, following = made[number + 9], made[number + 10]
+        np.testing.assert_array_equal(batch.inputs, one.inputs)
+        kept = seen.kept_tokens(number)
+        expected = np.concatenate(
+            [one.targets.T.ravel()[:kept], following.targets.T.ravel()[kept:]]
+        )
+        np.testing.assert_array_equal(batch.targets.T.ravel(), expected)
+        assert batch.targets.flags.c_contiguous
+    shares = [seen.kept_tokens(number) for number in range(1000)]
+    assert abs(np.mean(shares) - Overwritten.OVERTAKEN_BY / 2) < 5
+
+
+def test_an_overwritten_epoch_continues_where_it_was_left() -> None:
+    _, seen = overwritten(20, 45)
+    for batch, again in zip(list(seen.epoch(2))[5:], seen.epoch(2, 5), strict=True):
+        for array, other in zip(batch, again, strict=True):
+            np.testing.assert_array_equal(array, other)

@@ -254,6 +254,15 @@ def test_the_floor_of_a_synthetic_corpus_is_read(tmp_path: Path) -> None:
     assert facts.best_bigram_perplexity == pytest.approx(30)
 
 
+def test_n_grams_are_read_for_the_split_of_the_metric(tmp_path: Path) -> None:
+    nll = {"3": {"valid": math.log(40), "test": math.log(50)}, "5": {"test": math.log(45)}}
+    write_corpus(tmp_path, kneser_ney_nll_nats=nll)
+    facts = read_corpus_facts(tmp_path, "synthetic")
+    assert facts.ngram_perplexities("test_perplexity") == pytest.approx({3: 50, 5: 45})
+    assert facts.ngram_perplexities("valid_perplexity") == pytest.approx({3: 40})
+    assert facts.ngram_perplexities("train_perplexity") == {}
+
+
 def test_a_real_corpus_has_no_floor(tmp_path: Path) -> None:
     write_corpus(tmp_path, "ptb", types=10_000)
     assert read_corpus_facts(tmp_path, "ptb") == CorpusFacts()

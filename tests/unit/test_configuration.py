@@ -122,6 +122,10 @@ BAD_RECIPES: list[tuple[str, str]] = [
     ),
     ("{kernel: block, rnn: gru}", r"own.yaml, line \d+: r: kernel=block is for rnn=lstm, not gru"),
     ("kernel: sparse", r"own.yaml, line \d+: r: kernel=sparse needs kept_weights below 1"),
+    (
+        "aliased: true",
+        r"own.yaml, line \d+: r: aliased=true is for feeding=windows, not parallel_st",
+    ),
     ("kept_weights: 0", r"own.yaml, line \d+: r: kept_weights: 0 .*greater than 0"),
     (
         "{tie_weights: true, output_rank: 8}",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from ptbench.corpus import CorpusError
 from ptbench.corpus.definitions import CORPUS_DEFINITION, CorpusDefinition, FolderCorpus
+from ptbench.corpus.ngrams import KneserNey, mean_nll
 from ptbench.corpus.prepare import first_lines, prepare
 from ptbench.corpus.sources import Integers, Source
 from ptbench.corpus.store import open_corpus, read_vocabulary
@@ -124,6 +125,11 @@ def test_corpus_json_has_the_facts(tmp_path: Path) -> None:
     assert facts["seconds"].keys() == {"load", "preprocess", "index"}
     assert all(0 < seconds < 60 for seconds in facts["seconds"].values())
     assert "floor_perplexity" not in facts
+    train, test = (np.load(folder / f"{split}.npy") for split in ("train", "test"))
+    end = read_vocabulary(folder).index("<eos>")
+    for order in (3, 5):
+        expected = mean_nll(KneserNey(train, order, facts["vocabulary_size"], end), test)
+        assert facts["kneser_ney_nll_nats"][str(order)]["test"] == expected
 
 
 def test_subset_takes_the_first_lines_of_every_split(tmp_path: Path) -> None:

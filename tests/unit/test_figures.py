@@ -127,7 +127,8 @@ def draw(results: Path, folder: Path) -> tuple[FigureFile, ...]:
     for seed in (1, 2, 3):  # a framework without any result
         (results / f"cells/tiny/keras/devices-1/seed-{seed}/metrics.json").unlink()
     rows = collect_rows(experiment, results)
-    analysis = analyse(experiment, rows, CorpusFacts(floor_perplexity=100.0), [])
+    facts = CorpusFacts(floor_perplexity=100.0, kneser_ney_nll_nats={3: {"test": np.log(150.0)}})
+    analysis = analyse(experiment, rows, facts, [])
     for row in analysis.rows:
         if row.n_ok:
             total = np.mean(row.seeds("total_seconds"))
@@ -157,6 +158,15 @@ def test_text_in_the_drawings_stays_text(figures: tuple[Path, tuple[FigureFile, 
         root = ElementTree.parse(folder / f"{file.name}.svg")
         words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
         assert {"PyTorch", "TensorFlow", "MXNet", "JAX"} <= words
+
+
+def test_reference_lines_are_named_with_their_perplexities(
+    figures: tuple[Path, tuple[FigureFile, ...]],
+) -> None:
+    folder, _ = figures
+    root = ElementTree.parse(folder / "perplexity.svg")
+    words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"floor of the corpus, 100.00", "Kneser-Ney 3-gram, 150.00"} <= words
 
 
 def test_no_drawing_fetches_anything_or_carries_a_date(

@@ -93,6 +93,14 @@ def nonnegative(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
 
 
+def share(text: str) -> float:
+    """Read a number above zero, at most one."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} is not a share above 0, at most 1")
+
+
 WAIT_HELP = "wait so long if another process trains the cell"
 SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, begun or not"
 
@@ -142,6 +150,33 @@ def corpus(corpus: str, fetching: str, downloads: Path, output: Path, log: Path 
     )
     with Log(log) as opened:
         prepare(name, definition, subset, downloads, output, opened.terminal)
+
+
+@command(
+    "Score a corpus with Kneser-Ney n-grams, which every model of it should beat.",
+    argument("--corpus", type=Path, required=True, help="folder of a prepared corpus"),
+    argument("--orders", type=positive, nargs="+", default=(3, 5), help="lengths of the n-grams"),
+    argument("--split", choices=("train", "valid", "test"), default="test"),
+    argument("--json", dest="as_json", action="store_true", help="one JSON object"),
+)
+def ngram(corpus: Path, orders: list[int], split: Split, as_json: bool) -> None:
+    from ptbench.corpus.ngrams import KneserNey, mean_nll
+    from ptbench.corpus.store import open_corpus
+    from ptbench.training.records import perplexity
+
+    text = open_corpus(corpus)
+    train, scored = (each.reader().read(len(each)) for each in (text.train, getattr(text, split)))
+    for order in orders:
+        model = KneserNey(train, order, text.vocabulary_size, text.end_of_sentence)
+        nll = mean_nll(model, scored)
+        found = {"order": order, "split": split, "nll": nll, "perplexity": perplexity(nll)}
+        if as_json:
+            print(json.dumps(found | {"tokens": len(scored)}))
+        else:
+            print(
+                f"{split} perplexity {perplexity(nll):.4f}, {nll:.6f} nats per token, "
+                f"{len(scored)} tokens, Kneser-Ney of order {order}"
+            )
 
 
 @command(
@@ -271,21 +306,57 @@ MODEL_ARGUMENTS = (
 @command(
     "Score a split with a trained model, in any framework, whichever trained it.",
     *MODEL_ARGUMENTS,
+    argument("--dynamic", action="store_true", help="the model goes on learning as it reads"),
+    argument("--learning-rate", type=nonnegative, help="of --dynamic; default: 0.002"),
+    argument("--decay", type=nonnegative, help="towards the trained parameters; default: 0.02"),
+    argument("--segment", type=positive, help="tokens between two updates; default: 5"),
+    argument(
+        "--statistics-batches",
+        type=positive,
+        help="training batches whose gradients are measured first; default: all",
+    ),
 )
-def evaluate(framework: str, split: Split, as_json: bool, **model: Any) -> None:
-    backend, text = open_model(framework, **model)
+def evaluate(
+    framework: str,
+    split: Split,
+    as_json: bool,
+    dynamic: bool,
+    learning_rate: float | None,
+    decay: float | None,
+    segment: int | None,
+    statistics_batches: int | None,
+    **model: Any,
+) -> None:
+    given: dict[str, Any] = {
+        name: value
+        for name, value in {
+            "learning_rate": learning_rate,
+            "decay": decay,
+            "segment": segment,
+            "statistics_batches": statistics_batches,
+        }.items()
+        if value is not None
+    }
+    if given and not dynamic:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise PtbenchError(f"{names} without --dynamic: nothing is learned in an evaluation")
+    backend, text = open_model(framework, plain=dynamic, **model)
 
+    from ptbench.training.dynamic import Dynamics, evaluate_dynamically
     from ptbench.training.inference import evaluate_split
 
     with contextlib.closing(backend):
-        score = evaluate_split(backend, text, split)
+        if dynamic:
+            score = evaluate_dynamically(backend, text, split, Dynamics(**given))
+        else:
+            score = evaluate_split(backend, text, split)
     if as_json:
-        said = {"framework": framework, "split": split}
+        said = {"framework": framework, "split": split} | ({"dynamic": True} if dynamic else {})
         print(json.dumps(said | json.loads(score.model_dump_json())))
     else:
         print(
             f"{split} perplexity {score.perplexity:.4f}, {score.nll:.6f} nats per token, "
-            f"{score.tokens} tokens, in {framework}"
+            f"{score.tokens} tokens, in {framework}{', dynamic' if dynamic else ''}"
         )
 
 
@@ -337,6 +408,19 @@ def predict(
     print(f"Drawn at temperature {temperature:g} with seed {seed}:\n{sampled}")
 
 
+@command(
+    "Write a copy of a trained model without the smallest weights of its recurrent layers.",
+    argument("checkpoint", type=Path, help="a best.safetensors"),
+    argument("--keep", type=share, required=True, help="share of each gate matrix that stays"),
+    argument("--output", type=Path, required=True, help="the new file"),
+)
+def prune(checkpoint: Path, keep: float, output: Path) -> None:
+    from ptbench.training import pruning
+
+    weights, left = pruning.prune(checkpoint, keep, output)
+    print(f"{output} has {left} of {weights} weights of its recurrent layers, the largest ones")
+
+
 def open_model(
     framework: str,
     checkpoint: Path,
@@ -344,8 +428,11 @@ def open_model(
     accelerator: Accelerator,
     threads: int,
     environments: Path,
+    plain: bool = False,
 ) -> tuple[Backend, Corpus]:
     """Return a trained model in a framework, and its corpus.
+
+    A plain model has gradients of the mean loss per token, without dropout.
 
     If the framework cannot be imported here, the same command in its environment takes the place
     of this process.
@@ -354,12 +441,13 @@ def open_model(
     if sentence := ignored_sentence():
         complain(sentence)
 
-    from ptbench.training import inference
+    from ptbench.training import dynamic, inference
 
     read = inference.read_checkpoint(checkpoint)
     text = inference.open_corpus_of(read, corpus)
     enter_environment(framework, threads, environments / f"{framework}-{accelerator}")
-    return inference.build(read, framework, accelerator, threads), text
+    changes = dynamic.PLAIN if plain else None
+    return inference.build(read, framework, accelerator, threads, changes), text
 
 
 def enter_environment(framework: str, threads: int, folder: Path) -> None:

@@ -42,11 +42,20 @@ class CorpusFacts(BaseModel):
     best_bigram_nll_nats: float | None = Field(
         None, description="What the best possible bigram model reaches [nats per token]."
     )
+    kneser_ney_nll_nats: dict[int, dict[str, float]] = Field(
+        {}, description="What n-grams reach, by order and split [nats per token]."
+    )
 
     @property
     def best_bigram_perplexity(self) -> float | None:
         """Return the perplexity of the best possible bigram model."""
         return None if self.best_bigram_nll_nats is None else perplexity(self.best_bigram_nll_nats)
+
+    def ngram_perplexities(self, metric: str) -> dict[int, float]:
+        """Return the perplexity of n-gram models by order, if the metric is one of theirs."""
+        split = metric.removesuffix("_perplexity")
+        of = self.kneser_ney_nll_nats.items()
+        return {order: perplexity(nll[split]) for order, nll in of if split in nll}
 
 
 class Provenance(BaseModel):

@@ -164,6 +164,9 @@ class Analysis(Model):
     equivalence_margin: float = Field(description="Largest difference that does not matter [nats].")
     floor_perplexity: float | None = Field(description="No model can be better on average.")
     best_bigram_perplexity: float | None = Field(description="Best possible bigram model.")
+    ngram_perplexities: dict[int, float] = Field(
+        {}, description="Kneser-Ney n-grams by order, in the metric, where it is of valid or test."
+    )
     rows: tuple[RowResult, ...] = Field(description="The results table.")
     variants: tuple[VariantFacts, ...] = Field(description="Its variants, in order.")
     sweeps: tuple[Sweep, ...] = Field(description="What its variants sweep.")
@@ -219,6 +222,7 @@ def analyse(
         equivalence_margin=plan.equivalence_margin,
         floor_perplexity=corpus.floor_perplexity,
         best_bigram_perplexity=corpus.best_bigram_perplexity,
+        ngram_perplexities=corpus.ngram_perplexities(plan.metric),
         rows=results,
         variants=tuple(
             VariantFacts(name=name, label=labels[name], settings=of)

@@ -1,7 +1,8 @@
 """Batches of tokens. Every framework's environment imports this, so it needs NumPy alone.
 
-There are three ways to feed a model, one class each, and one class that prepares the batches of
-another ahead of time. All depend on the epoch's number and nothing random. They hold no more text
+There are three ways to feed a model, one class each, one class that mixes up the batches of another
+as a known bug did, and one that prepares the batches of another ahead of time. All depend on the
+epoch's number and nothing random. They hold no more text
 than the current batch needs, yield new arrays that the reader may keep, and pad what is incomplete
 with masked tokens, so shapes repeat and compiled frameworks compile once for each shape.
 """
@@ -169,9 +170,13 @@ class Windows(Feed):
 
     def epoch(self, number: int = 1, start: int = 0) -> Batches:
         passed = (number - 1) * self._batches if self.wraps else 0
-        windows = self._read((passed + start) * self.batch_size)
-        for _ in range(start, self._batches):
-            before, rows = zip(*itertools.islice(windows, self.batch_size), strict=True)
+        yield from itertools.islice(self.batches(passed + start), self._batches - start)
+
+    def batches(self, number: int) -> Batches:
+        """Yield batches from that number on, counted from 0 over all epochs."""
+        windows = self._read(number * self.batch_size)
+        while several := list(itertools.islice(windows, self.batch_size)):
+            before, rows = zip(*several, strict=True)
             padded = np.zeros(self.batch_size, np.int32)
             padded[: len(before)] = before
             yield _batch(self.sequence_length, padded, rows)
@@ -189,6 +194,52 @@ class Windows(Feed):
 
     def shapes(self) -> list[Batch]:
         return [_blank(self.sequence_length, self.batch_size)]
+
+
+class Overwritten(Feed):
+    """What the training loop of Singh 2018 saw of its windows, by docs/decisions/0010.
+
+    Its generator fills the same two arrays for every batch, and Keras 2.1.3 lets ten batches wait,
+    so the loop sees the newest. While it copies the targets, the generator writes the next batch
+    over them: up to 838 tokens the copy is the faster of the two, and above that it is overtaken.
+    From there on, targets are those of the next batch. The sizes are those of 10,000 words of
+    output, whatever the corpus has.
+    """
+
+    carries_state = False
+    AHEAD = 9  # batches that wait behind the one that is taken
+    COPIED_IN_TIME = 2**25 // 40_000  # tokens: a larger copy than 32 MiB gets fresh memory (glibc)
+    OVERTAKEN_BY = 700  # tokens at most, as the generator sleeps up to 10 ms before it goes on
+    GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly
+
+    def __init__(self, windows: Windows) -> None:
+        """Args: windows: of training."""
+        self._windows = windows
+        self.batch_size, self.predicted_tokens = windows.batch_size, windows.predicted_tokens
+        self._tokens = windows.batch_size * windows.sequence_length
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def epoch(self, number: int = 1, start: int = 0) -> Batches:
+        end = number * len(self)
+        step = end - len(self) + start
+        batches = itertools.pairwise(self._windows.batches(step + self.AHEAD))
+        length = self._windows.sequence_length
+        # Where each target lies in Keras' array, whose rows are windows: [time, batch].
+        place = np.arange(self.batch_size) * length + np.arange(length)[:, None]
+        for (batch, next_batch), at in zip(batches, range(step, end), strict=False):
+            kept = place < self.kept_tokens(at)
+            yield batch._replace(targets=np.where(kept, batch.targets, next_batch.targets))
+
+    def kept_tokens(self, step: int) -> int:
+        """Return how many targets, row after row, a step sees before the others' begin."""
+        if self._tokens <= self.COPIED_IN_TIME:
+            return self._tokens
+        return min(int((step + 1) * self.GOLDEN % 1 * self.OVERTAKEN_BY), self._tokens)
+
+    def shapes(self) -> list[Batch]:
+        return self._windows.shapes()
 
 
 class Sentences(Feed):

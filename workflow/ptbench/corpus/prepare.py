@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.corpus import CorpusError, synthetic
+from ptbench.corpus import CorpusError, ngrams, synthetic
 from ptbench.corpus.definitions import (
     SPLITS,
     CorpusDefinition,
@@ -106,6 +106,9 @@ def prepare(
     indices = {split: index_text(content) for split, content in raw.items()}
     indexed = time.perf_counter()
 
+    if len(tokens["train"]) <= ngrams.MOST_TOKENS:
+        end = vocabulary.index(END_OF_SENTENCE)
+        facts["kneser_ney_nll_nats"] = reference(tokens, len(vocabulary), end)
     unigram_entropy = entropy(np.bincount(tokens["train"]))
     description = {
         "name": name,
@@ -198,6 +201,19 @@ def generate(
     if isinstance(definition, HighRankCorpus):
         facts["log_probability_rank"] = process.log_probability_rank()
     return process.words, texts, facts
+
+
+def reference(
+    tokens: Mapping[Split, Identifiers], vocabulary_size: int, end_of_sentence: int
+) -> dict[str, dict[str, float]]:
+    """Return what n-gram models reach on valid and test, by their order [nats per token]."""
+    found: dict[str, dict[str, float]] = {}
+    for order in ngrams.ORDERS:
+        model = ngrams.KneserNey(tokens["train"], order, vocabulary_size, end_of_sentence)
+        found[str(order)] = {
+            split: ngrams.mean_nll(model, tokens[split]) for split in ("valid", "test")
+        }
+    return found
 
 
 def first_lines(content: str, count: int | None) -> str:

@@ -69,6 +69,11 @@ class Recipe(Model):
         "windows: successive windows of the text are the rows of a batch, each from a zero state; "
         "sentences: one sentence a row, padded, each from a zero state.",
     )
+    aliased: bool = Field(
+        False,
+        description="With feeding: windows, mix up training batches of more than 838 tokens as the "
+        "generator of Singh 2018 did in Keras (decision 10).",
+    )
     source: TokenSource = Field(
         "memory",
         description="Where tokens come from: integers in memory; integers mapped from their file; "
@@ -300,6 +305,12 @@ class Recipe(Model):
             raise ValueError(
                 f"constant_epochs={self.constant_epochs} must not exceed epochs={self.epochs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _feeding_is_whole(self) -> Self:
+        if self.aliased and self.feeding != "windows":
+            raise ValueError(f"aliased=true is for feeding=windows, not {self.feeding}")
         return self
 
     @model_validator(mode="after")

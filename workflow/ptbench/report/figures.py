@@ -135,6 +135,8 @@ def _cross_key() -> Any:
     return key("diverged", color=MUTED, marker="X", markersize=7, linestyle="none", mew=0)
 
 
+NGRAM_DASHES = (":", "--")  # of the reference lines of n-grams, by their order
+
 CROSSES = (
     "Crosses are runs that diverged, at their last finite value; at the upper edge where they have "
     "none, or one beyond it."
@@ -377,6 +379,9 @@ def _perplexity(analysis: Analysis) -> Drawing:
                 "The full line is the corpus' floor, below which no model can stay on average."
                 if analysis.floor_perplexity
                 else None,
+                "Broken lines are n-gram models of the same text."
+                if analysis.ngram_perplexities
+                else None,
                 PUBLISHED if _published_points(analysis, metric.name) else None,
                 "Crosses at the right edge are rows whose runs diverged."
                 if any(row.n_diverged and not row.n_ok for row in analysis.rows)
@@ -415,11 +420,15 @@ def draw_list(analysis: Analysis, name: str) -> Figure:
     single = len(groups) <= SINGLY
     is_perplexity = metric.kind is PERPLEXITY
     floor = analysis.floor_perplexity if is_perplexity else None
+    ngrams = analysis.ngram_perplexities if name == analysis.metric else {}
     points = _published_points(analysis, name) if is_perplexity else []
     frameworks = _frameworks(analysis.rows)
     named = [] if single else _framework_keys(frameworks)
     if floor:
         named.append(key(f"floor of the corpus, {metric.write(floor)}", color=INK))
+    for (order, value), dashes in zip(ngrams.items(), NGRAM_DASHES, strict=False):
+        label = f"Kneser-Ney {order}-gram, {metric.write(value)}"
+        named.append(key(label, color=MUTED, linestyle=dashes))
     if points:
         named.append(_published_key())
     columns = columns_for([handle.get_label() for handle in named], 3)
@@ -444,6 +453,7 @@ def draw_list(analysis: Analysis, name: str) -> Figure:
     )
     values = [v for row in analysis.rows for v in _shown_numbers(row, name)]
     values += [point.value for point in points] + ([floor] if floor and values else [])
+    values += list(ngrams.values()) if values else []
     _list_limits(axes, values, from_zero=not is_perplexity)
     axes.set_xlabel(metric.label)
     axes.grid(axis="x")
@@ -451,6 +461,8 @@ def draw_list(analysis: Analysis, name: str) -> Figure:
     axes.spines["left"].set_visible(False)
     if floor:
         axes.axvline(floor, color=INK, linewidth=1.2, zorder=1)
+    for value, dashes in zip(ngrams.values(), NGRAM_DASHES, strict=False):
+        axes.axvline(value, color=MUTED, linewidth=1.2, linestyle=dashes, zorder=1)
     places: dict[tuple[str, int, str | None], float] = {}
     ticks: list[tuple[float, str]] = []
     at = 0.0

@@ -22,6 +22,7 @@ from ptbench.configuration.specification import PROTOCOL, Cell, Specification, c
 from ptbench.corpus.batching import (
     Feed,
     First,
+    Overwritten,
     ParallelStreams,
     Prefetched,
     Sentences,
@@ -380,7 +381,8 @@ def feed_split(
     tokens: Source = getattr(corpus, split)
     try:
         if recipe.feeding == "windows":
-            fed: Feed = Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
+            windows = Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
+            fed: Feed = Overwritten(windows) if recipe.aliased and training else windows
         elif recipe.feeding == "sentences":
             fed = Sentences(tokens, batch_size, corpus.end_of_sentence)
         else:

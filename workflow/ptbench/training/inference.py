@@ -7,8 +7,9 @@ A model is read from the `best.safetensors` of a finished run, whichever framewo
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -124,14 +125,18 @@ def open_corpus_of(checkpoint: Checkpoint, folder: Path | None = None) -> Corpus
 
 
 def build(
-    checkpoint: Checkpoint, framework: str, accelerator: Accelerator = "cpu", threads: int = 1
+    checkpoint: Checkpoint,
+    framework: str,
+    accelerator: Accelerator = "cpu",
+    threads: int = 1,
+    changes: Mapping[str, Any] | None = None,
 ) -> Backend:
     """Build the model in a framework, whichever trained it.
 
     Its layers are the framework's own (`kernel: fused`) where it lacks the kernel that the model
-    was trained with; they compute the same.
+    was trained with; they compute the same. `changes` are of keys that concern training alone.
     """
-    recipe = checkpoint.recipe
+    recipe = checkpoint.recipe.model_copy(update=changes)
     row = FRAMEWORKS.get(framework)
     if row is None or recipe.kernel not in row.kernels:
         recipe = recipe.model_copy(update={"kernel": "fused"})

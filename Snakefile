@@ -3,6 +3,8 @@
 #   results/environments/{framework}-{accelerator}/lock-{digest}       a framework's environment
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
+#   results/searches/{search}/generation-{number}.json                 trials that a search proposes
+#   results/searches/{search}/selection.json                           those that go on in full
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
 #   results/report/experiments/{experiment}.html                       its page of the report
 #   results/papers/{paper}/answers.json                                findings and exhibits of a document
@@ -18,6 +20,7 @@ min_version("9.24")
 include: "workflow/rules/common.smk"
 include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
+include: "workflow/rules/search.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/analysis.smk"
 include: "workflow/rules/papers.smk"

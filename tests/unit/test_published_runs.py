@@ -22,6 +22,45 @@ def test_a_mixture_closes_more_than_half_of_the_softmax_bottleneck_in_every_fram
         assert (softmax - mixture) / (softmax - 2.6923) > 0.5
 
 
+def test_overwritten_batches_alone_make_the_collapse() -> None:
+    """As docs/questions.md has it, in its table and in words."""
+    with (PUBLISHED / "keras-collapse" / "table.csv").open() as file:
+        rows = {(r["variant"], r["framework"]): r for r in csv.DictReader(file)}
+    page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    for framework in ("pytorch", "jax"):
+        found = {}
+        for variant, start in {
+            "": "| 35 | 700 | no |",
+            "+sequence_length=45": "| 45 | 900 | no |",
+            "+aliased=true": "| 35 | 700 | yes |",
+            "+aliased=true+sequence_length=45": "| 45 | 900 | yes |",
+        }.items():
+            row = rows[f"keras-collapse{variant}", framework]
+            assert row["n_ok"] == "3"
+            valid, valid_std, train, train_std = (
+                f"{float(row[f'{split}_perplexity{what}']):.1f}"
+                for split in ("valid", "train")
+                for what in ("", "_std")
+            )
+            assert f"{start} {valid} ± {valid_std} | {train} ± {train_std} |" in page
+            found[variant] = float(row["valid_perplexity"])
+        ratio = found["+aliased=true+sequence_length=45"] / found["+sequence_length=45"]
+        assert round(100 * (ratio - 1)) == 55
+
+
+def test_the_queue_mixes_rows_from_838_tokens_on() -> None:
+    """As decision 10 has it, in its table."""
+    with (PUBLISHED / "keras-collapse" / "queue.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (decision,) = (ROOT / "docs" / "decisions").glob("0010-*.md")
+    page = decision.read_text(encoding="utf-8")
+    for memory in ("new pages", "new huge pages", "used again"):
+        shares = [float(row["rows_mixed"]) for row in rows if row["memory"] == memory]
+        assert f"| {' | '.join(f'{100 * share:.0f} %' for share in shares)} |" in page
+    new = {int(r["tokens"]): float(r["rows_mixed"]) for r in rows if r["memory"] == "new pages"}
+    assert all((share > 0.5) == (tokens > 838) for tokens, share in new.items())
+
+
 def test_the_speeds_of_a_gpu_in_the_documentation_are_those_that_were_measured() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text()
     with (PUBLISHED / "gpu" / "speed.csv").open() as file:

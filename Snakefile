@@ -4,6 +4,8 @@
 #   results/corpora/{corpus_folder}/corpus.json                        a prepared corpus
 #   results/cells/{variant}/{framework}/devices-{devices}/seed-{seed}/metrics.json
 #   results/profiles/{variant}/{framework}/devices-{devices}/profile.json   (`profiles`: all of them)
+#   results/searches/{search}/generation-{number}.json                 trials that a search proposes
+#   results/searches/{search}/selection.json                           those that go on in full
 #   results/experiments/{experiment}/analysis.json                     tables and figures beside it
 #   results/report/experiments/{experiment}.html                       its page of the report
 #   results/papers/{paper}/answers.json                                findings and exhibits of a document
@@ -19,6 +21,7 @@ min_version("9.24")
 include: "workflow/rules/common.smk"
 include: "workflow/rules/environments.smk"
 include: "workflow/rules/corpus.smk"
+include: "workflow/rules/search.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/profile.smk"
 include: "workflow/rules/analysis.smk"

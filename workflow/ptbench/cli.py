@@ -526,6 +526,48 @@ def answer(
         write_paper_page(site(report, results), answers, output)
 
 
+RESULTS = argument("--results", type=Path, required=True, help="the results folder")
+
+
+@command(
+    "Ask a search's sampler for its next trials, from the results of those before.",
+    argument("--question", required=True, help="what is asked, as JSON"),
+    RESULTS,
+    argument("--output", type=Path, required=True, help="file of the generation"),
+    argument("--pytorch", type=Path, required=True, help="environment, for method: gp"),
+    LOG,
+)
+def propose(question: str, results: Path, output: Path, pytorch: Path, log: Path | None) -> None:
+    isolate(FIGURES, threads=1)
+
+    from ptbench.analysis import search
+    from ptbench.configuration.search import Question
+
+    asked = from_json("--question", question, Question.model_validate)
+    with Log(log):
+        if asked.method == "gp":
+            search.import_torch_from(pytorch)
+        found = search.propose(asked, results)
+        write_atomically(output, json.dumps(found, indent=1) + "\n")
+
+
+@command(
+    "Choose the trials of a search that go on in full.",
+    argument("--contest", required=True, help="the search, as JSON"),
+    RESULTS,
+    argument("--output", type=Path, required=True, help="file of the selection"),
+    LOG,
+)
+def select(contest: str, results: Path, output: Path, log: Path | None) -> None:
+    from ptbench.analysis import search
+    from ptbench.configuration.search import Contest
+
+    asked = from_json("--contest", contest, Contest.model_validate)
+    with Log(log):
+        found = search.select(asked, results)
+        write_atomically(output, json.dumps(found, indent=1) + "\n")
+
+
 @command(
     "Make the report's pages on all experiments together.",
     argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
@@ -585,7 +627,10 @@ def partial(
                 results,
                 papers,
                 folders[-1],
-                {each.variant: each.fingerprint for each in experiment.specifications},
+                {
+                    each.variant: planned.specification(each.variant).fingerprint
+                    for each in experiment.specifications
+                },
             )
             write_experiment_page(pages, analysis, folders[-1])
             cells = (cell for row in analysis.rows for cell in row.cells)

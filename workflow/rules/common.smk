@@ -16,6 +16,7 @@ from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
 from ptbench.report.dry_run import Summary
 from ptbench.slurm import ran_out, refuse_duplicates, refuse_paths
+from ptbench.training.attempts import has_failed
 
 project = Path(workflow.basedir).resolve()
 if Path.cwd().resolve() != project:
@@ -98,9 +99,17 @@ def runtime_of(wildcards, input):
     return study.runtime_minutes(path, input.corpus, 1 + ran_out[path, "time"])
 
 
+# Of a variant that a search has yet to find, Snakemake asks again when its file is there.
 @noted
-def specification_of(wildcards):
+def specification_of(wildcards, input):
     return study.text(wildcards.variant)
+
+
+# Whether somebody asked for an output to be made again.
+def is_forced(rule, output):
+    settings = workflow.dag_settings
+    forced = settings.forceall or not {rule, output}.isdisjoint(settings.forcerun)
+    return forced or (settings.forcetargets and output in settings.targets)
 
 
 replaced = []  # cells whose result is there and does not count
@@ -109,26 +118,32 @@ replaced = []  # cells whose result is there and does not count
 # Whether a cell has the result that it is to have, and nobody asked for another one. Snakemake would
 # keep a file that is there, though it cannot be read or is of another specification.
 def is_trained(path):
-    settings, output = workflow.dag_settings, f"results/cells/{path}/metrics.json"
+    output = f"results/cells/{path}/metrics.json"
     result = study.result(path)
     if result == "other" and path not in replaced:
         replaced.append(path)
         workflow.dag.forcefiles.add(output)
-    forced = settings.forceall or not {"train", output}.isdisjoint(settings.forcerun)
-    forced = forced or (settings.forcetargets and output in settings.targets)
-    return not forced and result == "counts"
+    return result == "counts" and not is_forced("train", output)
 
 
 # What a cell is trained with: its corpus, and its framework's environment, which only has to be there.
 # With conda, Snakemake makes the environment, and a job on a cluster begins with it. A cell that is
 # trained waits for nothing: if a file that it was made with is newer, or gone, it is still its result.
+# A cell of a search waits for what says its recipe, which may become another one.
 @noted
 def inputs_of(wildcards):
     path = CELL.format(**wildcards)
-    corpus = or_exit(study.corpus_of_cell, path)
-    if not workflow.remote_exec and is_trained(path):
+    corpus = f"results/corpora/{or_exit(study.corpus_of_cell, path)}/corpus.json"
+    trained = not workflow.remote_exec and is_trained(path)
+    found = study.found_in(wildcards.variant)
+    if trained and not found:
         return {}
-    inputs = {"corpus": f"results/corpora/{corpus}/corpus.json"}
+    # If the search finds the same recipe again, the result that is there is still the cell's.
+    output = f"results/cells/{path}/metrics.json"
+    if found and modified(output) and not is_forced("train", output):
+        replaced.append(path)
+    inputs = {"found": found} if found else {}
+    inputs["corpus"] = ancient(corpus) if trained else corpus
     if not USES_CONDA and not workflow.remote_exec:
         waits = or_exit(environments.to_wait_for, wildcards.framework, ACCELERATOR)
         inputs["environment"] = ancient(waits)
@@ -160,6 +175,15 @@ def cores_of_profile(wildcards):
     here = workflow.nodes is None and not workflow.remote_exec
     least = max(study.config.threads, int(wildcards.devices))
     return workflow.cores if here else least
+
+
+# The results of a search's trials, without those that have failed.
+def trials_of(cells):
+    return [
+        f"results/cells/{cell}/metrics.json"
+        for cell in cells
+        if not has_failed(Path(f"results/attempts/{cell}"))
+    ]
 
 
 # What runs this study, whatever its targets are now.
@@ -194,3 +218,4 @@ wildcard_constraints:
     corpus_folder="[^/]+",
     experiment="[^/]+",
     paper="[^/]+",
+    search="[^/]+",

@@ -1,4 +1,4 @@
-"""Recipes, experiments and papers: their models, and reading them from YAML.
+"""Recipes, experiments, searches and papers: their models, and reading them from YAML.
 
 `workflow/experiments/*.yaml` are our own; `workflow/papers/<document>/experiments.yaml` are those
 of the documents that are reproduced. A name is unique over all files.
@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from ptbench.backends import FRAMEWORKS, Framework
 from ptbench.configuration.errors import known, parse, shown
@@ -25,6 +25,8 @@ WORKFLOW = Path(__file__).resolve().parents[2]
 Value = str | int | float | bool | None
 Compared = Literal["valid_perplexity", "test_perplexity"]
 T = TypeVar("T")
+# Parts of a file, and what names are unique among: a search is asked for like an experiment.
+KINDS = {"recipes": "recipe", "experiments": "experiment", "search": "experiment"}
 
 
 def distinct(values: list[T]) -> list[T]:
@@ -69,13 +71,103 @@ class Experiment(Model):
     )
 
 
+class Dimension(Model):
+    """The values that a search tries of one key: a range, choices, or those of another key."""
+
+    low: int | float | None = Field(None, description="Lowest number of a range.")
+    high: int | float | None = Field(None, description="Highest number of it.")
+    step: int | float | None = Field(
+        None, gt=0, description="Distance of its numbers, from low; null: all that there are."
+    )
+    log: bool = Field(False, description="Whether ratios are alike: 0.1 to 1 as 1 to 10.")
+    choices: Several[Value] | None = Field(None, description="The values, in place of a range.")
+    same_as: str | None = Field(None, description="Another key, whose value this one has too.")
+    when: dict[str, Several[Value]] = Field(
+        {},
+        description="Keys and their values with which this one is tried. Otherwise it has the "
+        "recipe's own value. Those that are searched too come before it.",
+    )
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Self:
+        ranged = self.low is not None and self.high is not None
+        half = (self.low is None) != (self.high is None)
+        if half or ranged + (self.choices is not None) + (self.same_as is not None) != 1:
+            raise ValueError("must have low and high, or choices, or same_as")
+        if not ranged and (self.log or self.step is not None):
+            raise ValueError("log and step are for low and high")
+        if self.low is not None and self.high is not None:
+            if self.low > self.high:
+                raise ValueError(f"low={self.low} must not exceed high={self.high}")
+            if self.log and (self.low <= 0 or self.step is not None):
+                raise ValueError("log needs low above 0, and has no step")
+        return self
+
+
+class Constraint(Model):
+    """A bound on a product of the recipe's keys, such as what fits into memory."""
+
+    product: Several[str] = Field(description="Keys that are multiplied.")
+    at_most: float = Field(description="The largest product that is tried.")
+
+
+Method = Literal["random", "tpe", "gp"]
+
+
+class Search(Model):
+    """Many short runs of one recipe with other values, the best of which go on in full."""
+
+    title: str = Field(min_length=1, description="Heading in the report.")
+    description: str = Field("", description="What is searched and why, in plain sentences.")
+    recipe: Name = Field(description="Name of the recipe that it starts from.")
+    set: dict[str, Value] = Field({}, description="Recipe keys and their values in every run.")
+    space: dict[str, Dimension] = Field(
+        min_length=1, description="Recipe keys that are searched, and what of each is tried."
+    )
+    constraint: Constraint | None = Field(None, description="What every trial keeps to.")
+    method: Method = Field(
+        "random",
+        description="random: independent draws; tpe: Optuna's tree-structured Parzen estimator; "
+        "gp: Optuna's Gaussian process, which needs PyTorch's environment.",
+    )
+    trials: int = Field(ge=1, le=10_000, description="Short runs.")
+    generation: int = Field(
+        8, ge=1, description="Trials that tpe and gp propose at once, from the results before."
+    )
+    short: dict[str, Value] = Field(
+        {},
+        description="Recipe keys and their values in trials alone: `epochs: 5`, `budget: quick`.",
+    )
+    full: int = Field(3, ge=1, description="Best trials whose recipes are trained in full.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Of the draws.")
+    published: str | None = Field(
+        None, description="A variant that is run beside the trials and in full: what others found."
+    )
+    frameworks: Several[Framework] = Field(
+        list(FRAMEWORKS), description="Frameworks that train in full; the first runs the trials."
+    )
+    devices: Several[Devices] = Field([1], description="Data-parallel replicas; trials: the first.")
+    seeds: Several[Seed] = Field([1, 2, 3], description="Of full runs; trials: the first.")
+
+    @model_validator(mode="after")
+    def _has_as_many_trials_as_winners(self) -> Self:
+        if self.full > self.trials:
+            raise ValueError(
+                f"full={self.full} winners are more than trials={self.trials}; run more trials"
+            )
+        return self
+
+
 class ExperimentFile(Model):
-    """A YAML file of recipes and experiments."""
+    """A YAML file of recipes, experiments and searches."""
 
     recipes: dict[Name, dict[str, Any]] = Field(
         {}, description="Recipes by name: recipe keys, and `extends: another-recipe`."
     )
     experiments: dict[Name, Experiment] = Field({}, description="Experiments by name.")
+    search: dict[Name, Search] = Field(
+        {}, description="Searches by name; each is run only if it is asked for by its name."
+    )
 
 
 class Paper(Model):
@@ -90,10 +182,11 @@ class Paper(Model):
 
 @dataclass
 class Library:
-    """All recipes and experiments of all files."""
+    """All recipes, experiments and searches of all files."""
 
     recipes: dict[str, Recipe] = field(default_factory=dict)
     experiments: dict[str, Experiment] = field(default_factory=dict)
+    searches: dict[str, Search] = field(default_factory=dict)
     papers: dict[str, list[str]] = field(default_factory=dict)  # each document's experiments
     places: dict[tuple[str, str], str] = field(default_factory=dict)  # by kind and name
 
@@ -109,16 +202,20 @@ def load_library() -> Library:
     for path in experiment_files():
         content = read_yaml(path)
         file = parse(ExperimentFile, content, shown_path(path))
-        for kind in ("recipe", "experiment"):
-            for name, place in content.get(f"{kind}s", Located()).places.items():
+        for key, kind in KINDS.items():
+            for name, place in content.get(key, Located()).places.items():
                 if (kind, name) in library.places:
                     raise ConfigurationError(
-                        f"{place}: {kind} {name} is already in {library.places[kind, name]}; "
-                        "rename one"
+                        f"{place}: {key.removesuffix('s')} {name} is already in "
+                        f"{library.places[kind, name]}; rename one"
                     )
                 library.places[kind, name] = place
+        for name, search in content.get("search", {}).items():
+            for key, place in search["space"].places.items():
+                library.places["space", f"{name}: {key}"] = place
         raw |= content.get("recipes", {})
         library.experiments |= file.experiments
+        library.searches |= file.search
         if path.parent.parent.name == "papers":
             library.papers[path.parent.name] = list(file.experiments)
     for name in raw:

@@ -6,11 +6,13 @@ here imports NumPy.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +24,24 @@ from ptbench.configuration.config import Config, Place, load_corpora
 from ptbench.configuration.errors import known, parse, sentence
 from ptbench.configuration.experiments import (
     WORKFLOW,
+    Compared,
     Experiment,
     Library,
+    Search,
     Value,
     expand,
     load_library,
     published_files,
 )
 from ptbench.configuration.papers import answering, paper_files, paper_folders
+from ptbench.configuration.search import (
+    Contest,
+    Point,
+    Question,
+    Space,
+    check_space,
+    draw_points,
+)
 from ptbench.configuration.specification import (
     LONGEST_NAME,
     Cell,
@@ -56,6 +68,9 @@ class PlannedExperiment:
     devices: list[int]
     seeds: list[int]
     baseline: str  # the variant that the others are compared with
+    # Variants whose recipes a search finds while it runs, and the files that say them. Their
+    # specifications here are stand-ins: points drawn at random, for estimates of time and memory.
+    found: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -70,7 +85,8 @@ class PlannedExperiment:
 
     def plan(self, equivalence_margin: float) -> str:
         """Return what the analysis has to know, as JSON (`ptbench.analysis.plan` reads it)."""
-        recipes = [each.recipe for each in self.specifications]
+        # What a search finds is no parameter of the analysis: its page says it.
+        recipes = [] if self.found else [each.recipe for each in self.specifications]
         varied = [key for key in Recipe.model_fields if len({getattr(r, key) for r in recipes}) > 1]
         content = {
             "name": self.name,
@@ -97,6 +113,89 @@ class PlannedExperiment:
 
 
 @dataclass(frozen=True)
+class PlannedSearch:
+    """A search with its names resolved."""
+
+    name: str  # with what the configuration changes in every run
+    definition: Search
+    space: Space
+    trials: tuple[str, ...]  # their variants
+    points: tuple[Point, ...]  # of a random search; of another, its generations' files have them
+    winners: tuple[str, ...]  # variants that are trained in full
+    published: tuple[str, str] | None  # variants of what others found: as a trial, and in full
+    framework: Framework  # of the trials
+    devices: int
+    seed: int
+
+    @property
+    def learns(self) -> bool:
+        """Return whether trials depend on the results of earlier ones."""
+        return self.definition.method != "random"
+
+    @property
+    def selection(self) -> str:
+        """Return the file that says which trials go on in full."""
+        return f"results/searches/{self.name}/selection.json"
+
+    def cell(self, variant: str) -> str:
+        """Return the path of a trial's cell."""
+        return f"{variant}/{self.framework}/devices-{self.devices}/seed-{self.seed}"
+
+    def generation(self, number: int) -> str:
+        """Return the file that says the trials of a generation, counted from 1."""
+        return f"results/searches/{self.name}/generation-{number}.json"
+
+    @cached_property
+    def generations(self) -> list[tuple[str, ...]]:
+        """The trials of each generation, if the search learns."""
+        size = self.definition.generation
+        starts = range(0, len(self.trials), size) if self.learns else ()
+        return [self.trials[start : start + size] for start in starts]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The file that says each variant's recipe, of those that are not known when planned."""
+        found = {
+            trial: self.generation(number)
+            for number, trials in enumerate(self.generations, start=1)
+            for trial in trials
+        }
+        return found | dict.fromkeys(self.winners, self.selection)
+
+    def question(self, number: int) -> Question:
+        """Return what is asked for the trials of a generation."""
+        earlier = [trial for trials in self.generations[: number - 1] for trial in trials]
+        return Question(
+            space=self.space,
+            method=self.definition.method,
+            seed=self.definition.seed,
+            generation=number,
+            variants=list(self.generations[number - 1]),
+            told={trial: self.cell(trial) for trial in earlier},
+            files=[self.generation(each) for each in range(1, number)],
+        )
+
+    @cached_property
+    def contest(self) -> Contest:
+        """What the selection is made from."""
+        published = self.published
+        return Contest(
+            name=self.name,
+            title=self.definition.title,
+            description=self.definition.description,
+            method=self.definition.method,
+            base=self.definition.recipe,
+            set=self.definition.set,
+            space=self.space,
+            trials={trial: self.cell(trial) for trial in self.trials},
+            points=list(self.points),
+            files=[self.generation(number) for number, _ in enumerate(self.generations, start=1)],
+            winners=list(self.winners),
+            published=published and (self.cell(published[0]), published[1]),
+        )
+
+
+@dataclass(frozen=True)
 class Study:
     """Everything that a configuration asks for."""
 
@@ -105,6 +204,7 @@ class Study:
     recipes: Mapping[str, Recipe]
     experiments: Mapping[str, PlannedExperiment]
     code: str  # of the package that trains: `code_digest`
+    searches: Mapping[str, PlannedSearch] = field(default_factory=dict)
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -119,12 +219,21 @@ class Study:
     def _specifications(self) -> dict[str, Specification]:
         return {s.variant: s for e in self.experiments.values() for s in e.specifications}
 
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        return {k: file for each in self.searches.values() for k, file in each.files.items()}
+
     def specification(self, variant: str) -> Specification:
         """Return the specification of a variant of any recipe, also of one in no experiment.
+
+        Of a variant that a search has not found yet it is a stand-in.
 
         Raises:
             ConfigurationError: if there is no such recipe, or the name is not the variant's own.
         """
+        if variant in self._files:
+            with contextlib.suppress(FileNotFoundError):
+                return found_specification(self._files[variant], variant)
         if variant not in self._specifications:
             [(base, overrides)] = expand(variant, "variant")
             found = resolve(base, overrides, self.recipes, self.corpora, self.config, "variant")
@@ -138,11 +247,18 @@ class Study:
         return {}
 
     def text(self, variant: str) -> str:
-        """Return the text of a variant's specification."""
+        """Return the text of a variant's specification.
+
+        Raises:
+            FileNotFoundError: if a search has yet to find it; Snakemake then asks again later.
+        """
         return self._text_and_fingerprint(variant)[0]
 
     def _text_and_fingerprint(self, variant: str) -> tuple[str, str]:
         """Return both, made once, because many cells have the same."""
+        if variant in self._files:
+            found = found_specification(self._files[variant], variant)
+            return found.text(), found.fingerprint
         if variant not in self._texts:
             specification = self.specification(variant)
             self._texts[variant] = specification.text(), specification.fingerprint
@@ -203,6 +319,42 @@ class Study:
     def plan(self, name: str) -> str:
         """Return what the analysis of an experiment has to know, as JSON."""
         return self.experiment(name).plan(self.config.equivalence_margin)
+
+    def search(self, name: str) -> PlannedSearch:
+        """Return a search of the study, by the name that its files have.
+
+        Raises:
+            ConfigurationError: if the study has no such search.
+        """
+        return self.searches[known(name, self.searches, "results/searches", "search")]
+
+    def question(self, name: str, number: int) -> str:
+        """Return what is asked for a generation's trials, as JSON.
+
+        Raises:
+            ConfigurationError: if there is no such generation.
+        """
+        search = self.search(name)
+        if not 1 <= number <= len(search.generations):
+            raise ConfigurationError(
+                f"results/searches/{name}: there are {len(search.generations)} generations, "
+                f"not generation {number}"
+            )
+        return search.question(number).model_dump_json()
+
+    def answered_question(self, name: str, number: int) -> bool:
+        """Return whether a generation's trials have been proposed to this very question."""
+        file = Path(self.search(name).generation(number))
+        try:
+            return bool(
+                json.loads(file.read_bytes())["question"] == json.loads(self.question(name, number))
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def found_in(self, variant: str) -> str | None:
+        """Return the file that says what a variant is, if a search finds it."""
+        return self._files.get(variant)
 
     def corpus(self, corpus_folder: str) -> tuple[str, CorpusDefinition, int | None]:
         """Return name, definition and subset of what results/corpora/{corpus_folder} is.
@@ -304,6 +456,19 @@ class Study:
         write_atomically(path, json.dumps(content) + "\n")
 
 
+def found_specification(file: str, variant: str) -> Specification:
+    """Return what a search found for a variant.
+
+    Raises:
+        FileNotFoundError: if it has not, or the file is of another version.
+    """
+    try:
+        content = json.loads(Path(file).read_bytes())["specifications"]
+        return Specification.model_validate(content[variant])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileNotFoundError(errno.ENOENT, "does not say what is trained", file) from error
+
+
 @cache
 def _adapter() -> TypeAdapter[Study]:
     return TypeAdapter(Study)
@@ -344,15 +509,20 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
     corpora = load_corpora(settings, place)
     if settings.corpus is not None:
         known(settings.corpus, corpora, place("corpus"), "corpus")
-    planned = {
-        name: plan_experiment(name, library, corpora, settings, place)
-        for name in chosen(settings, library, place)
-    }
-    return Study(settings, corpora, library.recipes, planned, code_digest())
+    planned: dict[str, PlannedExperiment] = {}
+    searches: dict[str, PlannedSearch] = {}
+    for name in chosen(settings, library, place):
+        if name in library.searches:
+            search, experiments = plan_search(name, library, corpora, settings, place)
+            searches[search.name] = search
+            planned |= {each.name: each for each in experiments}
+        else:
+            planned[name] = plan_experiment(name, library, corpora, settings, place)
+    return Study(settings, corpora, library.recipes, planned, code_digest(), searches)
 
 
 def chosen(settings: Config, library: Library, place: Place) -> list[str]:
-    """Return the names of the experiments that a configuration asks for, each once.
+    """Return the names of the experiments and searches that a configuration asks for, each once.
 
     Raises:
         ConfigurationError: if there is no such experiment or document.
@@ -361,7 +531,8 @@ def chosen(settings: Config, library: Library, place: Place) -> list[str]:
     if names == ["all"]:
         return list(library.experiments)
     for name in names:
-        known(name, library.experiments, place("experiments"), "experiment")
+        there = [*library.experiments, *library.searches]
+        known(name, there, place("experiments"), "experiment")
     for paper in settings.papers or ():
         known(paper, library.papers, place("papers"), "paper")
         names = names + library.papers[paper]
@@ -394,21 +565,13 @@ def plan_experiment(
             f"{where}: variants: perplexities on {' and '.join(sorted(trained_on))} "
             "cannot be compared; make an experiment of each corpus"
         )
-    frameworks = [f for f in experiment.frameworks if f in settings.frameworks]
-    if not frameworks:
-        raise ConfigurationError(
-            f"{place('frameworks')}: experiment {name} runs in {', '.join(experiment.frameworks)}, "
-            f"none of which is among {', '.join(settings.frameworks)}"
-        )
-    devices = settings.devices or experiment.devices
+    frameworks, devices, seeds = axes(name, experiment, settings, place)
     asked = f"{where}: devices" if settings.devices is None else place("devices")
     for specification in variants.values():
         for count in devices:
             check_devices(specification, count, asked)
         for framework in frameworks:
             check_kernel(specification, framework, f"{where}: frameworks")
-    repeated = list(range(1, settings.repeats + 1)) if settings.repeats else None
-    seeds = settings.seeds or repeated or experiment.seeds
     baseline = next(iter(variants))
     if experiment.baseline is not None:
         [(base, overrides)] = expand(experiment.baseline, f"{where}: baseline")
@@ -419,6 +582,134 @@ def plan_experiment(
     return PlannedExperiment(
         name, experiment, tuple(variants.values()), frameworks, devices, seeds, baseline
     )
+
+
+def axes(
+    name: str, asked: Experiment | Search, settings: Config, place: Place
+) -> tuple[list[Framework], list[int], list[int]]:
+    """Return the frameworks, numbers of devices and seeds that the configuration wants run.
+
+    Raises:
+        ConfigurationError: if no framework is left.
+    """
+    frameworks = [f for f in asked.frameworks if f in settings.frameworks]
+    if not frameworks:
+        raise ConfigurationError(
+            f"{place('frameworks')}: experiment {name} runs in {', '.join(asked.frameworks)}, "
+            f"none of which is among {', '.join(settings.frameworks)}"
+        )
+    repeated = list(range(1, settings.repeats + 1)) if settings.repeats else None
+    seeds = settings.seeds or repeated or asked.seeds
+    return frameworks, settings.devices or asked.devices, seeds
+
+
+def plan_search(
+    name: str,
+    library: Library,
+    corpora: Mapping[str, CorpusDefinition],
+    settings: Config,
+    place: Place,
+) -> tuple[PlannedSearch, list[PlannedExperiment]]:
+    """Return a search as the configuration wants it run: its trials, and its full runs.
+
+    Raises:
+        ConfigurationError: if its space, or a run, cannot be.
+    """
+    asked, where = library.searches[name], library.places["experiment", name]
+    where = f"{where}: search {name}"
+    if f"{name}-winners" in library.experiments.keys() | library.searches.keys():
+        raise ConfigurationError(f"{where}: there is an experiment {name}-winners; rename one")
+
+    def resolved(base: str, values: Mapping[str, Value], key: str) -> Specification:
+        return resolve(base, values, library.recipes, corpora, settings, f"{where}: {key}")
+
+    def place_of_key(key: str) -> str:
+        return f"{library.places.get(('space', f'{name}: {key}'), where)}: search {name}: space"
+
+    frameworks, devices, seeds = axes(name, asked, settings, place)
+    base = resolved(asked.recipe, asked.set, "recipe")
+    resolved(asked.recipe, asked.set | asked.short, "short")
+    check_space(asked, base.recipe, place_of_key, where)
+    unchanged = Recipe.model_validate(library.recipes[asked.recipe].model_dump() | asked.set)
+    label = variant_name(name, unchanged, base.recipe)
+    changed = label.removeprefix(name)
+    space = Space(
+        recipe=base.recipe,
+        dimensions=asked.space,
+        constraint=asked.constraint,
+        short=asked.short,
+        corpus_definition=base.corpus_definition,
+        accelerator=settings.accelerator,
+        devices=devices,
+    )
+    points = draw_points(space, asked.trials, asked.seed, f"{where}: space")
+    random = asked.method == "random"
+    if random:
+        trials = [
+            resolved(asked.recipe, asked.set | point | asked.short, "trials") for point in points
+        ]
+    else:
+        trials = [
+            space.specification(f"{name}-trial-{number}{changed}", point, short=True)
+            for number, point in enumerate(points, start=1)
+        ]
+    winners = [
+        space.specification(f"{name}-winner-{number}{changed}", point, short=False)
+        for number, point in enumerate(points[: asked.full], start=1)
+    ]
+    beside, published = [], None
+    if asked.published is not None:
+        [(recipe, values)] = expand(asked.published, f"{where}: published")
+        beside = [resolved(recipe, values | each, "published") for each in (asked.short, {})]
+        published = (beside[0].variant, beside[1].variant)
+    kernels = asked.space["kernel"].choices if "kernel" in asked.space else None
+    for specification in (*trials, *winners, *beside):
+        for count in devices:
+            check_devices(specification, count, f"{where}: devices")
+        for kernel in kernels or [specification.recipe.kernel]:
+            tried = specification.recipe.model_copy(update={"kernel": kernel})
+            for framework in frameworks:
+                check_kernel(
+                    specification.model_copy(update={"recipe": tried}), framework,
+                    f"{where}: frameworks",
+                )  # fmt: skip
+    search = PlannedSearch(
+        name=label,
+        definition=asked,
+        space=space,
+        trials=tuple(each.variant for each in trials),
+        points=tuple(points) if random else (),
+        winners=tuple(each.variant for each in winners),
+        published=published,
+        framework=frameworks[0],
+        devices=devices[0],
+        seed=seeds[0],
+    )
+
+    def planned(
+        own: str, title: str, specifications: Sequence[Specification], metric: Compared, one: bool
+    ) -> PlannedExperiment:
+        each = {specification.variant: specification for specification in specifications}
+        return PlannedExperiment(
+            name=own,
+            definition=Experiment(
+                title=f"{asked.title}: {title}",
+                description=asked.description,
+                variants=list(each),
+                metric=metric,
+            ),
+            specifications=tuple(each.values()),
+            frameworks=frameworks[:1] if one else frameworks,
+            devices=devices[:1] if one else devices,
+            seeds=seeds[:1] if one else seeds,
+            baseline=next(iter(each)),
+            found={variant: file for variant, file in search.files.items() if variant in each},
+        )
+
+    return search, [
+        planned(name, "trials", [*beside[:1], *trials], "valid_perplexity", one=True),
+        planned(f"{name}-winners", "in full", [*beside[1:], *winners], "test_perplexity", one=False),
+    ]
 
 
 def resolve(

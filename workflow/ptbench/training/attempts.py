@@ -40,6 +40,7 @@ from ptbench.training.records import Metrics
 
 POLL_SECONDS = 5.0  # between two looks at another process's attempt
 UNKNOWN = "an unknown host"
+KILLED_OFTEN = 3  # attempts, the last of which was killed: most likely out of memory again
 
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 
@@ -137,6 +138,19 @@ def look(folder: Path, number: int | None = None) -> Seen | None:
         silence = holders.silence_of(path)
     running = record.status == "running"
     return Seen(record, running and holders.lives(record.holder, silence, this_process()), silence)
+
+
+def has_failed(folder: Path) -> bool:
+    """Return whether a cell's newest attempt failed, or so many were killed that it is no accident.
+
+    Args:
+        folder: the cell's, under `results/attempts`.
+    """
+    seen = look(folder)
+    if seen is None:
+        return False
+    often = seen.status == "killed" and seen.record.attempt >= KILLED_OFTEN
+    return seen.status == "failed" or often
 
 
 class Attempt:

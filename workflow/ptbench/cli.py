@@ -569,20 +569,49 @@ def select(contest: str, results: Path, output: Path, log: Path | None) -> None:
 
 
 @command(
+    "Make the page of a search, its figures, and its winner as a recipe.",
+    argument("--contest", required=True, help="the search, as JSON"),
+    argument("--full", required=True, help="cells of its full runs by variant, as JSON"),
+    RESULTS,
+    argument("--output", type=Path, required=True, help="folder of what is made"),
+    REPORT,
+    LOG,
+)
+def search(
+    contest: str, full: str, results: Path, output: Path, report: Path, log: Path | None
+) -> None:
+    isolate(FIGURES, threads=1)
+
+    from ptbench.configuration.search import Contest
+    from ptbench.report.search import write_search
+
+    asked = from_json("--contest", contest, Contest.model_validate)
+    with Log(log):
+        cells = from_json("--full", full, dict)
+        write_search(site(report, results), asked, cells, results, output)
+
+
+@command(
     "Make the report's pages on all experiments together.",
     argument("experiments", type=Path, nargs="+", help="folders that analyse wrote"),
+    argument("--searches", type=Path, nargs="*", default=[], help="folders that search wrote"),
     argument("--documents", type=Path, nargs="*", default=[], help="folders that answer wrote"),
     argument("--results", type=Path, required=True, help="the results folder"),
     REPORT,
     LOG,
 )
 def report(
-    experiments: list[Path], documents: list[Path], results: Path, report: Path, log: Path | None
+    experiments: list[Path],
+    searches: list[Path],
+    documents: list[Path],
+    results: Path,
+    report: Path,
+    log: Path | None,
 ) -> None:
     from ptbench.report.overview import write_overview
 
     with Log(log):
-        write_overview(site(report, results), experiments, documents)
+        write_overview(site(report, results), experiments, documents, searches)
 
 
 def site(folder: Path, results: Path) -> Site:
@@ -613,6 +642,7 @@ def partial(
     from ptbench.report.overview import write_overview
     from ptbench.report.paper import answer_paper
     from ptbench.report.paper_page import write_paper_page
+    from ptbench.report.search import write_search
 
     planned = from_json("--configuration", configuration, load_study)
     if (results / "study.json").exists():  # what was run, whatever this command was given
@@ -641,7 +671,11 @@ def partial(
             of_experiments = [output / "experiments" / name for name in names]
             answers = answer_paper(papers / paper, of_experiments, documents[-1])
             write_paper_page(pages, answers, documents[-1])
-        page = write_overview(pages, folders, documents)
+        searched = []
+        for name, search in planned.searches.items():
+            searched.append(output / "searches" / name)
+            write_search(pages, search.contest, search.full, results, searched[-1])
+        page = write_overview(pages, folders, documents, searched)
         opened.say(f"The report on {len(done)} of {len(planned.cells)} cells is at {page}")
 
 

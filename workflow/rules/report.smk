@@ -10,6 +10,10 @@ rule report:
             "results/report/experiments/{experiment}.html",
             experiment=study.experiments,
         ),
+        expand(
+            "results/report/searches/{search}.html",
+            search=study.searches,
+        ),
         # as a function, because only this job has to know which documents the study answers
         answers=lambda wildcards: expand(
             "results/papers/{paper}/answers.json", paper=or_exit(study.answered)
@@ -39,12 +43,13 @@ rule report:
         experiments=expand(
             "results/experiments/{experiment}", experiment=study.experiments
         ),
+        searches=expand("results/searches/{search}", search=study.searches),
         documents=lambda wildcards, input: [
             str(Path(file).parent) for file in input.answers
         ],
     shell:
         "python -m ptbench report {params.experiments:q} --documents {params.documents:q}"
-        " --results results --report {params.folder:q} --log {log:q}"
+        " --searches {params.searches:q} --results results --report {params.folder:q} --log {log:q}"
 
 
 # The report on what is there, with what is missing marked. Without an output, so that it is made

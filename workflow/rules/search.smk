@@ -62,3 +62,46 @@ rule select:
     shell:
         "python -m ptbench select --contest {params.contest:q} --results results"
         " --output {output:q} --log {log:q}"
+
+
+rule search:
+    input:
+        selection="results/searches/{search}/selection.json",
+        trials=lambda wildcards: trials_of(
+            or_exit(study.search, wildcards.search).shown_trials
+        ),
+        full=lambda wildcards: [
+            f"results/cells/{cell}/metrics.json"
+            for cells in or_exit(study.search, wildcards.search).full.values()
+            for cell in cells
+        ],
+    output:
+        multiext("results/searches/{search}/", "search.json", "trials.csv", "recipe.yaml"),
+        page=report(
+            "results/report/searches/{search}.html",
+            caption="../report/search.rst",
+            category="{search}",
+            labels={"result": "page", "kind": "HTML"},
+        ),
+        figures=report(
+            directory("results/searches/{search}/figures"),
+            patterns=["{figure}.svg"],
+            caption="../report/search.rst",
+            category="{search}",
+            labels={"result": "{figure}", "kind": "figure"},
+        ),
+    log:
+        "results/logs/searches/{search}/search.log",
+    retries: 0
+    localrule: True
+    conda:
+        "../../envs/workflow.yaml"
+    params:
+        folder=subpath(output[0], parent=True),
+        contest=lambda wildcards: study.search(
+            wildcards.search
+        ).contest.model_dump_json(),
+        full=lambda wildcards: study.search(wildcards.search).full_runs,
+    shell:
+        "python -m ptbench search --contest {params.contest:q} --full {params.full:q}"
+        " --results results --output {params.folder:q} --report results/report --log {log:q}"

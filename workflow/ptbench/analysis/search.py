@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -34,7 +35,7 @@ from ptbench.configuration.search import (
 from ptbench.configuration.specification import Specification
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Model
-from ptbench.training.records import read_metrics
+from ptbench.training.records import perplexity, read_metrics
 
 if TYPE_CHECKING:
     import optuna
@@ -52,7 +53,9 @@ class Trial(Model):
     cell: str = Field(description="Its run.")
     point: Point | None = Field(description="Keys and values; null: not chosen yet.")
     state: Literal["ok", "diverged", "missing"] = Field(description="How it ended.")
-    nll: float | None = Field(None, description="Validation nll [nats per token], if it ended well.")
+    nll: float | None = Field(
+        None, description="Validation nll [nats per token], if it ended well."
+    )
     perplexity: float | None = Field(None, description="exp(nll).")
     seconds: float | None = Field(None, description="What its run took [s].")
 
@@ -96,9 +99,7 @@ def read_points(files: Sequence[str], results: Path) -> list[Point]:
     return found
 
 
-def read_trials(
-    cells: Mapping[str, str], points: Sequence[Point], results: Path
-) -> list[Trial]:
+def read_trials(cells: Mapping[str, str], points: Sequence[Point], results: Path) -> list[Trial]:
     """Return trials, in order, with what their runs left."""
     known = [*points, *[None] * len(cells)]
     return [
@@ -121,7 +122,9 @@ def propose(question: Question, results: Path) -> dict[str, Any]:
         "told": [trial.model_dump(mode="json") for trial in told],
         "points": points,
         "specifications": {
-            variant: question.space.specification(variant, point, short=True).model_dump(mode="json")
+            variant: question.space.specification(variant, point, short=True).model_dump(
+                mode="json"
+            )
             for variant, point in zip(question.variants, points, strict=True)
         },
     }
@@ -293,3 +296,124 @@ def recipe_to_paste(contest: Contest, name: str, point: Point) -> str:
     text = io.StringIO()
     writer.dump({"recipes": {name: recipe}}, text)
     return text.getvalue()
+
+
+class FullRuns(Model):
+    """The full runs of a winner, or of what others found, over frameworks, devices and seeds."""
+
+    variant: str = Field(description="Name of the variant.")
+    trial: int | None = Field(description="The trial that it was; null: what others found.")
+    planned: int = Field(description="Runs planned.")
+    ok: int = Field(description="Runs that ended well.")
+    valid_perplexity: float | None = Field(description="exp of their mean validation nll.")
+    test_perplexity: float | None = Field(description="exp of their mean test nll.")
+
+
+class SearchResult(Model):
+    """`search.json`: everything the report says about one search."""
+
+    contest: Contest = Field(description="The search.")
+    trials: tuple[Trial, ...] = Field(description="In the order in which they were chosen.")
+    published: Trial | None = Field(description="What others found, run as a trial.")
+    full: tuple[FullRuns, ...] = Field(description="The winners, and what others found.")
+    importances: dict[str, float] = Field(
+        description="Share of the variance of the trials' nll that each key explains (fANOVA), "
+        "of those that every trial has."
+    )
+    winner: FullRuns | None = Field(description="The winner with the lowest validation nll.")
+    recipe: str | None = Field(description="The winner as a recipe that can be pasted.")
+
+    def count(self, state: str) -> int:
+        """Return the number of trials in a state."""
+        return sum(trial.state == state for trial in self.trials)
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """The trials that ended well, with what others found among them, the best first."""
+        return ranked([*self.trials, *filter(None, [self.published])])
+
+    @property
+    def searched(self) -> list[str]:
+        """The keys that are searched; those that follow another one are left out."""
+        dimensions = self.contest.space.dimensions
+        return [key for key, dimension in dimensions.items() if dimension.same_as is None]
+
+
+def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Path) -> SearchResult:
+    """Return what a search came to, as far as it is.
+
+    Args:
+        contest: the search.
+        full: cells of the full runs, by variant.
+        results: the results folder.
+    """
+    points = contest.points or read_points(contest.files, results)
+    trials = read_trials(contest.trials, points, results)
+    published = None
+    if contest.published is not None:
+        cell = contest.published[0]
+        published = read_trial(0, cell.partition("/")[0], cell, None, results)
+    chosen = {}
+    selection = results / "searches" / contest.name / "selection.json"
+    if selection.exists():
+        chosen = json.loads(selection.read_bytes())["winners"]
+    runs = []
+    for variant, cells in full.items():
+        number = chosen[variant]["number"] if variant in chosen else None
+        runs.append(full_runs(variant, number, cells, results))
+    finished = [run for run in runs if run.trial is not None and run.valid_perplexity is not None]
+    winner = min(finished, key=lambda run: run.valid_perplexity or math.inf, default=None)
+    recipe = None
+    if winner is not None:
+        point = chosen[winner.variant]["point"]
+        recipe = recipe_to_paste(contest, f"{contest.name.partition('+')[0]}-best", point)
+    return SearchResult(
+        contest=contest,
+        trials=tuple(trials),
+        published=published,
+        full=tuple(runs),
+        importances=importances(contest.space, trials),
+        winner=winner,
+        recipe=recipe,
+    )
+
+
+def full_runs(variant: str, trial: int | None, cells: Sequence[str], results: Path) -> FullRuns:
+    """Return what the full runs of a variant came to."""
+    found = []
+    for cell in cells:
+        path = results / "cells" / cell / "metrics.json"
+        if path.exists():
+            try:
+                found.append(read_metrics(path))
+            except (OSError, ValidationError) as error:
+                raise AnalysisError(f"{path} cannot be read ({first_line(error)})") from error
+    valid = [each.valid.nll for each in found if each.status == "ok" and each.valid]
+    test = [each.test.nll for each in found if each.status == "ok" and each.test]
+    return FullRuns(
+        variant=variant,
+        trial=trial,
+        planned=len(cells),
+        ok=len(valid),
+        valid_perplexity=perplexity(fmean(valid)) if valid else None,
+        test_perplexity=perplexity(fmean(test)) if test else None,
+    )
+
+
+def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
+    """Return how much of the variance of the trials' nll each key explains, the most first.
+
+    Functional ANOVA of a random forest (Hutter et al. 2014), by Optuna. Trials that did not end
+    well have no nll, and are left out.
+    """
+    good = ranked(trials)
+    if len(good) < FEWEST_TRIALS or len({trial.nll for trial in good}) == 1:
+        return {}
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    study = study_of(space, sorted(good, key=lambda trial: trial.number))
+    found: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return found

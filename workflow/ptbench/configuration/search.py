@@ -79,7 +79,9 @@ class Space(Model):
             product = math.prod(self.value(point, key) for key in self.constraint.product)
             if product > self.constraint.at_most:
                 keys = " × ".join(self.constraint.product)
-                raise UnfitError(f"{keys} = {product:,.10g} is above {self.constraint.at_most:,.10g}")
+                raise UnfitError(
+                    f"{keys} = {product:,.10g} is above {self.constraint.at_most:,.10g}"
+                )
         values = self.recipe.model_dump() | point
         if short:
             values |= self.short

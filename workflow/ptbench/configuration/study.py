@@ -126,6 +126,7 @@ class PlannedSearch:
     framework: Framework  # of the trials
     devices: int
     seed: int
+    full: Mapping[str, Sequence[str]]  # cells of the full runs, by variant
 
     @property
     def learns(self) -> bool:
@@ -161,6 +162,17 @@ class PlannedSearch:
             for trial in trials
         }
         return found | dict.fromkeys(self.winners, self.selection)
+
+    @property
+    def shown_trials(self) -> list[str]:
+        """Return the cells of all trials, that of what others found among them."""
+        published = [self.cell(self.published[0])] if self.published else []
+        return [*published, *map(self.cell, self.trials)]
+
+    @property
+    def full_runs(self) -> str:
+        """Return the cells of the full runs, by variant, as JSON."""
+        return json.dumps(self.full)
 
     def question(self, number: int) -> Question:
         """Return what is asked for the trials of a generation."""
@@ -673,6 +685,7 @@ def plan_search(
                     specification.model_copy(update={"recipe": tried}), framework,
                     f"{where}: frameworks",
                 )  # fmt: skip
+    runs = list(itertools.product(frameworks, devices, seeds))
     search = PlannedSearch(
         name=label,
         definition=asked,
@@ -684,6 +697,13 @@ def plan_search(
         framework=frameworks[0],
         devices=devices[0],
         seed=seeds[0],
+        full={
+            variant: [
+                Cell.model_construct(variant=variant, framework=f, devices=d, seed=seed).path
+                for f, d, seed in runs
+            ]
+            for variant in [each.variant for each in (*beside[1:], *winners)]
+        },
     )
 
     def planned(
@@ -708,7 +728,9 @@ def plan_search(
 
     return search, [
         planned(name, "trials", [*beside[:1], *trials], "valid_perplexity", one=True),
-        planned(f"{name}-winners", "in full", [*beside[1:], *winners], "test_perplexity", one=False),
+        planned(
+            f"{name}-winners", "in full", [*beside[1:], *winners], "test_perplexity", one=False
+        ),
     ]
 
 

@@ -23,6 +23,7 @@ from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.headline import Comparison, Perplexities
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.source import read_source
+from ptbench.analysis.search import SearchResult
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
 from ptbench.backends.mistakes import read_mistakes
@@ -75,7 +76,10 @@ class Facts(NamedTuple):
 
 
 def write_overview(
-    site: Site, experiment_folders: Sequence[Path], paper_folders: Sequence[Path] = ()
+    site: Site,
+    experiment_folders: Sequence[Path],
+    paper_folders: Sequence[Path] = (),
+    search_folders: Sequence[Path] = (),
 ) -> Path:
     """Write the pages and return where index.html is.
 
@@ -83,6 +87,7 @@ def write_overview(
         site: the report.
         experiment_folders: what `analyse_experiment` wrote, in the order of the page.
         paper_folders: with the answers.json of each document.
+        search_folders: with the search.json of each search.
 
     Raises:
         AnalysisError: if a folder has no analysis or answers that can be read; nothing is written
@@ -100,6 +105,7 @@ def write_overview(
         "analyses": analyses,
         "reductions": sorted({each for analysis in analyses for each in analysis.reductions}),
         "documents": documents,
+        "searches": [read_search_result(folder) for folder in search_folders],
         "runs": runs,
         "states": Counter(run.state for run in runs.values()),
         "unfinished": [run for run in runs.values() if run.state in ("failed", "interrupted")],
@@ -199,6 +205,18 @@ def read_document(folder: Path) -> Document:
     title = answers.about.citation
     named = re.match(r"[^0-9]*[0-9]{4}", title)
     return Document(answers, named[0] if named else title)
+
+
+def read_search_result(folder: Path) -> SearchResult:
+    """Return what a search came to.
+
+    Raises:
+        AnalysisError: if the folder has no search.json, or it cannot be read.
+    """
+    try:
+        return SearchResult.model_validate_json((folder / "search.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise AnalysisError(f"{folder} is not a whole search: {first_line(error)}") from error
 
 
 def facts_of(runs: Mapping[str, Run], results: Path) -> dict[str, list[Facts]]:

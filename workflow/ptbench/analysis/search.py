@@ -48,7 +48,9 @@ WORST_OF_NONE = 0.0  # what failed trials are told as while all have failed: ali
 class Trial(Model):
     """One trial of a search and what it came to."""
 
-    number: int = Field(description="From 1, in the order in which trials were chosen.")
+    number: int = Field(
+        description="From 1, in the order in which trials were chosen; 0: what others found."
+    )
     variant: str = Field(description="Name of its variant.")
     cell: str = Field(description="Its run.")
     point: Point | None = Field(description="Keys and values; null: not chosen yet.")
@@ -351,8 +353,8 @@ def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Pa
     trials = read_trials(contest.trials, points, results)
     published = None
     if contest.published is not None:
-        cell = contest.published[0]
-        published = read_trial(0, cell.partition("/")[0], cell, None, results)
+        cell, point = contest.published.cell, contest.published.point
+        published = read_trial(0, cell.partition("/")[0], cell, point, results)
     chosen = {}
     selection = results / "searches" / contest.name / "selection.json"
     if selection.exists():

@@ -116,6 +116,14 @@ class Question(Model):
     files: list[str] = Field(description="That have the earlier trials' points, in order.")
 
 
+class Published(Model):
+    """What others found, run beside the trials and in full."""
+
+    cell: str = Field(description="Its run at the trials' budget.")
+    variant: str = Field(description="Its variant in full.")
+    point: Point = Field(description="Its values of the keys that are searched.")
+
+
 class Contest(Model):
     """What a selection is made from: all trials of a search, of which the best go on in full."""
 
@@ -131,9 +139,7 @@ class Contest(Model):
     points: list[Point] = Field(description="Their points, if they were known when planned.")
     files: list[str] = Field(description="That have the points otherwise, in order.")
     winners: list[str] = Field(description="Variants that are to be trained in full.")
-    published: tuple[str, str] | None = Field(
-        description="Cell of what others found, at the trials' budget, and its variant in full."
-    )
+    published: Published | None = Field(description="What others found.")
 
 
 def drawn(key: str, dimension: Dimension, generator: random.Random) -> Value:

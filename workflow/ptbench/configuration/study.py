@@ -37,6 +37,7 @@ from ptbench.configuration.papers import answering, paper_files, paper_folders
 from ptbench.configuration.search import (
     Contest,
     Point,
+    Published,
     Question,
     Space,
     check_space,
@@ -55,6 +56,11 @@ from ptbench.errors import ConfigurationError
 from ptbench.files import write_atomically
 from ptbench.model import work
 from ptbench.model.recipe import Recipe
+
+
+def cell_of(variant: str, framework: Framework, devices: int, seed: int) -> Cell:
+    """Return a run of what has been validated, without the time of doing so again."""
+    return Cell.model_construct(variant=variant, framework=framework, devices=devices, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,8 @@ class PlannedExperiment:
         """The experiment's cells, in the order of the report."""
         variants = [specification.variant for specification in self.specifications]
         return tuple(
-            Cell.model_construct(variant=variant, framework=framework, devices=count, seed=seed)
-            for variant, framework, count, seed in itertools.product(
-                variants, self.frameworks, self.devices, self.seeds
-            )
+            cell_of(*run)
+            for run in itertools.product(variants, self.frameworks, self.devices, self.seeds)
         )
 
     def plan(self, equivalence_margin: float) -> str:
@@ -122,7 +126,7 @@ class PlannedSearch:
     trials: tuple[str, ...]  # their variants
     points: tuple[Point, ...]  # of a random search; of another, its generations' files have them
     winners: tuple[str, ...]  # variants that are trained in full
-    published: tuple[str, str] | None  # variants of what others found: as a trial, and in full
+    published: Published | None
     framework: Framework  # of the trials
     devices: int
     seed: int
@@ -140,7 +144,7 @@ class PlannedSearch:
 
     def cell(self, variant: str) -> str:
         """Return the path of a trial's cell."""
-        return f"{variant}/{self.framework}/devices-{self.devices}/seed-{self.seed}"
+        return cell_of(variant, self.framework, self.devices, self.seed).path
 
     def generation(self, number: int) -> str:
         """Return the file that says the trials of a generation, counted from 1."""
@@ -166,7 +170,7 @@ class PlannedSearch:
     @property
     def shown_trials(self) -> list[str]:
         """Return the cells of all trials, that of what others found among them."""
-        published = [self.cell(self.published[0])] if self.published else []
+        published = [self.published.cell] if self.published else []
         return [*published, *map(self.cell, self.trials)]
 
     @property
@@ -190,7 +194,6 @@ class PlannedSearch:
     @cached_property
     def contest(self) -> Contest:
         """What the selection is made from."""
-        published = self.published
         return Contest(
             name=self.name,
             title=self.definition.title,
@@ -203,7 +206,7 @@ class PlannedSearch:
             points=list(self.points),
             files=[self.generation(number) for number, _ in enumerate(self.generations, start=1)],
             winners=list(self.winners),
-            published=published and (self.cell(published[0]), published[1]),
+            published=self.published,
         )
 
 
@@ -673,7 +676,11 @@ def plan_search(
     if asked.published is not None:
         [(recipe, values)] = expand(asked.published, f"{where}: published")
         beside = [resolved(recipe, values | each, "published") for each in (asked.short, {})]
-        published = (beside[0].variant, beside[1].variant)
+        published = Published(
+            cell=cell_of(beside[0].variant, frameworks[0], devices[0], seeds[0]).path,
+            variant=beside[1].variant,
+            point={key: getattr(beside[1].recipe, key) for key in asked.space},
+        )
     kernels = asked.space["kernel"].choices if "kernel" in asked.space else None
     for specification in (*trials, *winners, *beside):
         for count in devices:
@@ -698,10 +705,7 @@ def plan_search(
         devices=devices[0],
         seed=seeds[0],
         full={
-            variant: [
-                Cell.model_construct(variant=variant, framework=f, devices=d, seed=seed).path
-                for f, d, seed in runs
-            ]
+            variant: [cell_of(variant, *run).path for run in runs]
             for variant in [each.variant for each in (*beside[1:], *winners)]
         },
     )

@@ -144,7 +144,8 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
             name="parallel-coordinates",
             title="What good trials have in common",
             caption="Each line is a trial that ended well; blue ones are the best, orange ones the "
-            "worst, by rank. A line below an axis is of a trial that does not have the key.",
+            "worst, by rank; left of an axis the trial does not have the key. The dashed line is the "
+            "published recipe, at the edge where it lies beyond the axis.",
             alternative="The best trial has "
             + ", ".join(f"{key} {value_text(v)}" for key, v in (best[0].point or {}).items())
             + ".",
@@ -202,13 +203,17 @@ def draw_parallel(result: SearchResult) -> Figure:
     best = ranked(result.trials)
     keys = result.searched
     height = 0.24 * len(keys) + 0.3
-    figure, [[axes]] = panels(1, height=height, left=1.9, right=0.5, above=0.1, below=0.25)
+    figure, [[axes]] = panels(1, height=height, left=1.9, above=0.1, below=0.25)
     colours = ramp(len(best))
     for rank in reversed(range(len(best))):
         point = best[rank].point or {}
         places = [place(result, key, point[key]) if key in point else ABSENT for key in keys]
         width = 2.2 if rank == 0 else 1.0
         axes.plot(places, range(len(keys)), color=colours[rank], linewidth=width, zorder=2)
+    if result.published is not None:
+        point = result.published.point or {}
+        places = [min(max(place(result, key, point[key]), ABSENT), 1 - ABSENT) for key in keys]
+        axes.plot(places, range(len(keys)), color=INK, linestyle=(0, (5, 1.6)), zorder=3)
     for row, key in enumerate(keys):
         axes.axhline(row, color=GRID, zorder=0, linewidth=0.8)
         for x, text in ticks(result, key):
@@ -216,7 +221,7 @@ def draw_parallel(result: SearchResult) -> Figure:
                 x, row, text, fontsize=7.5, color=MUTED, ha="center", va="center", zorder=4,
                 bbox={"facecolor": LIGHT_BACKGROUND, "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
             )  # fmt: skip
-    axes.set_xlim(ABSENT - 0.05, 1.05)
+    axes.set_xlim(ABSENT - 0.05, 1.05 - ABSENT)
     axes.set_ylim(len(keys) - 0.5, -0.5)
     axes.set_yticks(range(len(keys)), [key.replace("_", " ") for key in keys])
     bare(axes)
@@ -244,10 +249,14 @@ def bare(axes: Axes) -> None:
 
 
 def place(result: SearchResult, key: str, value: Any) -> float:
-    """Return where a value is on its key's axis, from 0 to 1."""
+    """Return where a value is on its key's axis, from 0 to 1; `ABSENT` if it has no place there."""
     dimension = result.contest.space.dimensions[key]
     if dimension.choices is not None:
-        return dimension.choices.index(value) / max(len(dimension.choices) - 1, 1)
+        among = value in dimension.choices  # what others found may not be
+        last = max(len(dimension.choices) - 1, 1)
+        return dimension.choices.index(value) / last if among else ABSENT
+    if value is None:
+        return ABSENT
     low, high = bounds(dimension)
     scale = math.log if dimension.log else float
     return (scale(value) - scale(low)) / ((scale(high) - scale(low)) or 1.0)

@@ -222,7 +222,7 @@ def distribution(key: str, dimension: Dimension) -> Any:
         return CategoricalDistribution(dimension.choices)
     low, high = bounds(dimension)
     if dimension.step is not None:
-        high = low + dimension.step * steps(dimension)
+        high = round(low + dimension.step * steps(dimension), 10)
     if is_whole(key):
         return IntDistribution(int(low), int(high), dimension.log, int(dimension.step or 1))
     return FloatDistribution(low, high, dimension.log, dimension.step)

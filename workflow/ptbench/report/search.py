@@ -144,8 +144,8 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
             name="parallel-coordinates",
             title="What good trials have in common",
             caption="Each line is a trial that ended well; blue ones are the best, orange ones the "
-            "worst, by rank; left of an axis the trial does not have the key. The dashed line is the "
-            "published recipe, at the edge where it lies beyond the axis.",
+            "worst, by rank; left of an axis the trial does not have the key. The dashed line is "
+            "the published recipe, at the edge where it lies beyond the axis.",
             alternative="The best trial has "
             + ", ".join(f"{key} {value_text(v)}" for key, v in (best[0].point or {}).items())
             + ".",

@@ -1,0 +1,447 @@
+"""A search: its draws, its samplers, its selection and its page, and what it says of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.support.fake_results import metrics, score_of
+from tests.unit.test_configuration import folder_with
+
+from ptbench.analysis import search as searching
+from ptbench.analysis.collect import AnalysisError
+from ptbench.analysis.search import Trial, next_points, propose, read_search, select, study_of
+from ptbench.configuration.experiments import load_library
+from ptbench.configuration.search import Question, is_whole
+from ptbench.configuration.specification import parse_cell_path
+from ptbench.configuration.study import PlannedSearch, Study, load_study, read_study
+from ptbench.environments import PYTHON
+from ptbench.errors import ConfigurationError
+from ptbench.files import write_atomically
+from ptbench.model.recipe import Recipe
+from ptbench.report.search import write_search
+from ptbench.report.site import RunFacts, Site
+from ptbench.training.attempts import has_failed
+from ptbench.training.records import Metrics
+
+ROOT = Path(__file__).parents[2]
+
+SPACE = """{
+  hidden_size: {low: 8, high: 64, log: true},
+  embedding_size: {same_as: hidden_size},
+  mixtures: {choices: [0, 2, 4]},
+  latent_size: {low: 4, high: 16, when: {mixtures: [2, 4]}},
+  learning_rate: {low: 0.1, high: 10, log: true},
+  batch_size: {low: 10, high: 40, step: 10},
+  dropout: {low: 0.2, high: 0.6, step: 0.05}}"""
+CONSTRAINT = "{product: [batch_size, sequence_length, hidden_size], at_most: 20000}"
+
+
+def study_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str, **config: Any
+) -> Study:
+    """Return the study of one search, `s`, of the recipe `r`."""
+    (tmp_path / "workflow").mkdir()
+    folder_with(
+        tmp_path / "workflow", monkeypatch, f"recipes: {{r: {{}}}}\nsearch:\n  s: {search}\n"
+    )
+    return load_study({"experiments": ["s"], **config})
+
+
+def usual(method: str = "random", trials: int = 20, full: int = 2, more: str = "") -> str:
+    return (
+        f"{{title: T, recipe: r, space: {SPACE}, constraint: {CONSTRAINT}, method: {method}, "
+        f"trials: {trials}, generation: 10, full: {full}, short: {{budget: quick}}, "
+        f"frameworks: [jax, pytorch], seed: 3{more}}}"
+    )
+
+
+BAD_SEARCHES = [
+    ("{title: T, recipe: r, space: {}, trials: 3}", r"own.yaml, line 3: search.s.space: {} is not"),
+    (
+        "{title: T, recipe: r, space: {layers: {low: 1, high: 4}}, trials: 2}",
+        r"own.yaml, line 3: search.s: full=3 winners are more than trials=2; run more trials",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {\n   hiden_size: {low: 1, high: 4}}}",
+        r"own.yaml, line 4: search s: space: there is no recipe key \"hiden_size\"; did you mean h",
+    ),
+    (
+        "{title: T, recipe: r, trials: 9, space: {layers: {low: 5, high: 9}},\n"
+        "    constraint: {product: [layers, hidden_size], at_most: 900}}",
+        r"own.yaml, line 3: search s: space: 1000 draws found no point that can be a trial, so .*; "
+        r"the last one: layers × hidden_size = 1,\d+ is above 900",
+    ),
+    (
+        "{title: T, recipe: r, trials: 9, space: {layers: {low: 1, high: 4}}}",
+        r"search s: space: 1000 draws found no other point .*so there are 4 different trials of t",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {layers: {low: 4, high: 1}}}",
+        r"own.yaml, line 3: search.s.space.layers: low=4 must not exceed high=1",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {layers: {low: 4}}}",
+        r"own.yaml, line 3: search.s.space.layers: must have low and high, or choices, or same_as",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {dropout: {low: 0, high: 1, log: true}}}",
+        r"search.s.space.dropout: log needs low above 0, and has no step",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {dropout: {low: 0.5, high: 1.5}}}",
+        r"own.yaml, line 3: search s: space: dropout: 1.5 is not allowed: .*less than 1",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {layers: {low: 1, high: 3.5}}}",
+        r"search s: space: layers: is a whole number; low, high and step must be too",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {rnn: {low: 1, high: 3}}}",
+        r"search s: space: rnn: is no number; give its choices",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {rnn: {choices: [lstm, gur]}}}",
+        r"search s: space: rnn: \"gur\" is not allowed: .*'gru'",
+    ),
+    (
+        "{title: T, recipe: r, trials: 2, full: 1, space: {kernel: {choices: [fused, block]}}}",
+        r"search s: frameworks: .* has kernel=block, which pytorch does not have",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, set: {layers: 1}, space: {layers: {low: 1, high: 4}}}",
+        r"search s: space: layers: is in set too; leave it in one",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {subset: {low: 1, high: 4}}}",
+        r"search s: space: subset: must be the same in all runs; put it in set",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {embedding_size: {same_as: hidden_size}, "
+        "hidden_size: {low: 1, high: 9}}}",
+        r"space: embedding_size: depends on hidden_size, which must come before it",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, short: {epoch: 1}, space: {layers: {low: 1, high: 4}}}",
+        r"search s: short: r: there is no recipe key \"epoch\"; did you mean epochs",
+    ),
+    (
+        "{title: T, recipe: q, trials: 3, space: {layers: {low: 1, high: 4}}}",
+        r"own.yaml, line 3: search s: recipe: there is no recipe \"q\"",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, methd: tpe, space: {layers: {low: 1, high: 4}}}",
+        r"own.yaml, line 3: search.s.methd: there is no such key",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {layers: {low: 1, high: 4}},\n"
+        "    constraint: {product: [rnn], at_most: 3}}",
+        r"search s: constraint: rnn is no number in the recipe",
+    ),
+]
+
+
+@pytest.mark.parametrize(("search", "message"), BAD_SEARCHES)
+def test_a_bad_search_is_refused_in_a_sentence_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message) as refused:
+        study_with(tmp_path, monkeypatch, search)
+    assert "\n" not in str(refused.value)
+
+
+def test_random_trials_are_planned_variants_within_the_space_and_the_constraint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with(tmp_path, monkeypatch, usual())
+    search = study.searches["s"]
+    recipes = [study.specification(trial).recipe for trial in search.trials]
+    assert len(set(search.trials)) == 20
+    assert all(
+        trial.startswith("r+batch_size=") or "+budget=quick" in trial for trial in search.trials
+    )
+    for recipe in recipes:
+        assert recipe.batch_size * recipe.sequence_length * recipe.hidden_size <= 20_000
+        assert 8 <= recipe.hidden_size == recipe.embedding_size <= 64
+        assert 0.1 <= recipe.learning_rate <= 10
+        assert recipe.batch_size in (10, 20, 30, 40)
+        assert round(recipe.dropout / 0.05, 9).is_integer()
+        assert (recipe.latent_size is not None) == (recipe.mixtures > 0)  # conditional
+        assert recipe.budget == "quick"
+    assert {recipe.mixtures for recipe in recipes} == {0, 2, 4}
+    assert [cell.path for cell in study.experiments["s"].cells] == [
+        f"{trial}/jax/devices-1/seed-1" for trial in search.trials
+    ]
+    winners = study.experiments["s-winners"].cells
+    assert len(winners) == 2 * 2 * 3  # winners, frameworks and seeds
+    assert study.specification("s-winner-1").recipe.budget == "full"
+
+
+def test_more_trials_of_a_random_search_begin_with_the_same_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = study_with(tmp_path, monkeypatch, usual(trials=5)).searches["s"].trials
+    text = (tmp_path / "workflow/experiments/own.yaml").read_text()
+    file = tmp_path / "workflow/experiments/own.yaml"
+    file.write_text(text.replace("trials: 5", "trials: 9"))
+    assert load_study({"experiments": ["s"]}).searches["s"].trials[:5] == few
+    file.write_text(text.replace("seed: 3", "seed: 4"))
+    assert load_study({"experiments": ["s"]}).searches["s"].trials != few
+
+
+def test_a_logarithmic_range_is_drawn_by_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = study_with(tmp_path, monkeypatch, usual()).searches["s"].space
+    generator = random.Random(1)
+    rates = [float(str(space.draw(generator)["learning_rate"])) for _ in range(2000)]
+    assert abs(sum(rate < 1 for rate in rates) / 2000 - 0.5) < 0.05  # 4.5 standard errors
+
+
+def test_a_search_is_run_only_if_it_is_asked_for_by_name() -> None:
+    library = load_library()
+    assert {"singh-search-lstm2", "singh-search-mos", "zhang-search"} <= library.searches.keys()
+    for everything in ({"experiments": "all"}, {"papers": list(library.papers)}):
+        assert not load_study(everything).searches
+
+
+@pytest.mark.parametrize("name", load_library().searches)
+def test_every_search_of_a_document_can_be_planned(name: str) -> None:
+    study = load_study({"experiments": [name]})
+    planned = study.experiments[name]
+    asked = load_library().searches[name]
+    assert len(planned.cells) == asked.trials + (asked.published is not None)
+
+
+def test_what_a_configuration_changes_is_part_of_a_search_s_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with(tmp_path, monkeypatch, usual("tpe"), budget="smoke", frameworks=["pytorch"])
+    search = study.searches["s+budget=smoke"]
+    assert search.trials[0] == "s-trial-1+budget=smoke"
+    assert search.selection == "results/searches/s+budget=smoke/selection.json"
+    assert search.framework == "pytorch"
+    assert study.specification(search.trials[0]).recipe.budget == "smoke"
+    assert study.specification(search.winners[0]).recipe.budget == "smoke"
+
+
+@pytest.fixture
+def learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, PlannedSearch, Path]:
+    """A search of two generations, and its results folder in the working directory."""
+    study = study_with(tmp_path, monkeypatch, usual("tpe"))
+    monkeypatch.chdir(tmp_path)
+    return study, study.searches["s"], tmp_path / "results"
+
+
+def law(point: Any) -> float:
+    """A made-up validation nll: wide layers and rates near 1 are good."""
+    rate = float(point["learning_rate"])
+    return 4.0 + 0.5 * abs(rate - 1) / (rate + 1) - 0.01 * float(point["hidden_size"])
+
+
+def write_result(results: Path, cell: str, nll: float | None, fingerprint: str = "0" * 12) -> None:
+    """Write a trial's metrics.json; None: it diverged."""
+    made = metrics(parse_cell_path(cell), nll or 9.0, fingerprint=fingerprint)
+    changes: dict[str, Any] = {"valid": score_of(nll) if nll else None}
+    if nll is None:
+        changes |= {"status": "diverged", "reason": "not finite", "test": None}
+    made = made.model_copy(update=changes)
+    write_atomically(results / "cells" / cell / "metrics.json", made.model_dump_json())
+
+
+def finish_generation(search: PlannedSearch, number: int, results: Path) -> dict[str, Any]:
+    """Propose a generation and write what its trials came to."""
+    found = propose(search.question(number), results)
+    write_atomically(Path(search.generation(number)), json.dumps(found))
+    for trial, point in zip(search.generations[number - 1], found["points"], strict=True):
+        write_result(results, search.cell(trial), law(point))
+    return found
+
+
+def test_a_learned_trial_is_read_from_the_file_of_its_generation(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    study, search, results = learning
+    trial = search.trials[0]
+    with pytest.raises(FileNotFoundError) as missing:
+        study.text(trial)
+    assert missing.value.filename == search.generation(1) == study.found_in(trial)
+    stand_in = study.specification(trial)
+    assert stand_in.variant == trial  # for estimates
+    found = finish_generation(search, 1, results)
+    assert json.loads(study.text(trial))["variant"] == trial
+    recipe = study.specification(trial).recipe
+    assert {key: getattr(recipe, key) for key in found["points"][0]} == found["points"][0]
+    assert study.answered_question("s", 1)
+    assert not study.answered_question("s", 2)
+    study.write(results / "study.json", [], "snakemake")
+    again = read_study(results / "study.json")
+    assert again.text(trial) == study.text(trial)
+    assert again.question("s", 2) == study.question("s", 2)
+
+
+@pytest.mark.parametrize("method", ["tpe", "gp"])
+def test_the_same_results_give_the_same_next_trials_and_others_give_others(
+    learning: tuple[Study, PlannedSearch, Path], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, search, results = learning
+    if method == "gp":
+        environment = ROOT / "results/environments/pytorch-cpu"
+        if not (environment / PYTHON).exists():
+            pytest.skip("the environment of PyTorch is not built")
+        monkeypatch.setattr("sys.path", [*__import__("sys").path])
+        searching.import_torch_from(environment)
+    first = finish_generation(search, 1, results)
+    few = search.generations[1][: 2 if method == "gp" else 10]
+    question = search.question(2).model_copy(update={"method": method, "variants": few})
+    second = propose(question, results)
+    assert second == propose(question, results)
+    assert len(second["told"]) == 10
+    space = question.space
+    for point in second["points"]:
+        space.specification("trial", point, short=True)  # meets the constraint
+    points = [*first["points"], *second["points"]]
+    assert all(point not in points[:index] for index, point in enumerate(points))
+    for trial in search.generations[0]:  # turned round
+        cell = search.cell(trial)
+        old = Metrics.model_validate_json((results / "cells" / cell / "metrics.json").read_bytes())
+        assert old.valid
+        write_result(results, cell, 8.0 - old.valid.nll)
+    assert propose(question, results)["points"] != second["points"]
+
+
+def test_diverged_and_failed_trials_are_told_as_the_worst(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    _, search, results = learning
+    found = finish_generation(search, 1, results)
+    diverged, failed = search.generations[0][:2]
+    write_result(results, search.cell(diverged), None)
+    (results / "cells" / search.cell(failed) / "metrics.json").unlink()
+    question = search.question(2)
+    told = propose(question, results)["told"]
+    assert [trial["state"] for trial in told][:2] == ["diverged", "missing"]
+    trials = [Trial.model_validate(trial) for trial in told]
+    study = study_of(question.space, trials)
+    values = [trial.value for trial in study.trials]
+    others = [law(point) for point in found["points"][2:]]
+    assert values == pytest.approx([max(others)] * 2 + others)
+
+
+def test_a_sampler_that_is_told_results_finds_better_points_than_chance(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    _, search, results = learning
+    finish_generation(search, 1, results)
+    question = search.question(2)
+    told = [
+        Trial(number=n, variant="v", cell="c", point=point, state="ok", nll=law(point))
+        for n, point in enumerate(draws(question, 40), start=1)
+    ]
+    drawn = sum(law(point) for point in draws(question, 400)) / 400
+    proposed = next_points(question, told)
+    assert sum(map(law, proposed)) / len(proposed) < drawn
+
+
+def draws(question: Question, count: int) -> list[Any]:
+    generator = random.Random(5)
+    return [question.space.draw(generator) for _ in range(count)]
+
+
+def test_the_best_trials_go_on_in_full_and_the_winner_can_be_pasted(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    study, search, results = learning
+    points = [p for n in (1, 2) for p in finish_generation(search, n, results)["points"]]
+    write_result(results, search.cell(search.trials[0]), None)
+    selected = select(search.contest, results)
+    ranking = sorted(range(1, 20), key=lambda index: law(points[index]))[:2]
+    assert [winner["number"] for winner in selected["winners"].values()] == [
+        index + 1 for index in ranking
+    ]
+    write_atomically(Path(search.selection), json.dumps(selected))
+    recipe = study.specification("s-winner-1").recipe
+    assert recipe.budget == "full"
+    assert recipe.learning_rate == points[ranking[0]]["learning_rate"]
+    for variant, cells in search.full.items():  # in full, the second is better
+        for cell in cells:
+            write_result(results, cell, 3.0 if variant == "s-winner-1" else 2.9)
+    result = read_search(search.contest, search.full, results)
+    assert result.winner
+    assert (result.winner.variant, result.winner.trial) == ("s-winner-2", ranking[1] + 1)
+    pasted = yaml.safe_load(result.recipe or "")["recipes"]["s-best"]
+    assert pasted.pop("extends") == "r"
+    assert Recipe.model_validate(pasted) == study.specification("s-winner-2").recipe
+
+
+def test_too_few_good_trials_for_the_winners_are_a_sentence(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    _, search, results = learning
+    for number in (1, 2):
+        finish_generation(search, number, results)
+    for trial in search.trials[1:]:
+        write_result(results, search.cell(trial), None)
+    with pytest.raises(AnalysisError, match="search s: 1 of 20 trials ended well, and full: 2 are"):
+        select(search.contest, results)
+
+
+def test_only_what_failed_or_was_killed_often_counts_as_failed(tmp_path: Path) -> None:
+    from ptbench.training.attempts import Record
+    from ptbench.training.holders import this_process
+
+    for number, status in enumerate(("killed", "interrupted", "failed", "killed"), start=1):
+        record = Record(
+            attempt=number, cell="c", fingerprint="f", corpus="d", status=status,  # type: ignore[arg-type]
+            holder=this_process(), started="2026-01-01T00:00:00+00:00",
+        )  # fmt: skip
+        write_atomically(tmp_path / f"attempt-{number}.json", record.model_dump_json())
+        assert has_failed(tmp_path) == (number >= 3)
+    assert not has_failed(tmp_path / "none")
+
+
+def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with(tmp_path, monkeypatch, usual(more=", published: r+hidden_size=32"))
+    search, results = study.searches["s"], tmp_path / "results"
+    for trial, point in zip(search.trials, search.points, strict=True):
+        write_result(results, search.cell(trial), law(point))
+    write_result(results, search.cell(search.trials[4]), None)
+    published = search.shown_trials[0]
+    write_result(results, published, 3.0)
+    selection = Path(search.selection).relative_to("results")
+    site = Site(tmp_path / "report", results, RunFacts(created="now", version="0", machine="m"))
+    page = write_search(site, search.contest, search.full, results, tmp_path / "partial")
+    assert "This page is partial" not in page.read_text()  # no trial is missing
+    write_atomically(results / selection, json.dumps(select(search.contest, results)))
+    for cells in search.full.values():
+        for cell in cells:
+            write_result(results, cell, 3.1)
+    output = tmp_path / "out"
+    text = write_search(site, search.contest, search.full, results, output).read_text()
+    with (output / "trials.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["trial"] for line in lines] == [*map(str, range(1, 21)), "published"]
+    assert lines[4]["state"] == "diverged"
+    assert lines[4]["valid_nll"] == ""
+    result = read_search(search.contest, search.full, results)
+    assert next(iter(result.importances)) in ("hidden_size", "learning_rate")  # what the law has
+    assert sum(result.importances.values()) == pytest.approx(1)
+    assert result.ranked[0].number == 0  # the published one
+    for name in ("best-so-far", "parallel-coordinates", "importance"):
+        assert (output / "figures" / f"{name}.svg").exists()
+    assert "s-best:" in text
+    assert "1 diverged" in text
+
+
+def test_whole_numbers_are_told_by_the_recipe() -> None:
+    whole = ("hidden_size", "latent_size", "patience")
+    assert [is_whole(key) for key in (*whole, "dropout", "clip_norm", "rnn")] == [True] * 3 + [
+        False
+    ] * 3

@@ -1,0 +1,129 @@
+"""Searches end to end in two frameworks: at random, and by a sampler, killed and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.workflow.conftest import Project
+
+from ptbench.analysis.search import SearchResult, propose
+from ptbench.configuration.search import Question
+from ptbench.training.attempts import look
+from ptbench.training.records import read_metrics
+
+SPACE = "{hidden_size: {low: 4, high: 16, log: true}, learning_rate: {low: 0.1, high: 2}}"
+FILE = f"""
+search:
+  at-random:
+    {{title: R, recipe: demo-lstm, space: {SPACE}, trials: 3, full: 1, published: demo-lstm,
+     short: {{epochs: 2, constant_epochs: 2}}, frameworks: [jax, pytorch], seeds: [1]}}
+  learning:
+    {{title: L, recipe: demo-lstm, space: {SPACE}, trials: 4, full: 1, generation: 2, method: tpe,
+     short: {{epochs: 2, constant_epochs: 2}}, frameworks: [jax, pytorch], seeds: [1]}}
+  failing:
+    {{title: F, recipe: demo-lstm, method: tpe, generation: 2, trials: 3, full: 1, seed: 4,
+     space: {{batch_size: {{choices: [10, 1000000]}}, learning_rate: {{low: 0.1, high: 1}}}},
+     frameworks: [jax], seeds: [1]}}
+"""
+COMMAND = ("--cores", "2", "--config", "experiments=[at-random,learning]", "budget=smoke")
+RANDOM = "results/searches/at-random+budget=smoke"
+LEARNING = "results/searches/learning+budget=smoke"
+
+
+@pytest.fixture(scope="module")
+def searched(project: Project) -> Project:
+    """Both searches, run to the report; Snakemake and its trainers were killed on the way."""
+    (project.folder / "workflow/experiments/own.yaml").write_text(FILE)
+    with (project.folder / "said").open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "snakemake", f"{LEARNING}/selection.json", *COMMAND],
+            cwd=project.folder, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+            env=project.environment(),
+        )  # fmt: skip
+    attempts = project.folder / "results/attempts/learning-trial-3+budget=smoke"
+    while not list(attempts.glob("*/*/*/attempt-1.json")):
+        assert process.poll() is None, (project.folder / "said").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    for other in psutil.process_iter(["cwd"]):
+        if other.info["cwd"] == str(project.folder):
+            other.kill()
+    process.wait()
+    project.snakemake("--unlock", *COMMAND)
+    project.snakemake(*COMMAND)
+    return project
+
+
+def read(project: Project, file: str) -> Any:
+    return json.loads((project.folder / file).read_bytes())
+
+
+def test_trials_run_in_the_first_framework_and_winners_in_both(searched: Project) -> None:
+    for folder, name, count in ((RANDOM, "at-random", 3), (LEARNING, "learning", 4)):
+        result = SearchResult.model_validate(read(searched, f"{folder}/search.json"))
+        assert [trial.state for trial in result.trials] == ["ok"] * count
+        assert all("/jax/" in trial.cell for trial in result.trials)
+        best = min(result.trials, key=lambda trial: trial.nll or 99)
+        selected = read(searched, f"{folder}/selection.json")["winners"]
+        assert [each["number"] for each in selected.values()] == [best.number]
+        for framework in ("jax", "pytorch"):
+            cell = f"{name}-winner-1+budget=smoke/{framework}/devices-1/seed-1"
+            folder_of_cell = searched.folder / "results/cells" / cell
+            assert read_metrics(folder_of_cell / "metrics.json").status == "ok"
+            recipe = (folder_of_cell / "recipe.yaml").read_text()
+            assert best.point
+            assert f"hidden_size: {best.point['hidden_size']}\n" in recipe
+        page = searched.folder / f"results/report/searches/{name}+budget=smoke.html"
+        assert f"{name}-best:" in page.read_text()
+    index = (searched.folder / "results/report/index.html").read_text()
+    assert "searches/learning+budget=smoke.html" in index
+
+
+def test_a_killed_search_went_on_with_the_trials_that_it_would_have_had(searched: Project) -> None:
+    killed = look(
+        searched.folder / "results/attempts/learning-trial-3+budget=smoke/jax/devices-1/seed-1"
+    )
+    assert killed
+    assert killed.record.attempt == 2
+    assert killed.status == "finished"
+    for number in (1, 2):
+        file = f"{LEARNING}/generation-{number}.json"
+        written = read(searched, file)
+        question = Question.model_validate(written["question"])
+        os.chdir(searched.folder)
+        assert propose(question, Path("results")) == written
+    assert searched.planned(*COMMAND) == []
+
+
+def test_a_result_that_is_removed_is_made_again_and_the_search_stays_as_it_was(
+    searched: Project,
+) -> None:
+    before = read(searched, f"{LEARNING}/generation-2.json")
+    trial = "results/cells/learning-trial-1+budget=smoke/jax/devices-1/seed-1/metrics.json"
+    old = read_metrics(searched.folder / trial)
+    (searched.folder / trial).unlink()
+    assert f"{LEARNING}/generation-2.json" not in searched.planned(*COMMAND)
+    searched.snakemake(*COMMAND)
+    assert read_metrics(searched.folder / trial).valid == old.valid
+    assert read(searched, f"{LEARNING}/generation-2.json") == before
+
+
+def test_a_search_goes_on_past_a_failed_trial_when_it_is_run_again(searched: Project) -> None:
+    target = "results/searches/failing+budget=smoke/selection.json"
+    command = ("--cores", "2", target, "--config", "experiments=failing", "budget=smoke")
+    answer = searched.snakemake(*command, expect=1)
+    assert "failing-trial" in answer.stderr
+    assert not (searched.folder / target).exists()
+    searched.snakemake(*command)
+    states = [trial["state"] for trial in read(searched, target)["trials"]]
+    assert "missing" in states[:2]
+    assert "ok" in states

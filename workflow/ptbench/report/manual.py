@@ -53,8 +53,9 @@ EXPERIMENTS = """\
 # Experiments YAML
 
 Files in `workflow/experiments/` are our own; `workflow/papers/<document>/experiments.yaml` are
-those of a document. Names of recipes and experiments are unique over all files. What there is
-already is in the [catalogue](catalogue.md).
+those of a document. Names of recipes are unique over all files, and so are those of experiments
+and searches. What there is already is in the [catalogue](catalogue.md). The
+[tutorial](../tutorial.md#a-search-of-your-own) has a search.
 """
 
 CORPORA = """\
@@ -114,8 +115,8 @@ CATALOGUE = """\
 # Catalogue
 
 The experiments that there are, for `--config experiments=<name>`. A document's experiments are
-run together by `--config papers=<document>`, and all of them by `--config experiments=all`. A
-cell is one run.
+run together by `--config papers=<document>`, and all of them by `--config experiments=all`; a
+search is run only by its name. A cell is one run.
 """
 
 DECISIONS = """\
@@ -129,7 +130,8 @@ COMMANDS = """\
 # Commands of ptbench
 
 Each is typed as `uv run ptbench <command>`. `analyse`, `answer`, `corpus`, `environments`,
-`partial`, `report` and `train` are called by the workflow's rules; you will rarely type them.
+`partial`, `propose`, `report`, `search`, `select` and `train` are called by the workflow's rules;
+you will rarely type them.
 """
 
 
@@ -320,9 +322,12 @@ def catalogue() -> str:
     study = load_study({"experiments": ["all"]})
     own = [n for n in library.experiments if not any(n in p for p in library.papers.values())]
     sections = {"Our own": own} | {f"`papers={paper}`": n for paper, n in library.papers.items()}
+    found = {title: rows(names, study) for title, names in sections.items()}
+    searched = load_study({"experiments": list(library.searches)})
+    found["Searches"] = rows(searched.experiments, searched)
     return "\n".join(
-        f"## {title}\n\n{table(['Experiment', 'What', 'Corpus', 'Cells'], rows(names, study))}"
-        for title, names in sections.items()
+        f"## {title}\n\n{table(['Experiment', 'What', 'Corpus', 'Cells'], lines)}"
+        for title, lines in found.items()
     )
 
 

@@ -100,6 +100,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 LONGEST = (
     "slurm", "tests/workflow/test_demo.py", "jax", "tensorflow", "keras",
     "tests/faults/test_frameworks.py", "pytorch", "tests/workflow/test_planning.py", "mxnet",
+    "tests/workflow/test_search.py",
     "tests/workflow/test_environments.py", "tests/workflow/test_failures.py",
     "tests/workflow/test_slurm_profile.py", "tests/faults/test_trainer.py",
     "tests/workflow/test_interruption.py", "tests/faults/test_replicas.py",

@@ -17,7 +17,7 @@ from ptbench.analysis import search as searching
 from ptbench.analysis.collect import AnalysisError
 from ptbench.analysis.search import Trial, next_points, propose, read_search, select, study_of
 from ptbench.configuration.experiments import load_library
-from ptbench.configuration.search import Question, is_whole
+from ptbench.configuration.search import Question, draw_points, is_whole
 from ptbench.configuration.specification import parse_cell_path
 from ptbench.configuration.study import PlannedSearch, Study, load_study, read_study
 from ptbench.environments import PYTHON
@@ -213,6 +213,9 @@ def test_a_search_is_run_only_if_it_is_asked_for_by_name() -> None:
 @pytest.mark.parametrize("name", load_library().searches)
 def test_every_search_of_a_document_can_be_planned(name: str) -> None:
     study = load_study({"experiments": [name]})
+    search = study.searches[name]
+    for text in (search.contest.model_dump_json() + search.full_runs, study.plan(name)):
+        assert len(text) < 100_000  # bytes; Linux takes 128 KiB as one argument
     planned = study.experiments[name]
     asked = load_library().searches[name]
     assert len(planned.cells) == asked.trials + (asked.published is not None)
@@ -297,7 +300,7 @@ def test_the_same_results_give_the_same_next_trials_and_others_give_others(
         monkeypatch.setattr("sys.path", [*__import__("sys").path])
         searching.import_torch_from(environment)
     first = finish_generation(search, 1, results)
-    few = search.generations[1][: 2 if method == "gp" else 10]
+    few = list(search.generations[1][: 2 if method == "gp" else 10])
     question = search.question(2).model_copy(update={"method": method, "variants": few})
     second = propose(question, results)
     assert second == propose(question, results)
@@ -410,7 +413,8 @@ def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
 ) -> None:
     study = study_with(tmp_path, monkeypatch, usual(more=", published: r+hidden_size=32"))
     search, results = study.searches["s"], tmp_path / "results"
-    for trial, point in zip(search.trials, search.points, strict=True):
+    points = draw_points(search.space, 20, 3, "s")
+    for trial, point in zip(search.trials, points, strict=True):
         write_result(results, search.cell(trial), law(point))
     write_result(results, search.cell(search.trials[4]), None)
     published = search.shown_trials[0]

@@ -186,6 +186,23 @@ def trials_of(cells):
     ]
 
 
+# What a generation waits for: all trials before it that have not failed. The same command trains a
+# failed one again, and meanwhile it counts as the worst. A generation that has been proposed stays.
+@noted
+def inputs_of_generation(wildcards):
+    name, number = wildcards.search, int(wildcards.number)
+    question = or_exit(study.question, name, number)
+    output = study.search(name).generation(number)
+    if study.answered_question(name, number) and not is_forced("propose", output):
+        return {}
+    search = study.search(name)
+    inputs = {"trials": trials_of(search.question(number).told.values())}
+    if search.definition.method == "gp" and not USES_CONDA:
+        waits = or_exit(environments.to_wait_for, "pytorch", ACCELERATOR)
+        inputs["environment"] = ancient(waits)
+    return inputs
+
+
 # What runs this study, whatever its targets are now.
 def command():
     return command_without_targets(sys.argv, get_argument_parser().parse_args)

@@ -1,25 +1,6 @@
 # Searches: the next trials, from the results of those before, and the ones that go on in full. Trials
 # and full runs are cells like any other. What a search finds is in files that its cells wait for, so
 # the graph of jobs is known when it is planned, and nothing outlives a job but files.
-
-
-# What a generation waits for: all trials before it that have not failed. The same command trains a
-# failed one again, and meanwhile it counts as the worst. A generation that has been proposed stays.
-@noted
-def inputs_of_generation(wildcards):
-    name, number = wildcards.search, int(wildcards.number)
-    question = or_exit(study.question, name, number)
-    output = study.search(name).generation(number)
-    if study.answered_question(name, number) and not is_forced("propose", output):
-        return {}
-    search = study.search(name)
-    inputs = {"trials": trials_of(search.question(number).told.values())}
-    if search.definition.method == "gp" and not USES_CONDA:
-        waits = or_exit(environments.to_wait_for, "pytorch", ACCELERATOR)
-        inputs["environment"] = ancient(waits)
-    return inputs
-
-
 rule propose:
     input:
         unpack(inputs_of_generation),
@@ -45,7 +26,7 @@ rule propose:
 rule select:
     input:
         trials=lambda wildcards: trials_of(
-            or_exit(study.search, wildcards.search).contest.trials.values()
+            or_exit(study.search, wildcards.search).own_trials
         ),
     output:
         "results/searches/{search}/selection.json",
@@ -76,7 +57,9 @@ rule search:
             for cell in cells
         ],
     output:
-        multiext("results/searches/{search}/", "search.json", "trials.csv", "recipe.yaml"),
+        multiext(
+            "results/searches/{search}/", "search.json", "trials.csv", "recipe.yaml"
+        ),
         page=report(
             "results/report/searches/{search}.html",
             caption="../report/search.rst",

@@ -29,6 +29,7 @@ from ptbench.configuration.search import (
     Space,
     UnfitError,
     bounds,
+    draw_points,
     is_whole,
     steps,
 )
@@ -108,6 +109,16 @@ def read_trials(cells: Mapping[str, str], points: Sequence[Point], results: Path
         read_trial(number, variant, cell, known[number - 1], results)
         for number, (variant, cell) in enumerate(cells.items(), start=1)
     ]
+
+
+def trials_of(contest: Contest, results: Path) -> list[Trial]:
+    """Return all trials of a search, with what their runs left."""
+    if contest.method == "random":
+        points = draw_points(contest.space, len(contest.trials), contest.seed, contest.name)
+    else:
+        points = read_points(contest.files, results)
+    cells = {variant: f"{variant}/{contest.run}" for variant in contest.trials}
+    return read_trials(cells, points, results)
 
 
 def propose(question: Question, results: Path) -> dict[str, Any]:
@@ -267,8 +278,7 @@ def select(contest: Contest, results: Path) -> dict[str, Any]:
     Raises:
         AnalysisError: if fewer trials ended well than are to go on.
     """
-    points = contest.points or read_points(contest.files, results)
-    trials = read_trials(contest.trials, points, results)
+    trials = trials_of(contest, results)
     best = ranked(trials)[: len(contest.winners)]
     if len(best) < len(contest.winners):
         raise AnalysisError(
@@ -349,8 +359,7 @@ def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Pa
         full: cells of the full runs, by variant.
         results: the results folder.
     """
-    points = contest.points or read_points(contest.files, results)
-    trials = read_trials(contest.trials, points, results)
+    trials = trials_of(contest, results)
     published = None
     if contest.published is not None:
         cell, point = contest.published.cell, contest.published.point

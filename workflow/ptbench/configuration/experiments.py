@@ -130,7 +130,11 @@ class Search(Model):
         description="random: independent draws; tpe: Optuna's tree-structured Parzen estimator; "
         "gp: Optuna's Gaussian process, which needs PyTorch's environment.",
     )
-    trials: int = Field(ge=1, le=10_000, description="Short runs.")
+    trials: int = Field(
+        ge=1,
+        le=300,  # a command that names them all must not be longer than Linux allows, 128 KiB
+        description="Short runs.",
+    )
     generation: int = Field(
         8, ge=1, description="Trials that tpe and gp propose at once, from the results before."
     )

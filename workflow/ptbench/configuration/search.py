@@ -135,9 +135,10 @@ class Contest(Model):
     base: str = Field(description="Name of the recipe that the search starts from.")
     set: dict[str, Value] = Field(description="Keys and values in every run.")
     space: Space = Field(description="What is tried.")
-    trials: dict[str, str] = Field(description="All trials, in order: their cells by variant.")
-    points: list[Point] = Field(description="Their points, if they were known when planned.")
-    files: list[str] = Field(description="That have the points otherwise, in order.")
+    seed: int = Field(description="Of random draws.")
+    trials: list[str] = Field(description="Variants of all trials, in order.")
+    run: str = Field(description="Framework, devices and seed of the trials: their cells' folders.")
+    files: list[str] = Field(description="That have the points, unless they are drawn at random.")
     winners: list[str] = Field(description="Variants that are to be trained in full.")
     published: Published | None = Field(description="What others found.")
 

@@ -36,7 +36,6 @@ from ptbench.configuration.experiments import (
 from ptbench.configuration.papers import answering, paper_files, paper_folders
 from ptbench.configuration.search import (
     Contest,
-    Point,
     Published,
     Question,
     Space,
@@ -124,7 +123,6 @@ class PlannedSearch:
     definition: Search
     space: Space
     trials: tuple[str, ...]  # their variants
-    points: tuple[Point, ...]  # of a random search; of another, its generations' files have them
     winners: tuple[str, ...]  # variants that are trained in full
     published: Published | None
     framework: Framework  # of the trials
@@ -168,10 +166,15 @@ class PlannedSearch:
         return found | dict.fromkeys(self.winners, self.selection)
 
     @property
+    def own_trials(self) -> list[str]:
+        """Return the cells of all trials."""
+        return [self.cell(trial) for trial in self.trials]
+
+    @property
     def shown_trials(self) -> list[str]:
         """Return the cells of all trials, that of what others found among them."""
         published = [self.published.cell] if self.published else []
-        return [*published, *map(self.cell, self.trials)]
+        return [*published, *self.own_trials]
 
     @property
     def full_runs(self) -> str:
@@ -202,8 +205,9 @@ class PlannedSearch:
             base=self.definition.recipe,
             set=self.definition.set,
             space=self.space,
-            trials={trial: self.cell(trial) for trial in self.trials},
-            points=list(self.points),
+            seed=self.definition.seed,
+            trials=list(self.trials),
+            run=self.cell("").removeprefix("/"),
             files=[self.generation(number) for number, _ in enumerate(self.generations, start=1)],
             winners=list(self.winners),
             published=self.published,
@@ -658,8 +662,7 @@ def plan_search(
         devices=devices,
     )
     points = draw_points(space, asked.trials, asked.seed, f"{where}: space")
-    random = asked.method == "random"
-    if random:
+    if asked.method == "random":
         trials = [
             resolved(asked.recipe, asked.set | point | asked.short, "trials") for point in points
         ]
@@ -698,7 +701,6 @@ def plan_search(
         definition=asked,
         space=space,
         trials=tuple(each.variant for each in trials),
-        points=tuple(points) if random else (),
         winners=tuple(each.variant for each in winners),
         published=published,
         framework=frameworks[0],

@@ -463,7 +463,7 @@ class Study:
 
         Args:
             path: of the file.
-            replaced: cells whose result is there, and which the run makes anew if it does not count.
+            replaced: cells whose result is there, and is made anew where it does not count.
             command: what runs it, without targets.
         """
         content = {

@@ -17,7 +17,7 @@ from ptbench.analysis.experiment import FigureFile
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.search import SearchResult, Trial, ranked, read_search
 from ptbench.configuration.search import Contest, bounds
-from ptbench.configuration.specification import format_override
+from ptbench.configuration.specification import format_override, reductions
 from ptbench.files import write_atomically
 from ptbench.report import words
 from ptbench.report.drawing import number_ticks, panels, ramp, save, set_limits, spans, style
@@ -35,8 +35,8 @@ def write_search(
 ) -> Path:
     """Write what a search came to, as far as it is, and return where its page is.
 
-    Writes trials.csv, recipe.yaml, and figures/*.svg and *.png; search.json last of these, because
-    it tells that the others are there.
+    Writes trials.csv, recipe.yaml and figures/*.svg; search.json last of these, because it tells
+    that the others are there.
 
     Args:
         site: the report.
@@ -70,6 +70,7 @@ def write_search(
         value=lambda trial, key: value_text((trial.point or {}).get(key)),
         space={key: words_of(result, key) for key in contest.space.dimensions},
         words=words,
+        reduced=words.reduced_warning(reductions(contest.name)),
         figures=[
             (file, inline_svg(output / "figures" / f"{file.name}.svg", f"figure-{index}"))
             for index, (file, _) in enumerate(figures)

@@ -131,6 +131,10 @@ BAD_SEARCHES = [
         r"search s: short: r: there is no recipe key \"epoch\"; did you mean epochs",
     ),
     (
+        "{title: T, recipe: r, trials: 3, set: {epoch: 1}, space: {layers: {low: 1, high: 4}}}",
+        r"search s: set: r: there is no recipe key \"epoch\"; did you mean epochs",
+    ),
+    (
         "{title: T, recipe: q, trials: 3, space: {layers: {low: 1, high: 4}}}",
         r"own.yaml, line 3: search s: recipe: there is no recipe \"q\"",
     ),
@@ -404,8 +408,9 @@ def test_only_what_failed_or_was_killed_often_counts_as_failed(tmp_path: Path) -
             holder=this_process(), started="2026-01-01T00:00:00+00:00",
         )  # fmt: skip
         write_atomically(tmp_path / f"attempt-{number}.json", record.model_dump_json())
-        assert has_failed(tmp_path) == (number >= 3)
-    assert not has_failed(tmp_path / "none")
+        assert has_failed(tmp_path, "f") == (number >= 3)
+        assert not has_failed(tmp_path, "another recipe's")
+    assert not has_failed(tmp_path / "none", "f")
 
 
 def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
@@ -442,6 +447,7 @@ def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
         assert (output / "figures" / f"{name}.svg").exists()
     assert "s-best:" in text
     assert "1 diverged" in text
+    assert "The published recipe, run as a trial, is number 1 of the 20 that ended well." in text
 
 
 def test_whole_numbers_are_told_by_the_recipe() -> None:

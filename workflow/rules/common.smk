@@ -182,7 +182,7 @@ def trials_of(cells):
     return [
         f"results/cells/{cell}/metrics.json"
         for cell in cells
-        if not has_failed(Path(f"results/attempts/{cell}"))
+        if not has_failed(Path(f"results/attempts/{cell}"), study.fingerprint(cell))
     ]
 
 

@@ -283,6 +283,12 @@ class Study:
             self._texts[variant] = specification.text(), specification.fingerprint
         return self._texts[variant]
 
+    def fingerprint(self, path: str) -> str | None:
+        """Return the fingerprint of a cell's specification; None if a search has yet to find it."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._text_and_fingerprint(path.partition("/")[0])[1]
+        return None
+
     def recipe(self, path: str) -> Recipe:
         """Return the recipe of a cell."""
         return self.specification(path.partition("/")[0]).recipe
@@ -646,7 +652,8 @@ def plan_search(
         return f"{library.places.get(('space', f'{name}: {key}'), where)}: search {name}: space"
 
     frameworks, devices, seeds = axes(name, asked, settings, place)
-    base = resolved(asked.recipe, asked.set, "recipe")
+    resolved(asked.recipe, {}, "recipe")
+    base = resolved(asked.recipe, asked.set, "set")
     resolved(asked.recipe, asked.set | asked.short, "short")
     check_space(asked, base.recipe, place_of_key, where)
     unchanged = Recipe.model_validate(library.recipes[asked.recipe].model_dump() | asked.set)

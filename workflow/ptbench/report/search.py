@@ -169,7 +169,7 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
 
 def draw_best(result: SearchResult) -> Figure:
     """Draw the lowest perplexity so far, by trials and by hours."""
-    figure, [[by_trial, by_hour]] = panels(1, 2, height=2.0, width=7.0)
+    figure, [[by_trial, by_hour]] = panels(1, 2, height=2.0, width=7.0, left=1.1, aside=0.95)
     hours = list(itertools.accumulate((trial.seconds or 0.0) / 3600 for trial in result.trials))
     found = [trial.perplexity for trial in result.trials]
     beside = result.published.perplexity if result.published else None

@@ -140,14 +140,15 @@ def look(folder: Path, number: int | None = None) -> Seen | None:
     return Seen(record, running and holders.lives(record.holder, silence, this_process()), silence)
 
 
-def has_failed(folder: Path) -> bool:
+def has_failed(folder: Path, fingerprint: str | None) -> bool:
     """Return whether a cell's newest attempt failed, or so many were killed that it is no accident.
 
     Args:
         folder: the cell's, under `results/attempts`.
+        fingerprint: of its specification now; attempts at another do not count. None: unknown.
     """
     seen = look(folder)
-    if seen is None:
+    if seen is None or seen.record.fingerprint != fingerprint:
         return False
     often = seen.status == "killed" and seen.record.attempt >= KILLED_OFTEN
     return seen.status == "failed" or often

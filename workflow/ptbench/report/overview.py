@@ -22,8 +22,8 @@ from ptbench.analysis.collect import AnalysisError, first_line
 from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.headline import Comparison, Perplexities
 from ptbench.analysis.metrics import METRICS
-from ptbench.analysis.source import read_source
 from ptbench.analysis.search import SearchResult
+from ptbench.analysis.source import read_source
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
 from ptbench.backends.mistakes import read_mistakes

@@ -5,6 +5,7 @@ ROW = "{variant}/{framework}/devices-{devices}"
 
 rule profile:
     input:
+        found=lambda wildcards: study.found_in(wildcards.variant) or [],
         corpus=profiled_corpus,
         environment=profiled_environment,
     output:

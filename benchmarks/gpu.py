@@ -11,7 +11,7 @@ and no environments of ours. Parts, each of which writes its files as soon as it
 - runs: whole trainings on the corpus (cells/), several at a time. They give perplexities; their
   speeds are of a shared GPU, as their provenance says (`cells_at_once`).
 
-A part that fails is reported at the end, and the others go on.
+A part that fails says so, and the others go on; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ptbench.backends import Framework
+from ptbench.cli import positive
 from ptbench.configuration.config import read_configuration
 from ptbench.configuration.experiments import expand
 from ptbench.configuration.specification import (
@@ -54,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each competitor")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each competitor")
     parser.add_argument("--seconds", type=float, default=0.5, help="least length of a turn")
     parser.add_argument(
         "--cells", nargs="*", metavar="VARIANT/FRAMEWORK/SEEDS",
@@ -120,14 +121,13 @@ def train(asked: argparse.Namespace, specification: Specification, cell: Cell) -
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
-        said = (work / "log").read_text(errors="replace").strip().splitlines()[-1:]
+        log = work / "log"
+        said = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
         raise RuntimeError(f"{cell.path} failed: {''.join(said)}")
     metrics = json.loads((output / "metrics.json").read_text())
-    print(
-        f"{cell.path}: {metrics['status']}, test perplexity {metrics['test']['perplexity']:.2f}, "
-        f"{time.perf_counter() - start:.0f} s",
-        flush=True,
-    )
+    said = f"test perplexity {metrics['test']['perplexity']:.2f}" if metrics["test"] else "no score"
+    seconds = time.perf_counter() - start
+    print(f"{cell.path}: {metrics['status']}, {said}, {seconds:.0f} s", flush=True)
 
 
 def train_all(asked: argparse.Namespace) -> None:
@@ -167,6 +167,7 @@ def main() -> None:
     asked.output = asked.output.resolve()
     asked.output.mkdir(parents=True, exist_ok=True)
     asked.corpus = asked.corpus and asked.corpus.resolve()
+    # one process must not take three quarters of the GPU from the others, as JAX does
     os.environ |= {"PYTHONPATH": str(ROOT / "workflow"), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     facts = provenance("numpy") | {"training_code": code_digest()}
     (asked.output / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")

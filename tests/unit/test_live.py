@@ -113,6 +113,11 @@ def test_the_display_shows_what_a_cell_says_at_the_end_of_its_log(run: Run) -> N
     assert max(map(len, run.picture().splitlines())) <= 80
 
 
+def test_brackets_in_a_log_are_no_markup(run: Run) -> None:
+    run.train().write_text("[tiny jax] epoch 1/8 [rank0] in [/scratch/x]\n")
+    assert "epoch 1/8 [rank0] in [/scratch/x]" in run.picture()
+
+
 def test_snakemake_s_own_words_are_left_out_but_for_what_it_warns_of(run: Run) -> None:
     run.log(None, "Building DAG of jobs...")
     run.log("workflow_started", "SNAKEMAKE 9")

@@ -61,3 +61,10 @@ def test_the_drawing_says_who_is_fastest_and_there_is_none_of_one_row(tmp_path: 
 def test_without_any_speed_there_is_no_drawing(tmp_path: Path) -> None:
     first, _ = analyses_of(tmp_path)
     assert draw_speed_map([first.model_copy(update={"rows": ()})]) is None
+
+
+def test_long_labels_leave_room_for_the_map(tmp_path: Path) -> None:
+    first, second = analyses_of(tmp_path)
+    drawn = draw_speed_map([first.model_copy(update={"name": "x" * 150}), second])
+    assert drawn is not None
+    assert "x" * 33 + "…" in drawn.svg

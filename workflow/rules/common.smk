@@ -140,7 +140,12 @@ def inputs_of(wildcards):
         return {}
     # If the search finds the same recipe again, the result that is there is still the cell's.
     output = f"results/cells/{path}/metrics.json"
-    if found and modified(output) and not is_forced("train", output):
+    if (
+        found
+        and modified(output)
+        and not is_forced("train", output)
+        and path not in replaced
+    ):
         replaced.append(path)
     inputs = {"found": found} if found else {}
     inputs["corpus"] = ancient(corpus) if trained else corpus

@@ -1,7 +1,7 @@
 """What a run shows while it runs: a live display on a terminal, a line for each run elsewhere.
 
-With --verbose, --debug-dag and in dry runs it is Snakemake's own output. Snakemake's full log is in
-.snakemake/log whatever is shown. `ptbench.report.live` decides what to say.
+With --verbose, --debug-dag, --show-failed-logs and in dry runs it is Snakemake's own output.
+Its full log is in .snakemake/log whatever is shown. `ptbench.report.live` decides what to say.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ class LogHandler(LogHandlerBase):
         """Choose between the two."""
         settings = self.common_settings
         stream = sys.stdout if settings.stdout else sys.stderr
-        if settings.dryrun or settings.verbose or settings.debug_dag:
+        if (
+            settings.dryrun or settings.verbose or settings.debug_dag or settings.show_failed_logs
+        ):  # fmt: skip
             self.handler: logging.Handler = snakemake_s_own(settings)
         else:
-            self.handler = Display(stream, {str(each) for each in settings.quiet or ()})
+            quiet = {str(each) for each in settings.quiet or ()}
+            self.handler = Display(stream, quiet, colours=not settings.nocolor)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record."""

@@ -1,9 +1,9 @@
 """Batches of tokens. Every framework's environment imports this, so it needs NumPy alone.
 
-There are three ways to feed a model, one class each, one class that mixes up the batches of another
-as a known bug did, and one that prepares the batches of another ahead of time. All depend on the
-epoch's number and nothing random. They hold no more text
-than the current batch needs, yield new arrays that the reader may keep, and pad what is incomplete
+There are three ways to feed a model, one class each. Three classes change the batches of another:
+one mixes them up as a known bug did, one takes the first of them, and one prepares them ahead of
+time. All depend on the epoch's number and nothing random. They hold no more text than the current
+batch needs, yield new arrays that the reader may keep, and pad what is incomplete
 with masked tokens, so shapes repeat and compiled frameworks compile once for each shape.
 """
 

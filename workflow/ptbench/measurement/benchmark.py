@@ -7,6 +7,7 @@ of the bound is taken within each round. Printed are medians over the rounds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -105,7 +106,12 @@ class Worker:
             self.process = subprocess.Popen(
                 [python, "-m", "ptbench.measurement.speed_worker", json.dumps(task)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+                env=os.environ
+                | {
+                    "PYTHONPATH": str(Path(__file__).parents[2]),
+                    # JAX would take three quarters of a GPU that all share
+                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                },
             )  # fmt: skip
 
     def __enter__(self) -> Worker:
@@ -140,8 +146,9 @@ class Worker:
     def ask(self, **request: Any) -> Any:
         """Return the answer to a request."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `answer` will say
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
         return self.answer()
 
 
@@ -328,6 +335,8 @@ class Benchmark:
             shift = number % max(len(contest.entries), 1)
             for entry in [*contest.entries[shift:], *contest.entries[:shift]]:
                 self.try_with(contest, entry, self.take_turn)
+            if not contest.entries:
+                return []
             rates = product_rates(recipe, engines, PRODUCT_SECONDS[self.accelerator])
             limit = bound(recipe, VOCABULARY_SIZE, rates)
             for _, result in contest.entries:

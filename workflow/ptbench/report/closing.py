@@ -27,16 +27,18 @@ def print_results(folders: Sequence[Path], report: Path, console: Console | None
         report: its first page.
         console: where to print; None: standard output.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     analyses = [read_analysis(folder) for folder in folders]
     rows = [row for analysis in analyses for row in analysis.rows]
     if 0 < len(rows) <= MOST_ROWS:
         console.print(results_table(analyses))
     speeds = headline.compare_speeds(headline.groups_of(analyses))
     warning = words.speed_warning(speeds)
-    found = (words.speed_title(speeds), warning, words.perplexity_sentence(
-        headline.compare_perplexities(analyses)
-    ))  # fmt: skip
+    found = (
+        words.speed_title(speeds),
+        f"Speeds do not compare: {warning}" if warning else "",
+        words.perplexity_sentence(headline.compare_perplexities(analyses)),
+    )
     for sentence in filter(None, found):
         console.print(sentence if sentence.endswith(".") else f"{sentence}.")
     console.print(f"The report is at {report}", soft_wrap=True)

@@ -47,7 +47,7 @@ DONE = {
     "corpus": "corpus {corpus_folder} is ready",
     "analyse": "experiment {experiment} is analysed",
     "answer": "document {paper} is answered",
-    "profile": "{variant} in {framework} on {devices} devices is profiled",
+    "profile": "{variant} in {framework}, devices {devices}, is profiled",
     "report": "the report is made",
 }
 
@@ -70,6 +70,11 @@ class Job:
             return " ".join([self.rule, *own.values()][:2])
         devices = "" if own["devices"] == "1" else f" devices {own['devices']}"
         return f"{own['variant']} {own['framework']}{devices} seed {own['seed']}"
+
+    @property
+    def has_log(self) -> bool:
+        """Whether it has begun to write a log."""
+        return bool(self.logs) and Path(self.logs[0]).exists()
 
     def said(self) -> str:
         """Return the newest line of its log, without its name."""
@@ -146,16 +151,17 @@ class Display(logging.Handler):
 
     current: Display | None = None  # that of this process, for `finish`
 
-    def __init__(self, stream: TextIO, quiet: set[str]) -> None:
+    def __init__(self, stream: TextIO, quiet: set[str], colours: bool = True) -> None:
         """Show nothing yet.
 
         Args:
             stream: where to show it.
             quiet: what Snakemake's --quiet names: `all` leaves errors, `progress` leaves out what
                 has ended.
+            colours: whether they may be used.
         """
         super().__init__()
-        self.console = Console(file=stream, highlight=False)
+        self.console = Console(file=stream, highlight=False, no_color=not colours)
         self.progress = Progress()
         self.silent = bool(quiet & {"all", "progress"})
         self.seen = threading.Event()  # set when `finish`'s record has come through
@@ -236,8 +242,10 @@ class Display(logging.Handler):
 
     def on_ptbench_end(self, _: logging.LogRecord) -> None:
         """Take the display away: the rest of the run prints by itself."""
-        self.close()
-        self.seen.set()
+        try:
+            self.close()
+        finally:
+            self.seen.set()
 
     def say(self, words: str, style: str = "") -> None:
         """Print a line, above the display where there is one."""
@@ -256,9 +264,11 @@ class Display(logging.Handler):
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True, overflow="ellipsis")
         table.add_column(no_wrap=True, overflow="ellipsis", style="dim")
-        jobs = list(progress.running.values())
+        # Snakemake calls a job of Slurm's running once it is queued: those with a log come first.
+        jobs = sorted(progress.running.values(), key=lambda job: not job.has_log)
         for job in jobs[:SHOWN]:
-            table.add_row(job.name, job.said() or duration(time.monotonic() - job.began))
+            said = job.said() or duration(time.monotonic() - job.began)
+            table.add_row(Text(job.name), Text(said))
         if len(jobs) > SHOWN:
             table.add_row(f"and {len(jobs) - SHOWN:,} more", "")
         bar = Table.grid()

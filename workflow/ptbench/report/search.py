@@ -256,7 +256,7 @@ def place(result: SearchResult, key: str, value: Any) -> float:
         among = value in dimension.choices  # what others found may not be
         last = max(len(dimension.choices) - 1, 1)
         return dimension.choices.index(value) / last if among else ABSENT
-    if value is None:
+    if value is None or (dimension.log and value <= 0):
         return ABSENT
     low, high = bounds(dimension)
     scale = math.log if dimension.log else float

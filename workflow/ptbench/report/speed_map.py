@@ -20,6 +20,7 @@ from ptbench.report.svg import inline_svg
 
 SPEED = "tokens_per_second"
 ROW = 0.26  # inches
+LONGEST = 34  # characters of a row's label
 # Not the page's own colours, which change places for readers who prefer the dark.
 BLACK, WHITE = "#101214", "#fefefe"
 
@@ -70,9 +71,10 @@ def draw_speed_map(analyses: Sequence[Analysis]) -> SpeedMap | None:
         return None
     fastest = shares.idxmax(axis="columns").value_counts()
     said = ", ".join(f"{framework_name(str(name))} in {n}" for name, n in fastest.items())
+    labels = [shortened(str(row)) for row in shares.index]
     shades = sns.light_palette("#3f6690", as_cmap=True)
     with style(), tempfile.TemporaryDirectory() as folder:
-        left = 0.3 + 0.075 * max(map(len, shares.index))
+        left = 0.3 + 0.075 * max(map(len, labels))
         figure, [[axes]] = panels(
             1, height=ROW * len(shares), left=left, right=0.2, above=0.35, below=0.1,
             width=min(WIDTH, left + 0.2 + 1.1 * len(shares.columns)),
@@ -80,7 +82,7 @@ def draw_speed_map(analyses: Sequence[Analysis]) -> SpeedMap | None:
         sns.heatmap(
             shares.rename(columns=lambda name: framework_name(str(name))),
             ax=axes, vmin=0, vmax=1, cbar=False, annot=True, fmt=".2f", linewidths=1,
-            cmap=shades,
+            cmap=shades, yticklabels=labels,
         )  # fmt: skip
         for text in axes.texts:
             text.set_color(BLACK if luminance(shades(float(text.get_text()))) > 0.18 else WHITE)
@@ -90,6 +92,11 @@ def draw_speed_map(analyses: Sequence[Analysis]) -> SpeedMap | None:
         save(figure, Path(folder) / "speeds")
         svg = inline_svg(Path(folder) / "speeds.svg", "speeds")
     return SpeedMap(svg, f"Fastest of {len(shares)} rows: {said}.")
+
+
+def shortened(label: str) -> str:
+    """Return a label that leaves room for the map."""
+    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
 
 
 def luminance(colour: Sequence[float]) -> float:

@@ -40,7 +40,7 @@ from ptbench.training.records import Metrics
 
 POLL_SECONDS = 5.0  # between two looks at another process's attempt
 UNKNOWN = "an unknown host"
-KILLED_OFTEN = 3  # attempts, the last of which was killed: most likely out of memory again
+KILLED_OFTEN = 3  # attempts, that it is no accident: most likely out of memory each time
 
 Status = Literal["running", "finished", "failed", "interrupted", "killed"]
 
@@ -150,8 +150,11 @@ def has_failed(folder: Path, fingerprint: str | None) -> bool:
     seen = look(folder)
     if seen is None or seen.record.fingerprint != fingerprint:
         return False
-    often = seen.status == "killed" and seen.record.attempt >= KILLED_OFTEN
-    return seen.status == "failed" or often
+    if seen.status != "killed":
+        return seen.status == "failed"
+    every = [look(folder, number) for number in numbers(folder)]
+    killed = [each for each in every if each and each.status == "killed"]
+    return sum(each.record.fingerprint == fingerprint for each in killed) >= KILLED_OFTEN
 
 
 class Attempt:

@@ -93,7 +93,8 @@ class Sampler:
         """Return the counters as they are now."""
         if self.samples % CHILDREN_EVERY == 0:
             own = psutil.Process()
-            self.processes = [own, *own.children(recursive=True)]
+            with contextlib.suppress(psutil.Error):  # a system that hides processes
+                self.processes = [own, *own.children(recursive=True)]
         self.samples += 1
         spent, memory = {}, 0
         for process in self.processes:
@@ -207,11 +208,12 @@ def visible_gpus(count: int, environment: Mapping[str, str] = os.environ) -> lis
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Leave a block if NVIDIA's library is not there, or cannot tell something."""
-    try:
-        import pynvml
-    except ImportError:
-        return
-    with contextlib.suppress(pynvml.NVMLError):
+    known: list[type[Exception]] = [ImportError]
+    with contextlib.suppress(ImportError):
+        from pynvml import NVMLError
+
+        known.append(NVMLError)
+    with contextlib.suppress(*known):
         yield
 
 

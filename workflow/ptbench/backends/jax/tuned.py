@@ -1,6 +1,7 @@
-"""The same model, faster: a derivative of the LSTM's own, a loss with bounded memory, XLA's draws.
+"""The same model, faster: a derivative of the LSTM's own, cuDNN's LSTM, and XLA's draws.
 
-What is not here is in `model.py`. In CPU time on one thread, the recipes that ask for it train 1.3
+On CPUs the loss has bounded memory, too; on GPUs that is slower, and the loss is stock's. What is
+not here is in `model.py`. In CPU time on one thread, the recipes that ask for it train 1.3
 (Zaremba's small model) and 1.2 times (medium, and with a mixture of softmaxes) as fast as in stock.
 """
 

@@ -49,10 +49,12 @@ class Faulty(Study):
         self.extra("'--signal=USR1@120 --nodelist=node1'")
 
     def extra(self, expression: str) -> None:
-        """Set the further options of sbatch, to a Python expression in wildcards."""
+        """Set the further options of sbatch for cells, to a Python expression in wildcards."""
         path = self.folder / "slurm/profile.yaml"
         lines = path.read_text().splitlines()
-        [index] = [i for i, line in enumerate(lines) if line.startswith("    slurm_extra:")]
+        index = lines.index("  train:") + 1
+        while not lines[index].startswith("    slurm_extra:"):
+            index += 1
         lines[index] = f'    slurm_extra: "{expression}"'
         path.write_text("\n".join(lines) + "\n")
 

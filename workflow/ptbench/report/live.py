@@ -30,7 +30,8 @@ TAIL = 4096  # bytes of a log's end
 NOISE = (  # what Snakemake says of itself
     "Assuming unrestricted", "Building DAG", "Using shell", "Provided ", "Rules claiming",
     "Conda environments", "Select jobs", "Complete log", "Job stats", "no more jobs", "Singularity",
-    "Trying to restart", "SLURM run ID", "Cleaning up SLURM", "Unable to guess SLURM account",  "MinJobAge", "Checking that storage", "host:",
+    "Trying to restart", "SLURM run ID", "Cleaning up SLURM", "Unable to guess SLURM account",
+    "MinJobAge", "Checking that storage", "host:",
 )  # fmt: skip
 SUBMITTED = "has been submitted with SLURM"
 # Of one job of each rule, and of several.

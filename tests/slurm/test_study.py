@@ -84,6 +84,6 @@ def test_one_cell_by_its_path_refuses_other_devices_and_runs_alone_with_its_own(
 
     study.replace("slurm/profile.yaml", f"{asked} + 1", 'gres: f"gpu:{wildcards.devices}"')
     said = study.run(target)
-    assert said.count("has been submitted with SLURM jobid") == 1
+    assert "\n1 of 1  " in said  # one job, for this cell alone
     assert len(study.facts(cell)["cuda_visible_devices"].split(",")) == 2
     assert {other: study.finished()[other] for other in before} == before

@@ -31,7 +31,7 @@ NOISE = (  # what Snakemake says of itself
     "Assuming unrestricted", "Building DAG", "Using shell", "Provided ", "Rules claiming",
     "Conda environments", "Select jobs", "Complete log", "Job stats", "no more jobs", "Singularity",
     "Trying to restart", "SLURM run ID", "Cleaning up SLURM", "Unable to guess SLURM account",
-    "MinJobAge", "Checking that storage", "host:",
+    "Touching output", "MinJobAge", "Checking that storage", "host:",
 )  # fmt: skip
 SUBMITTED = "has been submitted with SLURM"
 # Of one job of each rule, and of several.

@@ -31,7 +31,6 @@ from ptbench.report import words
 from ptbench.report.commands import study_command
 from ptbench.report.runs import Run, missing, runs_of, versions_of
 from ptbench.report.site import Site
-from ptbench.report.speed_map import draw_speed_map
 
 RUN_METRICS = ("test_perplexity", "tokens_per_second", "total_seconds")  # columns of runs.html
 FAILURES_SHOWN = 3  # on index.html; runs.html has all
@@ -93,6 +92,9 @@ def write_overview(
         AnalysisError: if a folder has no analysis or answers that can be read; nothing is written
             then.
     """
+    # Its libraries take a second, which pages of experiments and documents need not wait for.
+    from ptbench.report.speed_map import draw_speed_map
+
     analyses = [read_analysis(folder) for folder in experiment_folders]
     documents = [read_document(folder) for folder in paper_folders]
     rows = [row for analysis in analyses for row in analysis.rows]

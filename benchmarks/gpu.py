@@ -94,7 +94,7 @@ def run_tests(asked: argparse.Namespace) -> None:
         f"--numprocesses={len(asked.frameworks) + 1}", "-p", "no:cacheprovider",
         f"--accelerator={asked.accelerator}", f"--python={sys.executable}",
         f"--junit-xml={asked.output / 'tests.xml'}",
-        f"--basetemp={asked.output / 'work' / 'tests'}", "-k", asked.select,
+        f"--basetemp={asked.output / 'attempts' / 'tests'}", "-k", asked.select,
         *(f"--framework={framework}" for framework in asked.frameworks),
     ]  # fmt: skip
     with (asked.output / "tests.txt").open("w") as log:
@@ -111,7 +111,7 @@ def train(asked: argparse.Namespace, specification: Specification, cell: Cell) -
         RuntimeError: if it fails.
     """
     output = asked.output / "cells" / cell.path
-    work = asked.output / "work" / cell.path
+    work = asked.output / "attempts" / cell.path
     command = [
         sys.executable, "-m", "ptbench", "train", "--cell", cell.path,
         "--specification", specification.text(), "--corpus", asked.corpus,

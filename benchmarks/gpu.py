@@ -164,9 +164,11 @@ PART: dict[str, Callable[[argparse.Namespace], None]] = {
 def main() -> None:
     """Do the parts that were asked for, speed first and alone, the others at once."""
     asked = arguments()
-    asked.output = asked.output.resolve()
+    # relative to the project, as its commands are, so that their records name no folder above it
+    asked.output = Path(os.path.relpath(asked.output, ROOT))
+    asked.corpus = asked.corpus and Path(os.path.relpath(asked.corpus, ROOT))
+    os.chdir(ROOT)
     asked.output.mkdir(parents=True, exist_ok=True)
-    asked.corpus = asked.corpus and asked.corpus.resolve()
     # one process must not take three quarters of the GPU from the others, as JAX does
     os.environ |= {"PYTHONPATH": str(ROOT / "workflow"), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     facts = provenance("numpy") | {"training_code": code_digest()}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemBytecodeCache, PackageLoader, StrictUndefined
 from pydantic import Field
 
 from ptbench.analysis.metrics import METRICS
@@ -80,6 +81,18 @@ def address(path: str) -> str:
     return quote(path, safe="/+=,.-_")
 
 
+def bytecode_cache() -> FileSystemBytecodeCache | None:
+    """Return where compiled templates are kept, if Python may keep its own bytecode there.
+
+    Every experiment's page is written by a process of its own, and compiling takes it 0.15 s.
+    """
+    folder = Path(__file__).with_name("templates") / "__pycache__"
+    if sys.dont_write_bytecode or not os.access(folder.parent, os.W_OK):
+        return None
+    folder.mkdir(exist_ok=True)
+    return FileSystemBytecodeCache(str(folder))
+
+
 @cache
 def environment() -> Environment:
     """Return the templates with their filters, and the values that all of them see."""
@@ -89,6 +102,7 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        bytecode_cache=bytecode_cache(),
     )
     made.filters.update(
         percent=formatting.format_percent,

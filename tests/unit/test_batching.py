@@ -15,6 +15,7 @@ from ptbench.corpus.batching import (
     Overwritten,
     ParallelStreams,
     Sentences,
+    VariedStreams,
     Windows,
 )
 
@@ -44,6 +45,44 @@ def test_every_token_but_the_first_is_predicted_once_from_the_one_before_and_in_
     # Stream after stream, time runs along the text.
     np.testing.assert_array_equal(inputs[real], np.arange(1, length))
     np.testing.assert_array_equal(targets[real], np.arange(2, length + 1))
+
+
+@given(**sizes, seed=st.integers(0, 9), epoch=st.integers(1, 9), most=st.integers(1, 9) | st.none())
+def test_windows_of_varying_length_predict_the_same_tokens_in_an_order_of_each_epoch(
+    length: int, batch_size: int, sequence_length: int, seed: int, epoch: int, most: int | None
+) -> None:
+    text = np.arange(1, length + 1)
+    feed = VariedStreams(text, batch_size, sequence_length, seed, most)
+    batches = list(feed.epoch(epoch))
+    assert len(batches) == len(feed)
+    inputs, targets, mask = joined(batches)
+    real = mask == 1
+    assert real.sum() == feed.predicted_tokens
+    np.testing.assert_array_equal(targets[real], inputs[real] + 1)
+    if most is None:
+        np.testing.assert_array_equal(inputs[real], np.arange(1, length))
+    shapes = {len(batch.inputs) for batch in feed.shapes()}
+    assert {len(batch.inputs) for batch in batches} == shapes
+    assert all(5 <= steps <= sequence_length + 20 for steps in shapes)
+    for batch, other in zip(feed.epoch(epoch, 2), batches[2:], strict=True):  # as a resumed run
+        np.testing.assert_array_equal(batch.inputs, other.inputs)
+
+
+def test_the_lengths_of_windows_are_distributed_as_awd_lstm_s() -> None:
+    """Normal around 70 with a deviation of 5, or around 35 in one of twenty cases."""
+    feed = VariedStreams(np.arange(7 * 400_000), 7, 70, seed=1)
+    *lengths, _ = feed.lengths(1)
+    long = [each for each in lengths if each > 52]
+    short = [each for each in lengths if each <= 52]
+    assert len(short) / len(lengths) == pytest.approx(0.05, abs=0.01)
+    assert np.mean(long) == pytest.approx(70, abs=0.3)
+    assert np.mean(short) == pytest.approx(35, abs=1.5)
+    # rounding to multiples of 5 adds a variance of 5^2 / 12
+    assert np.std(long) == pytest.approx((25 + 25 / 12) ** 0.5, abs=0.2)
+    assert len(feed.shapes()) < 20
+    assert sorted(feed.lengths(2)) == sorted(feed.lengths(1))
+    assert feed.lengths(2) != feed.lengths(1)
+    assert VariedStreams(np.arange(7 * 400_000), 7, 70, seed=2).lengths(1) != feed.lengths(1)
 
 
 @given(**sizes)

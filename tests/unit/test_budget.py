@@ -13,14 +13,22 @@ from tests.support.problems import new_oracle
 from ptbench.backends.oracle import Oracle
 from ptbench.configuration.specification import Cell, Specification
 from ptbench.configuration.study import Study, load_study
-from ptbench.corpus.batching import Feed, First, ParallelStreams, Sentences, Windows
+from ptbench.corpus.batching import (
+    Feed,
+    First,
+    ParallelStreams,
+    Sentences,
+    VariedStreams,
+    Windows,
+)
 from ptbench.model.recipe import BUDGETS, BudgetName, Recipe
 from ptbench.model.work import CorpusSize, runtime_minutes
 from ptbench.training.cell import Paths, run_cell
 
 TOKENS = np.arange(1, 400) % 7
 FEEDS: list[Feed] = [
-    ParallelStreams(TOKENS, 4, 5), Windows(TOKENS, 4, 5, wraps=True), Sentences(TOKENS, 4, 0)
+    ParallelStreams(TOKENS, 4, 5), VariedStreams(TOKENS, 4, 5, seed=1),
+    Windows(TOKENS, 4, 5, wraps=True), Sentences(TOKENS, 4, 0),
 ]  # fmt: skip
 
 

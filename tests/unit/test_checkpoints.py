@@ -27,7 +27,7 @@ from tests.unit.test_loop import SIZES, VOCABULARY, text
 from ptbench import files
 from ptbench.backends.base import EvaluateStep, TrainStep
 from ptbench.backends.oracle import Oracle
-from ptbench.corpus.batching import ParallelStreams, Sentences, Windows
+from ptbench.corpus.batching import ParallelStreams, Sentences, VariedStreams, Windows
 from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.model.recipe import Recipe
 from ptbench.training import checkpoints as module
@@ -63,6 +63,10 @@ RECIPES = {
         **SIZES, optimizer="asgd", averaging_interval=1, schedule="constant", epochs=6,
         learning_rate=12.0, clip_norm=1.0, weight_dropout=0.2,
     ),
+    "varied windows and fine-tuning": Recipe(
+        **SIZES, window_lengths="varied", optimizer="asgd", averaging_interval=None,
+        schedule="constant", epochs=4, fine_tuning_epochs=2, learning_rate=12.0, clip_norm=1.0,
+    ),
 }  # fmt: skip
 
 
@@ -72,7 +76,10 @@ def splits(recipe: Recipe) -> Splits:
         return Splits(*(Windows(t, 4, 6, wraps=len(t) == 180) for t in texts))
     if recipe.feeding == "sentences":
         return Splits(*(Sentences(t, 4, 8) for t in texts))
-    return Splits(*(ParallelStreams(t, 4, 6) for t in texts))
+    fixed = [ParallelStreams(t, 4, 6) for t in texts]
+    if recipe.window_lengths == "varied":
+        fixed[0] = VariedStreams(texts[0], 4, 6, seed=1)
+    return Splits(*fixed)
 
 
 class KilledError(BaseException):

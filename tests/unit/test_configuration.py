@@ -126,6 +126,18 @@ BAD_RECIPES: list[tuple[str, str]] = [
         "aliased: true",
         r"own.yaml, line \d+: r: aliased=true is for feeding=windows, not parallel_st",
     ),
+    (
+        "{window_lengths: varied, feeding: windows}",
+        r"own.yaml, line \d+: r: window_lengths=varied is for feeding=parallel_str",
+    ),
+    (
+        "{optimizer: asgd, epochs: 4, fine_tuning_epochs: 4}",
+        r"own.yaml, line \d+: r: fine_tuning_epochs=4 must be less than epochs=4",
+    ),
+    (
+        "fine_tuning_epochs: 2",
+        r"own.yaml, line \d+: r: fine_tuning_epochs is for optimizer=asgd, not sgd",
+    ),
     ("kept_weights: 0", r"own.yaml, line \d+: r: kept_weights: 0 .*greater than 0"),
     (
         "{tie_weights: true, output_rank: 8}",

@@ -165,3 +165,33 @@ def test_averaging_begins_at_once_where_told_and_never_with_another_optimizer() 
     assert averages_since(Recipe(optimizer="asgd", averaging_interval=None), []) == 0
     assert averages_since(Recipe(optimizer="sgd", averaging_interval=1), rising) is None
     assert averages_since(Recipe(optimizer="asgd", averaging_interval=1), rising) == 3
+
+
+def test_fine_tuning_starts_from_the_best_parameters_with_a_mean_and_a_rate_of_its_own() -> None:
+    recipe = Recipe(
+        optimizer="asgd", averaging_interval=1, schedule="constant", learning_rate=30.0,
+        epochs=5, constant_epochs=0, fine_tuning_epochs=2, fine_tuning_learning_rate=25.0,
+    )  # fmt: skip
+    seen = history(5.0, 4.0, 3.0, 2.0)
+    assert [rolls_back(recipe, seen[:n]) for n in range(5)] == [False, False, False, True, False]
+    assert [averages_since(recipe, seen[:n]) for n in range(5)] == [None, None, None, 3, 3]
+    assert [learning_rate(recipe, seen[:n]) for n in range(5)] == [30, 30, 30, 25, 25]
+
+
+@given(
+    before=st.lists(st.integers(0, 12).map(float), min_size=3, max_size=3),
+    after=st.lists(st.integers(0, 12).map(float), min_size=1, max_size=9),
+    interval=st.integers(1, 4),
+)
+def test_fine_tuning_ends_where_the_code_of_merity_et_al_ends(
+    before: list[float], after: list[float], interval: int
+) -> None:
+    """The same rule, of the epochs of fine-tuning alone."""
+    recipe = Recipe(
+        optimizer="asgd", averaging_interval=interval, epochs=13, constant_epochs=0,
+        fine_tuning_epochs=10,
+    )  # fmt: skip
+    if merity_switches(after[:-1], interval) is not None:
+        return  # it had ended
+    ends = merity_switches(after, interval) is not None
+    assert stop(recipe, history(*before, *after)) == ("fine_tuning" if ends else None)

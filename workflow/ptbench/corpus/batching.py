@@ -1,8 +1,9 @@
 """Batches of tokens. Every framework's environment imports this, so it needs NumPy alone.
 
-There are three ways to feed a model, one class each. Three classes change the batches of another:
-one mixes them up as a known bug did, one takes the first of them, and one prepares them ahead of
-time. All depend on the epoch's number and nothing random. They hold no more text than the current
+There are three ways to feed a model, one class each, and a variant of the first with windows of
+varying length. Three classes change the batches of another: one mixes them up as a known bug did,
+one takes the first of them, and one prepares them ahead of time. All depend on the epoch's number,
+and varying lengths on a seed. They hold no more text than the current
 batch needs, yield new arrays that the reader may keep, and pad what is incomplete
 with masked tokens, so shapes repeat and compiled frameworks compile once for each shape.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import itertools
+import math
 import queue
 import threading
 from collections import Counter
@@ -108,23 +110,95 @@ class ParallelStreams(Feed):
     def __len__(self) -> int:
         return self.windows
 
-    def epoch(self, number: int = 1, start: int = 0) -> Batches:  # noqa: ARG002
+    def _streams(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return where each stream begins and ends."""
+        begin = np.arange(self.batch_size, dtype=np.int64) * self._stream_length
+        tokens = len(self._source) - 1
+        return np.minimum(begin, tokens), np.minimum(begin + self._stream_length, tokens)
+
+    def lengths(self, number: int) -> list[int]:  # noqa: ARG002
+        """Return the length of each window of an epoch."""
+        return [self.sequence_length] * self.windows
+
+    def epoch(self, number: int = 1, start: int = 0) -> Batches:
+        lengths = self.lengths(number)
         # A reader for each stream, and how many of its tokens are still to be predicted.
-        begin = np.arange(self.batch_size) * self._stream_length
-        end = np.minimum(begin + self._stream_length, self.predicted_tokens)
-        begin = np.minimum(begin + start * self.sequence_length, end)
+        begin, end = self._streams()
+        begin = np.minimum(begin + sum(lengths[:start]), end)
         readers = [self._source.reader(at) for at in begin.tolist()]
         left = (end - begin).tolist()
         before = np.concatenate([reader.read(1) for reader in readers])
-        for _ in range(start, self.windows):
-            counts = [min(count, self.sequence_length) for count in left]
+        for steps in lengths[start:]:
+            counts = [min(count, steps) for count in left]
             rows = [reader.read(count) for reader, count in zip(readers, counts, strict=True)]
-            yield _batch(self.sequence_length, before, rows)
+            yield _batch(steps, before, rows)
             left = [count - len(row) for count, row in zip(left, rows, strict=True)]
             before = np.array([row[-1] if len(row) else 0 for row in rows])
 
     def shapes(self) -> list[Batch]:
         return [_blank(self.sequence_length, self.batch_size)]
+
+
+class VariedStreams(ParallelStreams):
+    """Parallel streams in windows of varying length, as AWD-LSTM has them in training.
+
+    Merity et al. 2017, section 4.1: a window has a mean length of `sequence_length`, or of half of
+    that in one of twenty cases, and varies around it with a normal distribution. An epoch has the
+    same windows as the others, in an order of its own. The last one takes what is left of the
+    streams.
+
+    Lengths are multiples of `MULTIPLE`, so that no more than a dozen and a half occur. Theirs are
+    any integers.
+    """
+
+    HALVED = 0.05  # share of windows around half of the length
+    DEVIATION = 5.0  # tokens
+    MULTIPLE = 5  # tokens, and the least length
+    MOST = 20  # tokens above `sequence_length`: four deviations
+
+    def __init__(
+        self,
+        tokens: Tokens | Source,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        most_windows: int | None = None,
+    ) -> None:
+        """Draw the lengths.
+
+        Args:
+            tokens: [tokens], at least two of them.
+            batch_size: number of streams.
+            sequence_length: mean length of most windows.
+            seed: of the lengths and their orders.
+            most_windows: leave out what is behind so many windows.
+        """
+        super().__init__(tokens, batch_size, sequence_length)
+        self._seed, self._lengths = seed, list[int]()
+        rng = np.random.default_rng(seed)
+        left = self._stream_length
+        while left > 0 and len(self._lengths) != most_windows:
+            self._lengths.append(min(self._draw(rng), -(-left // self.MULTIPLE) * self.MULTIPLE))
+            left -= self._lengths[-1]
+        self.windows = len(self._lengths)
+        begin, end = self._streams()
+        self.predicted_tokens = int(np.minimum(end - begin, sum(self._lengths)).sum())
+
+    def _draw(self, rng: np.random.Generator) -> int:
+        """Return a length; every NumPy version draws the same, with `rng.random` (Box-Muller)."""
+        share, radius, angle = rng.random(3)
+        mean = self.sequence_length / (2 if share < self.HALVED else 1)
+        normal = math.sqrt(-2 * math.log1p(-radius)) * math.cos(2 * math.pi * angle)
+        multiple = round((mean + self.DEVIATION * normal) / self.MULTIPLE) * self.MULTIPLE
+        return min(max(multiple, self.MULTIPLE), self.sequence_length + self.MOST)
+
+    def lengths(self, number: int) -> list[int]:
+        rng = np.random.default_rng((self._seed, number))
+        *whole, last = self._lengths
+        return [whole[index] for index in np.argsort(rng.random(len(whole)))] + [last]
+
+    def shapes(self) -> list[Batch]:
+        return [_blank(steps, self.batch_size) for steps in sorted(set(self._lengths))]
 
 
 class Windows(Feed):

@@ -63,6 +63,12 @@ class Recipe(Model):
     sequence_length: int = Field(
         20, ge=1, description="Time steps of back-propagation through time [tokens]."
     )
+    window_lengths: Literal["fixed", "varied"] = Field(
+        "fixed",
+        description="varied: training windows vary in length around sequence_length as AWD-LSTM's "
+        "do, in steps of 5 tokens, and the learning rate of a step is in proportion to its length; "
+        "for feeding: parallel_streams.",
+    )
     feeding: Literal["parallel_streams", "windows", "sentences"] = Field(
         "parallel_streams",
         description="parallel_streams: contiguous streams, state carried from window to window; "
@@ -282,6 +288,15 @@ class Recipe(Model):
     warm_up_epochs: float = Field(
         1.0, ge=0, description="Epochs over which warm_up_then_decay raises the rate from 0."
     )
+    fine_tuning_epochs: int = Field(
+        0,
+        ge=0,
+        description="How many of the epochs fine-tune: they start from the best parameters, asgd's "
+        "mean begins anew with them, and they end when averaging_interval would begin a mean.",
+    )
+    fine_tuning_learning_rate: float | None = Field(
+        None, gt=0, le=1e6, description="Learning rate of fine-tuning; null: learning_rate."
+    )
     epochs: int = Field(13, ge=1, le=100_000, description="Passes over the training split.")
     patience: int | None = Field(
         None, ge=1, description="Stop after so many epochs without a lower validation nll."
@@ -305,12 +320,23 @@ class Recipe(Model):
             raise ValueError(
                 f"constant_epochs={self.constant_epochs} must not exceed epochs={self.epochs}"
             )
+        if self.fine_tuning_epochs >= self.epochs:
+            raise ValueError(
+                f"fine_tuning_epochs={self.fine_tuning_epochs} must be less than "
+                f"epochs={self.epochs}, of which they are the last"
+            )
+        if self.fine_tuning_epochs and self.optimizer != "asgd":
+            raise ValueError(f"fine_tuning_epochs is for optimizer=asgd, not {self.optimizer}")
         return self
 
     @model_validator(mode="after")
     def _feeding_is_whole(self) -> Self:
         if self.aliased and self.feeding != "windows":
             raise ValueError(f"aliased=true is for feeding=windows, not {self.feeding}")
+        if self.window_lengths == "varied" and self.feeding != "parallel_streams":
+            raise ValueError(
+                f"window_lengths=varied is for feeding=parallel_streams, not {self.feeding}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -333,8 +359,12 @@ class Recipe(Model):
         if self.budget == "full":
             return self
         epochs = min(self.epochs, BUDGETS[self.budget].epochs)
-        constant = min(self.constant_epochs, epochs)
-        return self.model_copy(update={"epochs": epochs, "constant_epochs": constant})
+        fewer = {
+            "epochs": epochs,
+            "constant_epochs": min(self.constant_epochs, epochs),
+            "fine_tuning_epochs": min(self.fine_tuning_epochs, epochs // 2),
+        }
+        return self.model_copy(update=fewer)
 
     def budget_tokens(self, split: str, batch_size: int) -> float:
         """Return how many tokens of a split an epoch uses at most."""

@@ -26,6 +26,7 @@ from ptbench.corpus.batching import (
     ParallelStreams,
     Prefetched,
     Sentences,
+    VariedStreams,
     Windows,
 )
 from ptbench.corpus.definitions import Split
@@ -142,7 +143,7 @@ class CellTrainer:
         """Open the corpus, build the model on its devices, and note the run's surroundings."""
         with self.clocks("load"):
             self.corpus = open_corpus(self.paths.corpus, self.recipe.source)
-            self.splits = feed(self.corpus, self.recipe, self.cell.devices)
+            self.splits = feed(self.corpus, self.recipe, self.cell.devices, self.cell.seed)
         with self.clocks("start_up"):
             self.backend = create_backend(
                 self.cell, self.specification, self.corpus.vocabulary_size, self.threads
@@ -357,21 +358,32 @@ def read_specification(text: str, code: str | None = None) -> Specification:
     return specification
 
 
-def feed(corpus: Corpus, recipe: Recipe, devices: int) -> Splits:
+def feed(corpus: Corpus, recipe: Recipe, devices: int, seed: int = 0) -> Splits:
     """Return the corpus as the recipe feeds it; training batches are for all devices together.
+
+    Args:
+        corpus: the text.
+        recipe: says how.
+        devices: number of replicas.
+        seed: of the lengths of windows, where they vary.
 
     Raises:
         PtbenchError: if a split is too short for one batch.
     """
     return Splits(
-        train=feed_split(corpus, recipe, "train", recipe.global_batch_size(devices), training=True),
+        train=feed_split(corpus, recipe, "train", recipe.global_batch_size(devices), True, seed),
         valid=feed_split(corpus, recipe, "valid", recipe.evaluation_batch_size),
         test=feed_split(corpus, recipe, "test", recipe.test_batch_size),
     )
 
 
 def feed_split(
-    corpus: Corpus, recipe: Recipe, split: Split, batch_size: int, training: bool = False
+    corpus: Corpus,
+    recipe: Recipe,
+    split: Split,
+    batch_size: int,
+    training: bool = False,
+    seed: int = 0,
 ) -> Feed:
     """Return one split of the corpus as the recipe feeds it.
 
@@ -379,18 +391,21 @@ def feed_split(
         PtbenchError: if it is too short for one batch.
     """
     tokens: Source = getattr(corpus, split)
+    budget = None if recipe.budget == "full" else BUDGETS[recipe.budget]
+    length = recipe.sequence_length
     try:
         if recipe.feeding == "windows":
-            windows = Windows(tokens, batch_size, recipe.sequence_length, wraps=training)
+            windows = Windows(tokens, batch_size, length, wraps=training)
             fed: Feed = Overwritten(windows) if recipe.aliased and training else windows
         elif recipe.feeding == "sentences":
             fed = Sentences(tokens, batch_size, corpus.end_of_sentence)
+        elif recipe.window_lengths == "varied" and training:
+            fed = VariedStreams(tokens, batch_size, length, seed, budget and budget.batches)
         else:
-            fed = ParallelStreams(tokens, batch_size, recipe.sequence_length)
+            fed = ParallelStreams(tokens, batch_size, length)
     except ValueError as error:
         raise PtbenchError(f"corpus {recipe.corpus_folder}: {error}") from error
-    if recipe.budget != "full":
-        budget = BUDGETS[recipe.budget]
+    if budget:
         fed = First(fed, budget.batches if training else budget.evaluation_batches)
     return Prefetched(fed, recipe.prefetch) if recipe.prefetch else fed
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from ptbench.backends.base import Backend, Scalar, State
@@ -302,7 +303,10 @@ class Trainer:
         """Take one training step; return its nll and gradient norm, not fetched yet."""
         feed = self.splits.train
         rate = learning_rate(self.recipe, self.run.history, (sums.steps + 1) / len(feed))
-        result = self.backend.train_step(batch, self.state, rate)
+        share = 1.0
+        if self.recipe.window_lengths == "varied":
+            share = np.count_nonzero(batch.mask.any(axis=1)) / self.recipe.sequence_length
+        result = self.backend.train_step(batch, self.state, rate * share)
         if feed.carries_state:  # elsewhere it stays the zero state that the epoch began with
             self.state = result.state
         sums.learning_rate = rate

@@ -1,4 +1,4 @@
-"""Learning rate, averaging, rolling back and stopping: functions of recipe and history alone.
+"""Learning rate, averaging, fine-tuning and stopping: functions of recipe and history alone.
 
 Nothing here has a state of its own, so a resumed run needs only its history.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 from ptbench.model.recipe import Recipe
 from ptbench.training.records import Epoch
 
-Stop = Literal["epochs", "patience", "target_perplexity", "maximum_seconds"]
+Stop = Literal["epochs", "patience", "target_perplexity", "maximum_seconds", "fine_tuning"]
 
 
 def learning_rate(recipe: Recipe, history: Sequence[Epoch], fraction: float = 1.0) -> float:
@@ -25,6 +25,8 @@ def learning_rate(recipe: Recipe, history: Sequence[Epoch], fraction: float = 1.
     - `warm_up_then_decay` raises it linearly from 0 over `warm_up_epochs`, step by step, and then
       multiplies it by `learning_rate_decay` per epoch, also step by step.
 
+    Fine-tuning has a constant rate of its own.
+
     Args:
         recipe: names the schedule.
         history: the epochs before this one.
@@ -32,6 +34,8 @@ def learning_rate(recipe: Recipe, history: Sequence[Epoch], fraction: float = 1.
     """
     epoch = len(history) + 1
     initial, decay = recipe.learning_rate, recipe.learning_rate_decay
+    if fine_tunes(recipe, history):
+        return float(recipe.fine_tuning_learning_rate or initial)
     if recipe.schedule in ("constant_then_decay", "roll_back_then_decay"):
         return float(initial * decay ** max(epoch - recipe.constant_epochs, 0))
     if recipe.schedule == "plateau":
@@ -70,21 +74,41 @@ def plateau_decays(recipe: Recipe, history: Sequence[Epoch]) -> int:
 def averages_since(recipe: Recipe, history: Sequence[Epoch]) -> int | None:
     """Return how many epochs had passed when asgd's mean began; None if it has not begun.
 
-    The non-monotone trigger of NT-ASGD (Merity et al. 2017, algorithm 1, as their code has it): an
-    epoch whose validation nll is above the lowest of those more than `averaging_interval` epochs
-    before it. The mean is of every step after that epoch.
+    It is of every step after the epoch that `non_monotone` names, and begins anew with fine-tuning.
     """
     if recipe.optimizer != "asgd":
         return None
+    if fine_tunes(recipe, history):
+        return recipe.epochs - recipe.fine_tuning_epochs
     if recipe.averaging_interval is None:
         return 0
+    return non_monotone(history, recipe.averaging_interval)
+
+
+def non_monotone(history: Sequence[Epoch], interval: int) -> int | None:
+    """Return the first epoch that is worse than an old one; None if there is none yet.
+
+    The trigger of NT-ASGD (Merity et al. 2017, algorithm 1, as their code has it): an epoch whose
+    validation nll is above the lowest of those more than `interval` epochs before it.
+    """
     lowest = float("inf")
     for index, epoch in enumerate(history):
-        if index > recipe.averaging_interval:
-            lowest = min(lowest, history[index - recipe.averaging_interval - 1].valid_nll)
+        if index > interval:
+            lowest = min(lowest, history[index - interval - 1].valid_nll)
         if epoch.valid_nll > lowest:
             return index + 1
     return None
+
+
+def fine_tunes(recipe: Recipe, history: Sequence[Epoch]) -> bool:
+    """Return whether the next epoch is one of the last `fine_tuning_epochs`.
+
+    Those are the second run of Merity et al. 2017 (section 5, and their code): from the best
+    parameters, with asgd's mean from its first step, until `non_monotone` says of it what had begun
+    the mean of the first run.
+    """
+    tuned = recipe.fine_tuning_epochs
+    return tuned > 0 and len(history) >= recipe.epochs - tuned
 
 
 def rolls_back(recipe: Recipe, history: Sequence[Epoch]) -> bool:
@@ -93,7 +117,11 @@ def rolls_back(recipe: Recipe, history: Sequence[Epoch]) -> bool:
     `roll_back_then_decay` does so once, after `constant_epochs` (Zhang 2018, strategy 1: train at
     the initial rate, return to the epoch of lowest validation perplexity, decay from there). The
     optimizer's own arrays are not rolled back; plain SGD, which the thesis uses, has none.
+
+    Fine-tuning starts so, too; asgd's only array is its mean, which begins anew.
     """
+    if fine_tunes(recipe, history) and not fine_tunes(recipe, history[:-1]):
+        return True
     staged = recipe.schedule == "roll_back_then_decay"
     return staged and len(history) == recipe.constant_epochs > 0
 
@@ -115,4 +143,7 @@ def stop(recipe: Recipe, history: Sequence[Epoch]) -> Stop | None:
         spent = sum(epoch.training_seconds for epoch in history)
         if spent >= recipe.maximum_seconds:
             return "maximum_seconds"
+    tuned = history[recipe.epochs - recipe.fine_tuning_epochs :]
+    if recipe.averaging_interval and non_monotone(tuned, recipe.averaging_interval):
+        return "fine_tuning"
     return "epochs" if len(history) >= recipe.epochs else None

@@ -115,7 +115,10 @@ def test_speeds_beside_other_processes_are_shown_with_a_warning(tmp_path: Path) 
         seconds=9, cores=2, threads=2, own_cores=1.2, other_cores=0.8, memory_bytes=1,
         sampling_seconds=0,
     )  # fmt: skip
+    path = tmp_path / "cells" / disturbed.path / "provenance.json"
+    machine = path.read_text()
     write_cell(tmp_path, metrics(disturbed, 4.7, tokens_per_second=9.0, hardware=hardware))
+    path.write_text(machine)
     found = analysed(tmp_path, experiment)
     lines = {line.path: line.note for row in found.rows for line in row.cells}
     assert {path for path, note in lines.items() if note} == {disturbed.path}
@@ -134,15 +137,31 @@ def test_a_run_that_had_its_machine_to_itself_outvotes_those_that_shared(tmp_pat
     assert words.speed_warning(found) == ""
 
 
-def test_speeds_on_different_machines_do_not_compare(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "other", [{"cpu": "B", "cells_at_once": 1}, {"cpu": "A", "cells_at_once": 3}], ids=str
+)
+def test_speeds_on_other_machines_or_beside_more_runs_do_not_compare(
+    tmp_path: Path, other: dict[str, object]
+) -> None:
     experiment = plan("x", ("a",), TWO)
     of_speeds(tmp_path, experiment, planted)
-    for cell in experiment.cells[:3]:
-        path = tmp_path / "cells" / cell.path / "provenance.json"
-        path.write_text(json.dumps({"cpu": "B", "cells_at_once": 1}))
-    found = speeds_of(analysed(tmp_path, experiment))
-    assert not found.fair
-    assert "different machines" in words.speed_warning(found)
+    for cell in experiment.cells:
+        if cell.framework == "jax":
+            path = tmp_path / "cells" / cell.path / "provenance.json"
+            path.write_text(json.dumps(other))
+    assert compare_speeds(groups_of([analysed(tmp_path, experiment)])) is None
+    assert "one kind of machine" in words.speed_sentence(None)
+
+
+def test_a_framework_without_a_result_is_missing_and_not_inconclusive(tmp_path: Path) -> None:
+    experiment = plan("x", ("a",), ("pytorch", "jax", "mxnet"))
+    for cell in experiment.cells:
+        if cell.framework != "mxnet":
+            write_cell(tmp_path, metrics(cell, 4.7 + 1e-4 * cell.seed))
+    found = compare_perplexities([analysed(tmp_path, experiment)])
+    assert (found.verdicts["equivalent"], found.missing) == (1, 2)
+    assert not found.all_equivalent  # the claim is of all
+    assert words.perplexity_sentence(found).endswith("and 2 more lack results.")
 
 
 def test_a_lead_within_its_interval_is_shared(tmp_path: Path) -> None:
@@ -174,7 +193,7 @@ def test_frameworks_that_never_ran_the_same_variant_are_not_compared(tmp_path: P
         of_speeds(tmp_path, plan("y", ("b",), ("jax",)), planted),
     ]
     assert compare_speeds(groups_of(analyses)) is None
-    assert words.speed_title(None) == "No two frameworks have a speed to compare yet"
+    assert words.speed_title(None) == "No two frameworks have speeds that can be compared"
 
 
 def test_memory_is_compared_alike(tmp_path: Path) -> None:

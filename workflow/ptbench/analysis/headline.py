@@ -70,17 +70,22 @@ def alone(a: RowResult, b: RowResult) -> bool:
     return a.alone and b.alone and a.machines == b.machines and len(a.machines) == 1
 
 
+def alike(a: RowResult, b: RowResult) -> bool:
+    """Return whether speeds say something: on one kind of machine, with as many runs beside."""
+    return a.machines == b.machines and a.cells_at_once == b.cells_at_once
+
+
 def compare_speeds(groups: Groups) -> Comparison | None:
     """Compare training speeds, by the rows whose runs had their machine to themselves.
 
-    Where there are none, all rows are taken and the comparison is not `fair`.
+    Where there are none, rows that are `alike` are taken and the comparison is not `fair`.
 
     Returns:
-        None if no two frameworks have a speed of the same variant and number of devices.
+        None if no two frameworks have such a speed of the same variant and number of devices.
     """
     metric = "tokens_per_second"
     fair = compare(groups, metric, alone)
-    found = fair or compare(groups, metric)
+    found = fair or compare(groups, metric, alike)
     if found is None:
         return None
     rows = [row for own in groups.values() for row in own.values()]
@@ -176,6 +181,7 @@ class Perplexities(NamedTuple):
     different: list[tuple[Analysis, PairResult]]
     p: float | None  # that some pair is not equivalent; None: cannot be told
     margins: list[float]  # of equivalence [nats]
+    missing: int = 0  # pairs of which a side has no result yet
 
     @property
     def all_equivalent(self) -> bool:
@@ -186,9 +192,20 @@ class Perplexities(NamedTuple):
 def compare_perplexities(analyses: Iterable[Analysis]) -> Perplexities:
     """Gather the verdicts of all experiments on pairs of frameworks, each pair of rows once."""
     pairs: dict[tuple[str, int, str, str], tuple[Analysis, PairResult]] = {}
+    missing = set()
     for analysis in analyses:
+        run = {
+            (row.variant, row.devices, row.framework)
+            for row in analysis.rows
+            if row.n_ok or row.n_diverged
+        }
         for pair in analysis.pairs:
-            pairs.setdefault((pair.variant, pair.devices, pair.a, pair.b), (analysis, pair))
+            key = (pair.variant, pair.devices, pair.a, pair.b)
+            if {(*key[:2], pair.a), (*key[:2], pair.b)} <= run:
+                pairs.setdefault(key, (analysis, pair))
+            else:
+                missing.add(key)
+    missing -= pairs.keys()
     couples: dict[tuple[str, str], list[PairResult]] = defaultdict(list)
     for _, pair in pairs.values():
         couples[pair.a, pair.b].append(pair)
@@ -200,8 +217,11 @@ def compare_perplexities(analyses: Iterable[Analysis]) -> Perplexities:
             for analysis, pair in pairs.values()
             if pair.outcome.verdict == "different"
         ],
-        p=joint_equivalence_p([pair.outcome.p_equivalence for _, pair in pairs.values()]),
+        p=None
+        if missing
+        else joint_equivalence_p([pair.outcome.p_equivalence for _, pair in pairs.values()]),
         margins=sorted({analysis.equivalence_margin for analysis, _ in pairs.values()}),
+        missing=len(missing),
     )
 
 

@@ -30,7 +30,7 @@ def factor(value: float) -> str:
 def speed_title(speeds: Comparison | None) -> str:
     """Say in a line which framework is fastest."""
     if speeds is None:
-        return "No two frameworks have a speed to compare yet"
+        return "No two frameworks have speeds that can be compared"
     leaders = [framework_name(name) for name in speeds.leaders()]
     slowest = framework_name(speeds.reference)
     ratio = next(iter(speeds.ratios.values()))
@@ -49,7 +49,7 @@ def speed_title(speeds: Comparison | None) -> str:
 def speed_sentence(speeds: Comparison | None) -> str:
     """Say how sure the factor of `speed_title` is, and how far the second framework is behind."""
     if speeds is None:
-        return ""
+        return "That takes runs on one kind of machine, with as many other runs beside them."
     (first, ratio), (second, _), *_ = speeds.ratios.items()
     over = count(ratio.n, ratio.over.removesuffix("s"))
     slowest = framework_name(speeds.reference)
@@ -79,11 +79,9 @@ def speed_warning(speeds: Comparison | None) -> str:
         why = "it was not recorded whether runs shared their machine"
     elif speeds.cells_at_once > 1:
         why = f"up to {speeds.cells_at_once} runs shared a machine"
-    elif speeds.busy:
+    else:
         runs = count(speeds.busy, "run")
         why = f"other processes took cores that {runs} could have used"
-    else:
-        why = "the frameworks ran on different machines"
     return f"{why}; run with --cores 1 on one quiet machine to compare speed."
 
 
@@ -118,6 +116,9 @@ def perplexity_sentence(found: Perplexities) -> str:
         parts.append("none is shown to differ")
     if counts["inconclusive"]:
         parts.append(f"{counts['inconclusive']:,} cannot be told with these seeds")
+    if found.missing:
+        more = "1 more lacks" if found.missing == 1 else f"{found.missing:,} more lack"
+        parts.append(f"{more} results")
     return f"Of {count(total, 'pair')} of frameworks, {listed(parts)}."
 
 

@@ -1,6 +1,6 @@
 """What can be measured in a few minutes on a machine with one GPU, in PyTorch and JAX.
 
-    PYTHONPATH=workflow python benchmarks/gpu.py --corpus results/corpora/ptb --output DIR
+    PYTHONPATH=workflow python benchmarks/gpu.py --corpora results/corpora --output DIR
 
 It needs a Python with torch, jax, pydantic, ruamel.yaml and what else `workflow/ptbench` imports,
 and no environments of ours. Parts, each of which writes its files as soon as it has them:
@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--corpus", type=Path, help="folder of the prepared corpus, for the runs")
+    parser.add_argument("--corpora", type=Path, help="folder of prepared corpora, for the runs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
@@ -62,6 +62,9 @@ def arguments() -> argparse.Namespace:
         default=["zaremba-small/pytorch/1,2,3", "zaremba-small/jax/1,2,3"],
         help="what is trained, such as zaremba-medium/jax/1",
     )  # fmt: skip
+    parser.add_argument(
+        "--experiments", nargs="*", default=[], help="whose runs are trained, with the cells"
+    )
     parser.add_argument("--at-once", type=int, default=3, help="runs at a time")
     parser.add_argument("--budget", default="full", help="of the runs; see config.yaml")
     parser.add_argument("--select", default="", help="pytest's -k")
@@ -114,7 +117,8 @@ def train(asked: argparse.Namespace, specification: Specification, cell: Cell) -
     work = asked.output / "attempts" / cell.path
     command = [
         sys.executable, "-m", "ptbench", "train", "--cell", cell.path,
-        "--specification", specification.text(), "--corpus", asked.corpus,
+        "--specification", specification.text(),
+        "--corpus", asked.corpora / specification.recipe.corpus_folder,
         "--output", output, "--checkpoints", work / "checkpoints", "--attempts", work,
         "--keep-checkpoints", "none", "--threads", "2", "--log", work / "log",
     ]  # fmt: skip
@@ -136,12 +140,21 @@ def train_all(asked: argparse.Namespace) -> None:
     Raises:
         RuntimeError: naming each that fails.
     """
-    if asked.corpus is None:
-        raise RuntimeError("--corpus says where the prepared corpus is")
+    if asked.corpora is None:
+        raise RuntimeError("--corpora says where the prepared corpora are")
     config = read_configuration([ROOT / "config.yaml"])
-    study = load_study(config | {"accelerator": asked.accelerator, "budget": asked.budget})
+    config |= {"accelerator": asked.accelerator, "budget": asked.budget}
+    study = load_study(
+        config | {"experiments": asked.experiments, "frameworks": list(asked.frameworks)}
+        if asked.experiments
+        else config
+    )
+    planned = study.experiments.values() if asked.experiments else ()
     with concurrent.futures.ThreadPoolExecutor(asked.at_once) as pool:
-        jobs = []
+        jobs = [
+            pool.submit(train, asked, study.specification(cell.variant), cell)
+            for cell in dict.fromkeys(cell for each in planned for cell in each.cells)
+        ]
         for each in asked.cells:
             variant, framework, seeds = each.split("/")
             for recipe, values in expand(variant, "--cells"):
@@ -166,7 +179,7 @@ def main() -> None:
     asked = arguments()
     # relative to the project, as its commands are, so that their records name no folder above it
     asked.output = Path(os.path.relpath(asked.output, ROOT))
-    asked.corpus = asked.corpus and Path(os.path.relpath(asked.corpus, ROOT))
+    asked.corpora = asked.corpora and Path(os.path.relpath(asked.corpora, ROOT))
     os.chdir(ROOT)
     asked.output.mkdir(parents=True, exist_ok=True)
     # one process must not take three quarters of the GPU from the others, as JAX does

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tests.support import probes
 from tests.support.problems import BATCH, DROPOUT, random_batch, recipe, train
-from tests.support.remote import Backends
+from tests.support.remote import Backends, probe
 
 from ptbench.model.recipe import Recipe
 
@@ -34,3 +35,13 @@ def test_passes_give_the_nll_of_the_step_and_change_nothing(
         state = step.state
         assert step.nll == undisturbed
         assert passes == pytest.approx([step.nll] * 4, rel=1e-5)
+
+
+def test_the_framework_s_own_profiler_names_operators_and_replaces_no_file(
+    backends: Backends, framework: str
+) -> None:
+    """MXNet's writes a file in the place of the one that it is given, be it a device."""
+    backend = backends.get(framework, DROPOUT)
+    calls, device_is_there = probe(probes.operators_of_a_step, backend, BATCHES[0])
+    assert sum(calls.values()) >= 5
+    assert device_is_there

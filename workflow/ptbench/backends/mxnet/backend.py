@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -336,15 +337,19 @@ class MXNetBackend(Backend):
     def operators(self, work: Callable[[], None]) -> list[Operator]:
         """Return those that MXNet's engine ran, by mx.profiler."""
         mx.nd.waitall()
-        mx.profiler.set_config(
-            profile_symbolic=True, profile_imperative=True, aggregate_stats=True,
-            filename=os.devnull,
-        )  # fmt: skip
-        mx.profiler.set_state("run")
-        work()
-        mx.nd.waitall()
-        mx.profiler.set_state("stop")
-        operators = json.loads(mx.profiler.dumps(reset=True, format="json"))["Time"]["operator"]
+        # It writes a file whatever it is asked for, in the place of whatever is there: os.devnull
+        # would be gone for everybody, if root does it.
+        with tempfile.TemporaryDirectory() as folder:
+            mx.profiler.set_config(
+                profile_symbolic=True, profile_imperative=True, aggregate_stats=True,
+                filename=os.path.join(folder, "profile.json"),
+            )  # fmt: skip
+            mx.profiler.set_state("run")
+            work()
+            mx.nd.waitall()
+            mx.profiler.set_state("stop")
+            said = mx.profiler.dumps(reset=True, format="json")
+        operators = json.loads(said)["Time"]["operator"]
         return [
             Operator(name, each["Count"], each["Total"] / 1e3)
             for name, each in operators.items()

@@ -7,6 +7,7 @@ from tests.support import probes
 from tests.support.problems import BATCH, DROPOUT, random_batch, recipe, train
 from tests.support.remote import Backends, probe
 
+from ptbench.backends import ORACLE
 from ptbench.model.recipe import Recipe
 
 AWD_MIXTURE = recipe(
@@ -43,5 +44,5 @@ def test_the_framework_s_own_profiler_names_operators_and_replaces_no_file(
     """MXNet's writes a file in the place of the one that it is given, be it a device."""
     backend = backends.get(framework, DROPOUT)
     calls, device_is_there = probe(probes.operators_of_a_step, backend, BATCHES[0])
-    assert sum(calls.values()) >= 5
+    assert framework == ORACLE or sum(calls.values()) >= 5  # the oracle has no profiler
     assert device_is_there

@@ -342,7 +342,7 @@ class MXNetBackend(Backend):
         with tempfile.TemporaryDirectory() as folder:
             mx.profiler.set_config(
                 profile_symbolic=True, profile_imperative=True, aggregate_stats=True,
-                filename=os.path.join(folder, "profile.json"),
+                filename=f"{folder}/profile.json",
             )  # fmt: skip
             mx.profiler.set_state("run")
             work()

@@ -27,6 +27,10 @@ MANIFEST = "manifest-sha256.txt"  # as sha256sum writes and reads it
 RUN_FILES = ("metrics.json", "history.csv", "recipe.yaml", "provenance.json")
 MADE = (".csv", ".html", ".json", ".md", ".svg", ".tex", ".yaml")  # of what is made of runs
 OWN = (".csv", ".py", ".rst", ".smk", ".yaml")  # files under workflow/ that git does not know yet
+WITHOUT_GIT = (
+    "workflow", "envs", "profiles", "slurm", "Snakefile", "pyproject.toml", "README.md", "LICENSE",
+    "CITATION.cff",
+)  # fmt: skip
 LONGEST_NAME = 80
 MOST_NAMED = 3  # changed files
 
@@ -185,7 +189,7 @@ def source_files() -> dict[str, Path]:
     if known is None:
         names = [
             path.relative_to(PROJECT).as_posix()
-            for top in ("workflow", "envs", "profiles", "slurm", "Snakefile", "pyproject.toml")
+            for top in WITHOUT_GIT
             for path in [PROJECT / top, *(PROJECT / top).rglob("*")]
             if "__pycache__" not in path.parts
         ]

@@ -81,25 +81,23 @@ def verify(path: Path, most_bytes: int = GIB) -> Verified:
     """
     with tempfile.TemporaryDirectory(prefix="ptbench-verify-") as name:
         folder = Path(name).resolve() / "archive"
-        unpack(path, folder, most_bytes)
-        refuse(path, check_manifest(folder))
-        study = read_planned(folder)
-        note = code_note(folder)
         try:
+            unpack(path, folder, most_bytes)
+            refuse(check_manifest(folder))
+            files = len(names_in(folder))
+            study = read_planned(folder)
+            note = code_note(folder)
             problems, compared = check_results(folder, study)
-        except (*NOT_OURS, PtbenchError, OSError) as error:
-            said = " ".join(str(error).split()).replace(f"{folder}/", "")
-            raise ArchiveError(
-                f"{path} is refused: its tables cannot be made from its runs: {said}"
-            ) from error
-        refuse(path, [*problems, *([note] if problems and note else [])])
-        return Verified(len(names_in(folder)), len(study.cells), compared, note, sha256(path))
+            refuse([*problems, *([note] if problems and note else [])])
+        except ArchiveError as error:
+            raise ArchiveError(f"{path} is refused: {error}") from error
+        return Verified(files, len(study.cells), compared, note, sha256(path))
 
 
-def refuse(path: Path, problems: list[str]) -> None:
+def refuse(problems: list[str]) -> None:
     """Raise ArchiveError if there are problems."""
     if problems:
-        raise ArchiveError("\n".join([f"{path} is refused: {problems[0]}", *problems[1:]]))
+        raise ArchiveError("\n".join(problems))
 
 
 # Unpacking ----------------------------------------------------------------------------------------
@@ -116,11 +114,10 @@ def unpack(path: Path, folder: Path, most_bytes: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             for problem in entry_problems(entries, most_bytes):
-                raise ArchiveError(f"{path} is refused: {problem}")
+                raise ArchiveError(problem)
             if MANIFEST not in {entry.filename for entry in entries}:
                 raise ArchiveError(
-                    f"{path} is refused: it has no {MANIFEST}, so it was not made by "
-                    "`uv run snakemake archive`"
+                    f"it has no {MANIFEST}, so it was not made by `uv run snakemake archive`"
                 )
             for entry in entries:
                 target = folder / entry.filename
@@ -128,7 +125,7 @@ def unpack(path: Path, folder: Path, most_bytes: int) -> None:
                 with archive.open(entry) as source, target.open("xb") as file:
                     shutil.copyfileobj(source, file)  # at most its declared size
     except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeError) as error:
-        raise ArchiveError(f"{path} is refused: it is no whole zip file: {error}") from error
+        raise ArchiveError(f"it is no whole zip file: {error}") from error
 
 
 def entry_problems(entries: list[zipfile.ZipInfo], most_bytes: int) -> Iterator[str]:
@@ -218,7 +215,7 @@ def read_planned(folder: Path) -> Study:
         names += [part for path in [*paths, *contest.files] for part in path.split("/")]
     for name in names:
         if not re.fullmatch(VARIANT_PATTERN, name):
-            raise ArchiveError(f"results/study.json is refused: {name!r} cannot be a name in it")
+            raise ArchiveError(f"results/study.json has {name!r} where only a plain name can be")
     return study
 
 
@@ -259,17 +256,12 @@ def check_results(folder: Path, study: Study) -> tuple[list[str], int]:
         if name.startswith(MADE) and not GIVEN.fullmatch(f"results/{name}"):
             (given / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "results" / name).rename(given / name)
-    problems = []
-    with contextlib.chdir(folder):
-        version = crate_version(Path(METADATA))
-        if Path(METADATA).read_text(encoding="utf-8") != metadata(Path(), study, version):
-            problems.append(f"{METADATA} is not what the archive's files say")
-        results, papers = Path("results"), Path("workflow/papers")
-        site = Site(results / "report", results, RunFacts(created="", version="", machine=""))
-        documents = {file.parent.name: file.parent for file in sorted(papers.glob("*/paper.yaml"))}
-        answered = {name: answering(at, study.experiments) for name, at in documents.items()}
-        answered = {name: experiments for name, experiments in answered.items() if experiments}
-        write_everything(study, site, papers, answered, results)
+    try:
+        with contextlib.chdir(folder):
+            problems = make_again(study)
+    except (*NOT_OURS, PtbenchError, OSError) as error:
+        said = " ".join(str(error).split()).replace(f"{folder}/", "")
+        raise ArchiveError(f"its tables cannot be made from its runs: {said}") from error
     made = set(names_in(given))
     again = {
         name
@@ -281,6 +273,20 @@ def check_results(folder: Path, study: Study) -> tuple[list[str], int]:
     for name in sorted(made & again, key=lambda name: (Path(name).suffix != ".csv", name)):
         problems += differences(f"results/{name}", given / name, folder / "results" / name)
     return problems, len(made & again)
+
+
+def make_again(study: Study) -> list[str]:
+    """Make everything that is made of runs, in this folder; say if the metadata are not right."""
+    version = crate_version(Path(METADATA))
+    stated = Path(METADATA).read_text(encoding="utf-8")
+    right = stated == metadata(Path(), study, version)
+    results, papers = Path("results"), Path("workflow/papers")
+    documents = {file.parent.name: file.parent for file in sorted(papers.glob("*/paper.yaml"))}
+    answered = {name: answering(at, study.experiments) for name, at in documents.items()}
+    answered = {name: experiments for name, experiments in answered.items() if experiments}
+    site = Site(results / "report", results, RunFacts(created="", version="", machine=""))
+    write_everything(study, site, papers, answered, results)
+    return [] if right else [f"{METADATA} is not what the archive's files say"]
 
 
 def crate_version(path: Path) -> str:

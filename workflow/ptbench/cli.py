@@ -657,14 +657,28 @@ def partial(
     LOG,
 )
 def archive(configuration: list[Path], results: Path, output: Path, log: Path | None) -> None:
+    isolate(FIGURES, threads=1)
+
     from ptbench.configuration.study import read_study
+    from ptbench.report.commands import study_command
     from ptbench.sharing.archive import write_archive
+    from ptbench.sharing.verify import ArchiveError, verify
 
     with Log(log) as opened:
         study = read_study(results / "study.json")
-        path, digest = write_archive(study, configuration, results, output)
-        size = path.stat().st_size / 1e6
-        opened.say(f"The archive is {path}, {size:.1f} MB, with SHA-256 {digest}")
+        path = write_archive(study, configuration, results, output)
+        try:
+            found = verify(path, most_bytes=sys.maxsize)
+        except ArchiveError as error:  # such as tables that an older version made
+            path.unlink()
+            raise PtbenchError(
+                f"{error}\nTo make tables and pages anew: "
+                f"{shlex.join(study_command(results))} --forcerun analyse answer search report"
+            ) from error
+        opened.say(
+            f"The archive of {found.runs} runs is {path}, {path.stat().st_size / 1e6:.1f} MB, "
+            f"with SHA-256 {found.sha256}"
+        )
 
 
 @command(

@@ -38,10 +38,8 @@ MOST_NAMED = 3  # changed files
 ABSOLUTE = re.compile(r"(?:(?<=file:)/*|(?<![\w.~:/<)\]}-]))((?:/[\w.+@%=,-]+)+)/([\w.+@%=,-]+)")
 
 
-def write_archive(
-    study: Study, configuration: Sequence[Path], results: Path, output: Path
-) -> tuple[Path, str]:
-    """Write the archive of a finished study; return where it is, and its SHA-256.
+def write_archive(study: Study, configuration: Sequence[Path], results: Path, output: Path) -> Path:
+    """Write the archive of a finished study and return where it is.
 
     The same results and files give the same bytes.
 
@@ -67,7 +65,7 @@ def write_archive(
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 with archive.open(entry, "w") as file, (folder / each).open("rb") as source:
                     shutil.copyfileobj(source, file)
-    return path, sha256(path)
+    return path
 
 
 def name_of(study: Study) -> str:
@@ -112,7 +110,7 @@ def copy_files(study: Study, configuration: Sequence[Path], results: Path, folde
     """
     withheld = corpus_checksums(results)
     texts = dict(result_files(study, results))
-    texts |= {own_name(file): file for file in configuration if file.exists()}
+    texts |= {own_name(number, file): file for number, file in enumerate(configuration, start=1)}
     for name, path in (source_files() | texts).items():
         if sha256(path) in withheld:
             continue
@@ -201,12 +199,12 @@ def source_files() -> dict[str, Path]:
     return {n: path for n, path in files.items() if path.is_file() and not path.is_symlink()}
 
 
-def own_name(file: Path) -> str:
-    """Return where a configuration file is in the archive."""
+def own_name(number: int, file: Path) -> str:
+    """Return where a configuration file is in the archive: the later ones win over earlier ones."""
     path = file.resolve()
     if path.is_relative_to(PROJECT):
         return path.relative_to(PROJECT).as_posix()
-    return f"configuration/{path.name}"
+    return f"configuration/{number}/{path.name}"
 
 
 def without_paths(text: str) -> str:

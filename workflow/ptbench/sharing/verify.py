@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ptbench.analysis.search import select
 from ptbench.configuration.papers import answering
 from ptbench.configuration.specification import VARIANT_PATTERN
 from ptbench.configuration.study import Study, read_study
@@ -33,7 +34,7 @@ from ptbench.sharing.crate import METADATA, WORKFLOW, metadata
 GIB = 2**30
 MOST_FILES = 200_000  # the full study of five documents has a tenth of it
 PACKAGE = Path(__file__).parents[1]
-ANALYSIS = ("analysis", "configuration", "report", "training/records.py")  # what makes tables
+CODE = {".css", ".j2", ".js", ".json", ".py", ".yaml"}
 MADE = ("experiments", "papers", "report", "searches")  # folders of results that are made of runs
 # What reading and drawing raise where a stranger's files are not what ptbench writes.
 NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -220,29 +221,22 @@ def read_planned(folder: Path) -> Study:
 
 
 def code_note(folder: Path) -> str | None:
-    """Say which files of the code that makes tables are others here than in the archive."""
+    """Say which files of the package are others here than in an unpacked archive."""
+    packages = PACKAGE, folder / "workflow" / "ptbench"
     names = {
-        path.relative_to(package).as_posix()
-        for package in (PACKAGE, folder / "workflow" / "ptbench")
-        for part in ANALYSIS
-        for path in [package / part, *(package / part).rglob("*")]
-        if path.suffix in (".py", ".j2", ".css")
+        name for package in packages for name in names_in(package) if Path(name).suffix in CODE
     }
 
     def content(path: Path) -> bytes | None:
         return path.read_bytes() if path.is_file() else None
 
-    others = [
-        name
-        for name in sorted(names)
-        if content(PACKAGE / name) != content(folder / "workflow" / "ptbench" / name)
-    ]
+    others = [name for name in sorted(names) if len({content(p / name) for p in packages}) > 1]
     if not others:
         return None
     more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
     return (
-        "The code that makes tables is another one here than in the archive, which may be why "
-        f"something differs: {', '.join(others[:SHOWN])}{more}."
+        "The code here is not the archive's, which may be why something differs: "
+        f"{', '.join(others[:SHOWN])}{more}."
     )
 
 
@@ -276,7 +270,7 @@ def check_results(folder: Path, study: Study) -> tuple[list[str], int]:
 
 
 def make_again(study: Study) -> list[str]:
-    """Make everything that is made of runs, in this folder; say if the metadata are not right."""
+    """Make everything that is made of runs, in this folder; return what else is not right."""
     version = crate_version(Path(METADATA))
     stated = Path(METADATA).read_text(encoding="utf-8")
     right = stated == metadata(Path(), study, version)
@@ -286,7 +280,12 @@ def make_again(study: Study) -> list[str]:
     answered = {name: experiments for name, experiments in answered.items() if experiments}
     site = Site(results / "report", results, RunFacts(created="", version="", machine=""))
     write_everything(study, site, papers, answered, results)
-    return [] if right else [f"{METADATA} is not what the archive's files say"]
+    problems = [] if right else [f"{METADATA} is not what the archive's files say"]
+    for name, search in study.searches.items():
+        file = results / "searches" / name / "selection.json"
+        if json.loads(file.read_bytes()) != select(search.contest, results):
+            problems.append(f"{file} is not what the trials say")
+    return problems
 
 
 def crate_version(path: Path) -> str:

@@ -310,6 +310,25 @@ def test_a_plan_that_would_lead_elsewhere_is_refused(
     assert [file.name for file in tmp_path.iterdir()] == ["x.zip"]
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        (f"{CELL}/metrics.json", b"[]", rf"{CELL}/metrics.json cannot be read \(.*\).*"),
+        (f"{CELL}/history.csv", b"\xff\n", rf"{CELL}/history.csv cannot be read \('utf-8' .*"),
+        (
+            f"{CELL}/history.csv",
+            None,
+            f"{CELL}/history.csv is missing although the run has finished",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_read_are_refused_by_name(
+    archive: Path, tmp_path: Path, name: str, data: bytes | None, sentence: str
+) -> None:
+    [said] = refused(changed(archive, tmp_path / "x.zip", {name: data}, listed=True))
+    assert re.fullmatch(f"its tables cannot be made from its runs: {sentence}", said)
+
+
 def test_what_its_runs_do_not_say_is_found_though_the_checksums_are_right(
     archive: Path, tmp_path: Path
 ) -> None:

@@ -16,15 +16,17 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ptbench.analysis.collect import first_line
 from ptbench.analysis.search import select
 from ptbench.configuration.papers import answering
 from ptbench.configuration.specification import VARIANT_PATTERN
 from ptbench.configuration.study import Study, read_study
-from ptbench.errors import PtbenchError
+from ptbench.errors import PtbenchError, in_words
 from ptbench.files import sha256
 from ptbench.report.site import RunFacts, Site
 from ptbench.report.whole import write_everything
@@ -34,12 +36,17 @@ from ptbench.sharing.crate import METADATA, WORKFLOW, metadata
 GIB = 2**30
 MOST_FILES = 200_000  # the full study of five documents has a tenth of it
 PACKAGE = Path(__file__).parents[1]
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 CODE = {".css", ".j2", ".js", ".json", ".py", ".yaml"}
-MADE = ("experiments", "papers", "report", "searches")  # folders of results that are made of runs
+MADE = ("experiments/", "papers/", "report/", "searches/")  # of results, what is made from runs
 # What reading and drawing raise where a stranger's files are not what ptbench writes.
-NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-GIVEN = re.compile(r"results/searches/[^/]+/(generation-\d+|selection)\.json")  # but not these
+NOT_OURS = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    RecursionError, csv.Error,
+)  # fmt: skip
+GIVEN = re.compile(r"searches/[^/]+/(generation-\d+|selection)\.json")  # but not these
 SHOWN = 3  # differences of one file
+MOST_SAID = 30  # of all
 
 # Two computers may differ in the last digits of a sum, and so in the coordinates of a figure.
 # Relative and absolute differences of fractional numbers that count as none:
@@ -96,7 +103,9 @@ def verify(path: Path, most_bytes: int = GIB) -> Verified:
 
 
 def refuse(problems: list[str]) -> None:
-    """Raise ArchiveError if there are problems."""
+    """Raise ArchiveError if there are problems, with the first of them."""
+    if len(problems) > MOST_SAID + 1:
+        problems = [*problems[:MOST_SAID], f"and {len(problems) - MOST_SAID} more"]
     if problems:
         raise ArchiveError("\n".join(problems))
 
@@ -125,7 +134,7 @@ def unpack(path: Path, folder: Path, most_bytes: int) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as source, target.open("xb") as file:
                     shutil.copyfileobj(source, file)  # at most its declared size
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeError) as error:
         raise ArchiveError(f"it is no whole zip file: {error}") from error
 
 
@@ -147,8 +156,8 @@ def entry_problems(entries: list[zipfile.ZipInfo], most_bytes: int) -> Iterator[
             yield f"the path {name!r} leads out of its folder, or is not written plainly"
         elif kind not in (0, stat.S_IFREG):
             yield f"{name} is a link or a device; an archive has plain files alone"
-        elif entry.flag_bits & 1:
-            yield f"{name} is encrypted; an archive has plain files alone"
+        elif entry.flag_bits & 1 or entry.compress_type not in COMPRESSIONS:
+            yield f"{name} is encrypted, or compressed by another method than deflate"
         elif other := seen.get(name.casefold()):
             yield f"{other} and {name} would be one file"
         seen[name.casefold()] = name
@@ -241,45 +250,56 @@ def code_note(folder: Path) -> str | None:
 
 
 def check_results(folder: Path, study: Study) -> tuple[list[str], int]:
-    """Make tables and pages again in a copy; return what differs, and how many files were compared.
+    """Make tables and pages again; return what differs, and how many files were compared.
 
     Works in the folder, so that whatever it reads is the archive's.
+
+    Raises:
+        ArchiveError: if they cannot be made.
     """
-    given = folder.with_name("given")
-    for name in names_in(folder / "results"):
-        if name.startswith(MADE) and not GIVEN.fullmatch(f"results/{name}"):
-            (given / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "results" / name).rename(given / name)
+    results, given = folder / "results", folder.with_name("given")
+    made = made_in(results)
+    for name in made:
+        (given / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).rename(given / name)
     try:
         with contextlib.chdir(folder):
             problems = make_again(study)
+        again = made_in(results)
+        for name in sorted(again - made):
+            problems.append(f"results/{name} is missing: the runs make it")
+        for name in sorted(made - again):
+            problems.append(f"results/{name} is not made from the runs")
+        for name in sorted(made & again, key=lambda name: (not name.endswith(".csv"), name)):
+            problems += differences(f"results/{name}", given / name, results / name)
     except (*NOT_OURS, PtbenchError, OSError) as error:
-        said = " ".join(str(error).split()).replace(f"{folder}/", "")
+        said = in_words(error) if isinstance(error, PtbenchError | OSError) else named(error)
+        said = said.replace(f"{folder}/", "")
         raise ArchiveError(f"its tables cannot be made from its runs: {said}") from error
-    made = set(names_in(given))
-    again = {
-        name
-        for name in names_in(folder / "results")
-        if name.startswith(MADE) and not GIVEN.fullmatch(f"results/{name}")
-    }
-    problems += [f"results/{name} is missing: the runs make it" for name in sorted(again - made)]
-    problems += [f"results/{name} is not made from the runs" for name in sorted(made - again)]
-    for name in sorted(made & again, key=lambda name: (Path(name).suffix != ".csv", name)):
-        problems += differences(f"results/{name}", given / name, folder / "results" / name)
     return problems, len(made & again)
+
+
+def named(error: Exception) -> str:
+    """Return what an error says, which may be its kind alone, in one line."""
+    return first_line(error) if str(error) else type(error).__name__
+
+
+def made_in(results: Path) -> set[str]:
+    """Return the files in a results folder that are made from its runs."""
+    files = {name for name in names_in(results) if name.startswith(MADE)}
+    return {name for name in files if not GIVEN.fullmatch(name)}
 
 
 def make_again(study: Study) -> list[str]:
     """Make everything that is made of runs, in this folder; return what else is not right."""
-    version = crate_version(Path(METADATA))
-    stated = Path(METADATA).read_text(encoding="utf-8")
-    right = stated == metadata(Path(), study, version)
     results, papers = Path("results"), Path("workflow/papers")
     documents = {file.parent.name: file.parent for file in sorted(papers.glob("*/paper.yaml"))}
     answered = {name: answering(at, study.experiments) for name, at in documents.items()}
     answered = {name: experiments for name, experiments in answered.items() if experiments}
     site = Site(results / "report", results, RunFacts(created="", version="", machine=""))
     write_everything(study, site, papers, answered, results)
+    stated = Path(METADATA).read_text(encoding="utf-8")
+    right = stated == metadata(Path(), study, crate_version(stated))
     problems = [] if right else [f"{METADATA} is not what the archive's files say"]
     for name, search in study.searches.items():
         file = results / "searches" / name / "selection.json"
@@ -288,10 +308,11 @@ def make_again(study: Study) -> list[str]:
     return problems
 
 
-def crate_version(path: Path) -> str:
-    """Return the version of the workflow's files that the metadata states."""
-    graph = json.loads(path.read_bytes())["@graph"]
-    return str(next(entity["version"] for entity in graph if entity["@id"] == WORKFLOW))
+def crate_version(stated: str) -> str:
+    """Return the version of the workflow's files that the metadata state."""
+    graph = json.loads(stated)["@graph"]
+    found = (entity["version"] for entity in graph if entity["@id"] == WORKFLOW)
+    return str(next(found, "not stated"))
 
 
 def differences(name: str, given: Path, again: Path) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
 from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
-from ptbench.files import write_atomically
+from ptbench.files import sha256, write_atomically
 from ptbench.log import Log
 from ptbench.model.recipe import Keep
 
@@ -666,19 +666,17 @@ def archive(configuration: list[Path], results: Path, output: Path, log: Path | 
 
     with Log(log) as opened:
         study = read_study(results / "study.json")
-        path = write_archive(study, configuration, results, output)
         try:
-            found = verify(path, most_bytes=sys.maxsize)
+            path = write_archive(
+                study, configuration, results, output, lambda file: verify(file, sys.maxsize)
+            )
         except ArchiveError as error:  # such as tables that an older version made
-            path.unlink()
             raise PtbenchError(
-                f"{error}\nTo make tables and pages anew: "
-                f"{shlex.join(study_command(results))} --forcerun analyse answer search report"
+                f"{results} makes an archive that would be refused: {error}\nTo make tables and "
+                f"pages anew: {shlex.join(study_command(results))} --forcerun analyse answer report"
             ) from error
-        opened.say(
-            f"The archive of {found.runs} runs is {path}, {path.stat().st_size / 1e6:.1f} MB, "
-            f"with SHA-256 {found.sha256}"
-        )
+        size = path.stat().st_size / 1e6
+        opened.say(f"The archive is {path}, {size:.1f} MB, with SHA-256 {sha256(path)}")
 
 
 @command(
@@ -689,9 +687,12 @@ def archive(configuration: list[Path], results: Path, output: Path, log: Path | 
 def verify(archive: Path, most_gib: int) -> None:
     isolate(FIGURES, threads=1)
 
-    from ptbench.sharing.verify import GIB, verify
+    from ptbench.sharing.verify import GIB, ArchiveError, verify
 
-    found = verify(archive, most_gib * GIB)
+    try:
+        found = verify(archive, most_gib * GIB)
+    except ArchiveError as error:
+        raise PtbenchError(f"{archive} is refused: {error}") from error
     print(f"{archive}: {found.files} files are as its manifest says.")
     print(
         f"{found.compared} tables, figures and pages were made again from its {found.runs} runs "

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,13 @@ MOST_NAMED = 3  # changed files
 ABSOLUTE = re.compile(r"(?:(?<=file:)/*|(?<![\w.~:/<)\]}-]))((?:/[\w.+@%=,-]+)+)/([\w.+@%=,-]+)")
 
 
-def write_archive(study: Study, configuration: Sequence[Path], results: Path, output: Path) -> Path:
+def write_archive(
+    study: Study,
+    configuration: Sequence[Path],
+    results: Path,
+    output: Path,
+    check: Callable[[Path], object],
+) -> Path:
     """Write the archive of a finished study and return where it is.
 
     The same results and files give the same bytes.
@@ -48,6 +54,7 @@ def write_archive(study: Study, configuration: Sequence[Path], results: Path, ou
         configuration: the files that it was configured by.
         results: the results folder.
         output: folder of the archive, which is named after the study.
+        check: raises an error if the finished file is not to take its place.
 
     Raises:
         PtbenchError: if the study is not finished.
@@ -58,13 +65,15 @@ def write_archive(study: Study, configuration: Sequence[Path], results: Path, ou
         copy_files(study, configuration, results, folder)
         (folder / METADATA).write_text(metadata(folder, study, version()), encoding="utf-8")
         (folder / MANIFEST).write_text(manifest(folder), encoding="utf-8")
-        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            for each in names_in(folder):
-                entry = zipfile.ZipInfo(each)  # of 1980, so that equal results are equal bytes
-                entry.external_attr = 0o100644 << 16
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                with archive.open(entry, "w") as file, (folder / each).open("rb") as source:
-                    shutil.copyfileobj(source, file)
+        with replacing(path) as temporary:
+            with zipfile.ZipFile(temporary, "w") as archive:
+                for each in names_in(folder):
+                    entry = zipfile.ZipInfo(each)  # of 1980, so that equal results are equal bytes
+                    entry.external_attr = 0o100644 << 16
+                    entry.compress_type = zipfile.ZIP_DEFLATED
+                    with archive.open(entry, "w") as file, (folder / each).open("rb") as source:
+                        shutil.copyfileobj(source, file)
+            check(temporary)
     return path
 
 

@@ -85,20 +85,17 @@ def verify(path: Path, most_bytes: int = GIB) -> Verified:
         most_bytes: that it may hold, unpacked.
 
     Raises:
-        ArchiveError: with a sentence for everything that is wrong.
+        ArchiveError: with a sentence for everything that is wrong, without the archive's name.
     """
     with tempfile.TemporaryDirectory(prefix="ptbench-verify-") as name:
         folder = Path(name).resolve() / "archive"
-        try:
-            unpack(path, folder, most_bytes)
-            refuse(check_manifest(folder))
-            files = len(names_in(folder))
-            study = read_planned(folder)
-            note = code_note(folder)
-            problems, compared = check_results(folder, study)
-            refuse([*problems, *([note] if problems and note else [])])
-        except ArchiveError as error:
-            raise ArchiveError(f"{path} is refused: {error}") from error
+        unpack(path, folder, most_bytes)
+        refuse(check_manifest(folder))
+        files = len(names_in(folder))
+        study = read_planned(folder)
+        note = code_note(folder)
+        problems, compared = check_results(folder, study)
+        refuse([*problems, *([note] if problems and note else [])])
         return Verified(files, len(study.cells), compared, note, sha256(path))
 
 

@@ -11,6 +11,7 @@
 #   results/papers/{paper}/answers.json                                findings and exhibits of a document
 #   results/report/index.html                                          the report
 #   results/partial/index.html                                         the same on what is there (`partial`)
+#   results/archive/*.crate.zip                                        all of it, to be shared (`archive`)
 #
 # Logs and benchmarks mirror these paths under results/logs and results/benchmarks.
 from snakemake.utils import min_version
@@ -36,6 +37,9 @@ rule all:
         # by name, because Snakemake does not miss a file between two that are there
         [f"results/cells/{cell.path}/metrics.json" for cell in study.cells],
         rules.profiles.input if study.config.profile else [],
+
+
+include: "workflow/rules/archive.smk"
 
 
 # Not a rule, because it must be new with every run: what the run is of, and, by its age, when it began.

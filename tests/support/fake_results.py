@@ -126,6 +126,8 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
                 "framework_version": "1.2.3",
                 "cpu": "Example CPU",
                 "gpus": [],
+                "started": "2030-01-01T12:00:00+00:00",
+                "finished": "2030-01-01T12:21:30+00:00",
             }
         ),
     )

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,6 +193,22 @@ def test_profiles_are_made_where_they_are_asked_for(finished: Project) -> None:
     assert sum(each.median for each in phases) > 0
     assert profile.operators
     assert [each.batch for each in profile.prediction] == [1, 10, 100]
+
+
+def test_a_finished_study_is_packed_and_verified(finished: Project) -> None:
+    """Without git, which the copy of the project does not have."""
+    finished.snakemake(*RUN, "archive")
+    archive = "results/archive/tiny-tiny-alone.crate.zip"
+    with zipfile.ZipFile(finished.folder / archive) as opened:
+        names = opened.namelist()
+    assert {*CELLS, "config.yaml", "workflow/experiments/tiny.yaml", "Snakefile"} < set(names)
+    assert not [name for name in names if name.endswith((".npy", ".safetensors"))]
+    answer = subprocess.run(
+        [sys.executable, "-m", "ptbench", "verify", archive],
+        cwd=finished.folder, env=finished.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "are the same" in answer.stdout
 
 
 def test_a_result_of_another_specification_is_made_again(finished: Project) -> None:

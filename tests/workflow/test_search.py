@@ -102,6 +102,32 @@ def test_a_killed_search_went_on_with_the_trials_that_it_would_have_had(searched
     assert searched.planned(*COMMAND) == []
 
 
+def test_searches_are_packed_unless_a_selection_is_not_what_the_trials_say(
+    searched: Project,
+) -> None:
+    def pack() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ptbench", "archive"],
+            cwd=searched.folder, env=searched.environment(), capture_output=True, text=True,
+        )  # fmt: skip
+
+    answer = pack()
+    assert answer.returncode == 0, answer.stderr
+    assert "results/archive/at-random-learning.crate.zip" in answer.stdout
+    file = searched.folder / LEARNING / "selection.json"
+    before = file.read_text()
+    try:
+        selection = json.loads(before)
+        selection["trials"][0]["nll"] += 1e-3
+        file.write_text(json.dumps(selection))
+        answer = pack()
+    finally:
+        file.write_text(before)
+    assert answer.returncode == 2
+    said = f"refused: {LEARNING}/selection.json is not what the trials say"
+    assert said in answer.stderr
+
+
 def test_a_generation_that_has_been_proposed_stays_when_a_result_is_made_again(
     searched: Project,
 ) -> None:

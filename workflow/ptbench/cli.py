@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
 from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
-from ptbench.files import write_atomically
+from ptbench.files import sha256, write_atomically
 from ptbench.log import Log
 from ptbench.model.recipe import Keep
 
@@ -635,48 +635,72 @@ def partial(
 ) -> None:
     isolate(FIGURES, threads=1)
 
-    from ptbench.analysis.plan import plan_experiment
     from ptbench.configuration.study import load_study, read_study
-    from ptbench.report.experiment import analyse_experiment
-    from ptbench.report.experiment_page import write_experiment_page
-    from ptbench.report.overview import write_overview
-    from ptbench.report.paper import answer_paper
-    from ptbench.report.paper_page import write_paper_page
-    from ptbench.report.search import write_search
+    from ptbench.report.whole import write_everything
 
     planned = from_json("--configuration", configuration, load_study)
     if (results / "study.json").exists():  # what was run, whatever this command was given
         planned = read_study(results / "study.json")
     with Log(log) as opened:
         pages = site(output, results)
-        folders, done = [], set()
-        for name, experiment in planned.experiments.items():
-            folders.append(output / "experiments" / name)
-            analysis = analyse_experiment(
-                plan_experiment(planned, name),
-                results,
-                papers,
-                folders[-1],
-                {
-                    each.variant: planned.specification(each.variant).fingerprint
-                    for each in experiment.specifications
-                },
+        done = write_everything(planned, pages, papers, planned.papers, output, only_current=True)
+        opened.say(
+            f"The report on {len(done)} of {len(planned.cells)} cells is at {output / 'index.html'}"
+        )
+
+
+@command(
+    "Pack a finished study: results, report, configuration, locks and workflow, in one file.",
+    argument("--configuration", type=Path, nargs="*", default=[], help="files that configured it"),
+    argument("--results", type=Path, default=Path("results")),
+    argument("--output", type=Path, default=Path("results/archive"), help="folder of the archive"),
+    LOG,
+)
+def archive(configuration: list[Path], results: Path, output: Path, log: Path | None) -> None:
+    isolate(FIGURES, threads=1)
+
+    from ptbench.configuration.study import read_study
+    from ptbench.report.commands import study_command
+    from ptbench.sharing.archive import write_archive
+    from ptbench.sharing.verify import ArchiveError, verify
+
+    with Log(log) as opened:
+        study = read_study(results / "study.json")
+        try:
+            path = write_archive(
+                study, configuration, results, output, lambda file: verify(file, sys.maxsize)
             )
-            write_experiment_page(pages, analysis, folders[-1])
-            cells = (cell for row in analysis.rows for cell in row.cells)
-            done |= {cell.path for cell in cells if cell.state != "missing"}
-        documents = []
-        for paper, names in planned.papers.items():
-            documents.append(output / "papers" / paper)
-            of_experiments = [output / "experiments" / name for name in names]
-            answers = answer_paper(papers / paper, of_experiments, documents[-1])
-            write_paper_page(pages, answers, documents[-1])
-        searched = []
-        for name, search in planned.searches.items():
-            searched.append(output / "searches" / name)
-            write_search(pages, search.contest, search.full, results, searched[-1])
-        page = write_overview(pages, folders, documents, searched)
-        opened.say(f"The report on {len(done)} of {len(planned.cells)} cells is at {page}")
+        except ArchiveError as error:  # such as tables that an older version made
+            raise PtbenchError(
+                f"{results} makes an archive that would be refused: {error}\nTo make tables and "
+                f"pages anew: {shlex.join(study_command(results))} --forcerun analyse answer report"
+            ) from error
+        size = path.stat().st_size / 1e6
+        opened.say(f"The archive is {path}, {size:.1f} MB, with SHA-256 {sha256(path)}")
+
+
+@command(
+    "Check an archive: its checksums, and every table and verdict, made again from its runs.",
+    argument("archive", type=Path, help="a .crate.zip, of anyone; nothing in it is executed"),
+    argument("--most-gib", type=positive, default=1, help="most that it may unpack to"),
+)
+def verify(archive: Path, most_gib: int) -> None:
+    isolate(FIGURES, threads=1)
+
+    from ptbench.sharing.verify import GIB, ArchiveError, verify
+
+    try:
+        found = verify(archive, most_gib * GIB)
+    except ArchiveError as error:
+        raise PtbenchError(f"{archive} is refused: {error}") from error
+    print(f"{archive}: {found.files} files are as its manifest says.")
+    print(
+        f"{found.compared} tables, figures and pages were made again from its {found.runs} runs "
+        "and are the same."
+    )
+    if found.note:
+        print(found.note)
+    print(f"Its SHA-256 is {found.sha256}. Compare it with the one that its author published.")
 
 
 @command(

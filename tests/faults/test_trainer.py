@@ -80,6 +80,17 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(
     assert {path.name for path in toy.checkpoints.iterdir()} == {"best.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("keep", "files"),
+    [("none", set()), ("best", {"best"}), ("all", {"best", "last", "previous"})],
+)
+def test_of_a_finished_cell_those_parameters_stay_that_were_asked_for(
+    toy: Toy, keep: str, files: set[str]
+) -> None:
+    toy.finish("--keep-checkpoints", keep)
+    assert {path.stem for path in toy.checkpoints.glob("*")} == files
+
+
 def test_the_users_shell_and_dot_files_change_nothing(
     toy: Toy, uninterrupted: Any, tmp_path: Path
 ) -> None:

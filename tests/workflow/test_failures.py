@@ -164,6 +164,7 @@ def test_a_corpus_that_fails_is_told_again_at_the_end(project: Project) -> None:
     said = project.snakemake("--cores", "1", *config, "--", target, expect=1).stdout
     assert "corpus mine failed: mine/train.txt does not end in a newline" in said
     assert "  log:   results/logs/corpora/mine.log\n" in said
+    assert "The report on what is there: " in said
 
 
 def test_a_corpus_that_is_not_there_is_refused_before_anything_runs(project: Project) -> None:

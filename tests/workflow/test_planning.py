@@ -310,7 +310,6 @@ def test_a_file_that_is_no_configuration_is_refused_by_name_and_line(
         (b"seeds: 1\nseeds: 2\n", "mine.yaml, line 2: not valid YAML: seeds is there twice"),
         (b"threads: 1:30\n", 'mine.yaml, line 1: threads: "1:30" is not allowed'),
         (b"# caf\xe9\n", "mine.yaml: not UTF-8 at byte 5"),
-        (b"", "mine.yaml is empty, which Snakemake refuses; leave it out, or write {} in it"),
     ],
 )
 def test_a_configfile_on_the_command_line_is_refused_by_name_and_line_too(
@@ -337,6 +336,17 @@ def test_an_empty_configuration_means_the_defaults(
 ) -> None:
     configuration.write_text("")
     assert project.planned("--cores", "1") == default_plan
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n"])
+def test_an_empty_configfile_on_the_command_line_changes_nothing(
+    project: Project, content: str
+) -> None:
+    (project.folder / "none.yaml").write_text(content)
+    (project.folder / "one.yaml").write_text("frameworks: jax\ndevices: 1\n")
+    files = ("--configfile", "one.yaml", "none.yaml", "--config", "seeds=3")
+    cells = [path for path in project.planned("--cores", "1", *files) if "/cells/" in path]
+    assert cells == ["results/cells/demo-lstm/jax/devices-1/seed-3/metrics.json"]
 
 
 @pytest.mark.parametrize(

@@ -6,39 +6,47 @@ Snakefile. Before both it reads `profiles/default/config.yaml`, which calls `che
 
 from __future__ import annotations
 
-import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from snakemake.common import get_appdirs
 
-from ptbench.errors import ConfigurationError, PtbenchError, or_exit
+from ptbench.errors import PtbenchError, or_exit
 from ptbench.yaml import read_mapping
+
+EMPTY = "profiles/empty.yaml"  # a mapping without keys
 
 
 def check() -> None:
     """Exit with a sentence if this Snakemake cannot start."""
-    or_exit(check_configuration_files, sys.argv[1:])
+    words = or_exit(filled_in, sys.argv[1:])
     or_exit(check_home, Path(get_appdirs().user_cache_dir))
+    if words != sys.argv[1:]:
+        python = sys.orig_argv[: -len(words)]
+        os.execv(sys.executable, [sys.executable, *python[1:], *words])
 
 
-def check_configuration_files(words: Sequence[str]) -> None:
-    """Read what follows `--configfile` in a command line.
+def filled_in(words: Sequence[str]) -> list[str]:
+    """Read what follows `--configfile`, and return the command line without files that are empty.
+
+    Snakemake refuses a file that holds nothing. One that holds `{}` takes its place.
 
     Raises:
-        ConfigurationError: if a file cannot be read, or holds nothing.
+        ConfigurationError: if a file cannot be read.
     """
-    for index, word in enumerate(words):
-        option, _, value = word.partition("=")
-        if option not in ("--configfile", "--configfiles"):
-            continue
-        after = itertools.takewhile(lambda each: not each.startswith("-"), words[index + 1 :])
-        for name in [value] if value else after:
-            if not read_mapping(Path(name)):
-                raise ConfigurationError(
-                    f"{name} is empty, which Snakemake refuses; leave it out, or write {{}} in it"
-                )
+    filled, follows = [], False
+    for word in words:
+        option, equals, name = word.partition("=")
+        if word.startswith("-"):
+            follows = option in ("--configfile", "--configfiles")
+            if follows and equals and not read_mapping(Path(name)):
+                word = f"{option}={EMPTY}"
+        elif follows and not read_mapping(Path(word)):
+            word = EMPTY
+        filled.append(word)
+    return filled
 
 
 def check_home(cache: Path) -> None:

@@ -34,7 +34,10 @@ ANALYSIS = (
     "variants.csv", "curves.csv",
 )  # fmt: skip
 
-REPORT = ("index.html", "frameworks.html", "methods.html", "runs.html", "report.md")
+REPORT = (
+    "index.html", "frameworks.html", "methods.html", "runs.html", "report.md",
+    "papers/greatti2019.html",
+)  # fmt: skip
 
 
 def run(*command: str, folder: Path = ROOT) -> tuple[float, float]:
@@ -73,18 +76,20 @@ def pretend_done(folder: Path, config: Path) -> None:
         *(f"cells/{cell.path}/metrics.json" for cell in study.cells),
         *(f"experiments/{name}/{file}" for name in study.experiments for file in ANALYSIS),
         *(f"experiments/{name}/figures" for name in study.experiments),
+        *(f"papers/greatti2019/{name}" for name in ("answers.json", "exhibits", "tables")),
         *(f"report/experiments/{name}.html" for name in study.experiments),
         *(f"report/{name}" for name in REPORT),
     ]
     for output in outputs:
         path = folder / "results" / output
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir() if path.name == "figures" else path.touch()
+        path.touch() if path.suffix else path.mkdir()
     for cell in study.cells:
         result = {"fingerprint": study.specification(cell.variant).fingerprint}
         (folder / "results" / "cells" / cell.path / "metrics.json").write_text(json.dumps(result))
-    run("-m", "snakemake", "--configfile", str(config), "--touch", "--cores", "1", folder=folder)
-    (folder / "results" / "study.json").unlink()  # which a run would write again
+    # Without hooks, which would write study.json, as any run does, and read the results.
+    touch = ("--touch", "--no-hooks", "--cores", "1")
+    run("-m", "snakemake", "--configfile", str(config), *touch, folder=folder)
 
 
 def main() -> None:
@@ -97,7 +102,7 @@ def main() -> None:
         bare, _ = median_run("-c", "import snakemake.cli")
         listed, _ = median_run("-m", "snakemake", "--list-rules")
         parsed, _ = median_run(*snakemake, "--list-rules")
-        planned, planned_memory = median_run(*snakemake, "-n", "--quiet", "all", folder=project)
+        planned, planned_memory = median_run(*snakemake, "-n", folder=project)
         pretend_done(project, config)
         done, done_memory = median_run(*snakemake, "--cores", "1", folder=project)
         if (project / "results" / "study.json").exists():
@@ -106,10 +111,10 @@ def main() -> None:
     measured = [
         ("parsing the Snakefile, default study", listed - bare, 1, "s"),
         ("parsing the Snakefile, 10,000 cells", parsed - bare, 1, "s"),
-        ("dry run of 10,000 cells", planned, 30, "s"),
-        ("peak memory of the dry run", planned_memory, 450, "MB"),
+        ("dry run of 10,000 cells", planned, 20, "s"),
+        ("peak memory of the dry run", planned_memory, 400, "MB"),
         ("run when all of them are done", done, 30, "s"),
-        ("peak memory of that run", done_memory, 450, "MB"),
+        ("peak memory of that run", done_memory, 400, "MB"),
     ]
     for what, value, limit, unit in measured:
         print(f"{what:<42}{value:6.2f} {unit:<2}  limit {limit} {unit}")

@@ -226,9 +226,8 @@ if workflow.remote_exec:
 
 # A dry run of thousands of jobs is summed up, unless how to print it was asked for.
 if workflow.output_settings.dryrun and not workflow.output_settings.quiet:
-    logger.addFilter(
-        Summary({name: each.cells for name, each in study.experiments.items()})
-    )
+    experiments = {name: each.cells for name, each in study.experiments.items()}
+    logger.addFilter(Summary(workflow, experiments))
 
 
 # Anything between two slashes. The rules' inputs refuse what cannot be, in a sentence.

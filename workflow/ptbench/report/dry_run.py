@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from snakemake.settings.enums import Quietness
 
 from ptbench.configuration.specification import Cell
 
@@ -12,34 +16,41 @@ LISTED = "A line for each experiment, because the jobs are many; --quiet host li
 
 
 class Summary(logging.Filter):
-    """A filter of Snakemake's log that takes out the paragraphs of jobs, and counts them."""
+    """A filter of Snakemake's log that sums up the jobs, and ends a dry run that has many.
 
-    def __init__(self, experiments: Mapping[str, Sequence[Cell]]) -> None:
-        """Take the cells of each experiment."""
+    Snakemake counts the jobs when it has found them all. To print them one by one takes it as long
+    again as to find them.
+    """
+
+    def __init__(self, workflow: Any, experiments: Mapping[str, Sequence[Cell]]) -> None:
+        """Take Snakemake's workflow and the cells of each experiment."""
         super().__init__()
+        self.workflow = workflow
         self.experiments = experiments
-        self.jobs = 0
-        self.cells: set[str] = set()  # their outputs
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to print a record; the last table of Snakemake's gets one more."""
-        event = getattr(record, "event", None)
-        if event == "run_info":
-            if self.cells:
-                record.msg = f"{record.msg}\n{self.table()}"
-            self.jobs = record.__dict__["stats"].get("total", 0)
-        elif self.jobs <= FEW:
-            return True
-        elif event == "job_info":
-            self.cells |= {file for file in record.__dict__["output"] if "/cells/" in file}
-            return False
-        return event != "shellcmd"
+        """Return True: all is printed, the numbers of jobs with what this says of them."""
+        if getattr(record, "event", None) == "run_info":
+            jobs = list(self.workflow.dag.needrun_jobs())
+            if len(jobs) > FEW:
+                record.msg = f"{record.msg}\n{self.table(jobs)}\n{self.reasons(jobs)}"
+                # With these, Snakemake ends a dry run here.
+                self.workflow.output_settings.quiet = {Quietness.RULES, Quietness.PROGRESS}
+        return True
 
-    def table(self) -> str:
+    def table(self, jobs: Sequence[Any]) -> str:
         """Return how many cells of each experiment would run."""
+        outputs = {str(file) for job in jobs for file in job.output}
         width = max(map(len, self.experiments))
         lines = [LISTED, "", f"{'experiment':{width}}  cells to run  of"]
         for name, cells in self.experiments.items():
-            left = sum(f"results/cells/{cell.path}/metrics.json" in self.cells for cell in cells)
+            left = sum(f"results/cells/{cell.path}/metrics.json" in outputs for cell in cells)
             lines.append(f"{name:{width}}  {left:12}  {len(cells)}")
         return "\n".join(lines) + "\n"
+
+    def reasons(self, jobs: Sequence[Any]) -> str:
+        """Return how many jobs run for each reason that Snakemake has."""
+        dag = self.workflow.dag
+        counts = Counter(reason for job in jobs for reason in dag.reason(job).get_names())
+        lines = [f"{count:7}  {reason}" for reason, count in counts.most_common()]
+        return "\n".join(["reasons, and jobs that have them", *lines, "", "Nothing was run."])

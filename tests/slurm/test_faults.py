@@ -292,22 +292,35 @@ def snakemake_is_disturbed(testbed: Testbed, folder: Path) -> Faulty:
 
 
 def the_controller_is_away(testbed: Testbed, folder: Path) -> Faulty:
-    """While jobs are submitted, and while they end; before that, it refused them all."""
+    """While jobs in a reservation are submitted, and while they end; others it had refused."""
     study = Faulty(testbed, folder, seeds=3)
-    study.replace("slurm/profile.yaml", "  # slurm_partition: gpu", "  slurm_partition: nosuch")
-    said = study.run(expect=1)
-    assert "sbatch refused 3 jobs in a row: sbatch: error: invalid partition" in said
-    assert "failed: not submitted: sbatch: error: invalid partition" in said
-    assert said.count(" failed; see ") <= 5  # and not three for each cell
+    refusals = {
+        "nosuch": "invalid partition",
+        "short": "Batch job submission failed: Requested time",
+    }
+    before = "# slurm_partition: gpu"
+    for partition, words in refusals.items():
+        study.replace("slurm/profile.yaml", f"  {before}", f"  slurm_partition: {partition}")
+        before = f"slurm_partition: {partition}"
+        said = study.run(expect=1)
+        assert f"sbatch refused 3 jobs in a row: sbatch: error: {words}" in said
+        assert f"failed: not submitted: sbatch: error: {words}" in said
+        assert said.count(" failed; see ") <= 5  # and not three for each cell
     assert study.submitted() == 0
 
-    study.replace("slurm/profile.yaml", "  slurm_partition: nosuch", "  slurm_partition: gpu")
+    study.replace("slurm/profile.yaml", f"  {before}", "  slurm_partition: gpu")
+    study.replace("slurm/profile.yaml", "# ptbench-slurm-reservation", "ptbench-slurm-reservation")
+    testbed.ask(
+        "scontrol", "create", "reservation", "ReservationName=course-42", "StartTime=now",
+        "Duration=60", "Users=root", "Nodes=node1",
+    )  # fmt: skip
     study.takes(2.0, *study.cells)
     testbed.stop_controller()
     with study.start() as snakemake:
         study.wait(lambda: "Trying again until it takes the job" in study.said(), "a refusal")
         testbed.start_controller()
         study.wait_for_checkpoints()
+        assert testbed.ask("squeue", "-h", "-o", "%v").split() == ["course-42"] * 3
         testbed.stop_controller()
         study.wait(lambda: "Slurm does not answer" in study.said(), "Snakemake to see it")
         study.takes(0.0, *study.cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -133,3 +134,56 @@ def test_another_configuration_may_be_run_on_the_cluster(project: Project) -> No
     planned = jobs(answer.stdout)
     assert len(planned) == 10
     assert all(cell.startswith("demo-lstm/") for cell in planned)
+
+
+CELL = "demo-lstm/jax/devices-1/seed-1"
+MADE = f"results/cells/{CELL}/metrics.json results/benchmarks/cells/{CELL}.tsv"
+# What a Slurm says that refuses so many jobs and then finishes each at once.
+PROGRAMS = {
+    "sbatch": f"""
+echo >> calls
+if [ $(wc -l < calls) -le $REFUSALS ]; then
+    printf 'sbatch: error: %s\\n' "$REFUSED" >&2
+    exit 1
+fi
+for file in {MADE}; do mkdir -p $(dirname $file); touch $file; done
+echo 7
+""",
+    "squeue": 'case "$*" in *--states=all*) echo "7|COMPLETED";; esac',
+    "sinfo": "printf 'PARTITION\\ngpu*\\n'",
+    **dict.fromkeys(("sacct", "sacctmgr", "scontrol"), "exit 1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("refused", "refusals", "calls"),
+    [
+        ("AssocMaxSubmitJobLimit", 4, 5),
+        ("QOSMaxSubmitJobPerUserLimit", 4, 5),
+        ("Batch job submission failed: Invalid qos specification", 9, 3),
+    ],
+)
+def test_where_too_many_jobs_are_queued_sbatch_is_asked_again_and_no_try_is_spent(
+    project: Project, monkeypatch: pytest.MonkeyPatch, refused: str, refusals: int, calls: int
+) -> None:
+    """A job has three tries; where sbatch never takes it, they are all that it is asked."""
+    folder = project.folder / "bin"
+    folder.mkdir(exist_ok=True)
+    for name, script in PROGRAMS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    for name in ("calls", *MADE.split()):
+        (project.folder / name).unlink(missing_ok=True)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("REFUSED", refused)
+    monkeypatch.setenv("REFUSALS", str(refusals))
+    never = refused.endswith("specification")
+    answer = project.snakemake(
+        "--profile", "slurm", "--configfile", "config.yaml", "--seconds-between-status-checks",
+        "0", "--max-jobs-per-timespan", "99/1s", "--", MADE.split()[0], expect=int(never),
+    )  # fmt: skip
+    said = answer.stdout + answer.stderr
+    assert (project.folder / "calls").read_text() == "\n" * calls
+    assert ("Trying again until it takes the job" in said) is not never
+    assert (f"failed: not submitted: sbatch: error: {refused}" in said) is never
+    assert ("sbatch refused 3 jobs in a row" in said) is never

@@ -78,7 +78,7 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
                 self.refuse(words)
                 break
             if waits in (0, 10):
-                self.logger.warning(f"sbatch: {words}. Trying again until it takes the job.")
+                self.logger.warning(f"{words}. Trying again until it takes the job.")
             waits += 1
             self.ends.wait(self.pause)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -28,6 +29,7 @@ from ptbench.analysis.experiment import analyse
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.plan import PlannedVariant, plan_experiment, read_plan
 from ptbench.configuration.study import load_study
+from ptbench.report import tables
 from ptbench.training.records import Hardware, Metrics, Seconds
 
 
@@ -168,7 +170,7 @@ def test_a_partial_report_counts_cells_of_the_present_recipe_alone(tmp_path: Pat
     with pytest.raises(AnalysisError, match="different settings"):
         collect_rows(experiment, tmp_path)
     present = {"a": "ffffffffffff", "b": "eeeeeeeeeeee"}
-    a, b = collect_rows(experiment, tmp_path, present)
+    a, b = collect_rows(experiment, tmp_path, lambda cell: present[cell.variant])
     assert [cell.state for cell in a.cells] == ["missing", "ok", "missing"]
     assert list(a.values("test_perplexity").values()) == pytest.approx([4.7])
     assert a.problem == (
@@ -188,10 +190,31 @@ def test_a_partial_report_counts_what_cannot_be_read_as_missing_and_says_why(
     write_results(tmp_path, experiment)
     path = tmp_path / "cells" / experiment.cells[0].path / name
     path.write_text("{\n1\n")
-    (row,) = collect_rows(experiment, tmp_path, {"tiny": "0123456789ab"})
+    (row,) = collect_rows(experiment, tmp_path, lambda _: "0123456789ab")
     assert [cell.state for cell in row.cells] == ["missing", "ok", "ok"]
     assert row.problem is not None
     assert row.problem.startswith(f"seed 1 has no result ({path} cannot be read")
+
+
+def test_kinds_of_device_may_differ_between_frameworks_and_tables_say_so(tmp_path: Path) -> None:
+    kinds = {"jax": "cuda", "mxnet": "cpu"}
+    experiment = plan(frameworks=kinds, accelerators=kinds)
+    for cell in experiment.cells:
+        fingerprint = {"jax": "a" * 12, "mxnet": "b" * 12}[cell.framework]
+        write_cell(tmp_path, metrics(cell, 4.7, fingerprint=fingerprint))
+    analysis = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), [])
+    assert {row.framework: row.accelerator for row in analysis.rows} == kinds
+    for text in (tables.markdown(analysis), tables.latex(analysis)):
+        assert "JAX on GPUs" in text
+        assert "MXNet on CPUs" in text
+    lines = list(csv.DictReader(tables.results_csv(analysis).splitlines()))
+    assert [line["accelerator"] for line in lines] == [kinds[line["framework"]] for line in lines]
+    alike = analysis.model_copy(update={"rows": analysis.rows[:1]})
+    assert " on " not in tables.markdown(alike).splitlines()[4]
+    # Within one kind they must still be alike.
+    write_cell(tmp_path, metrics(experiment.cells[0], 4.7, fingerprint="c" * 12))
+    with pytest.raises(AnalysisError, match="different settings"):
+        collect_rows(experiment, tmp_path)
 
 
 def test_different_variants_may_have_different_fingerprints(tmp_path: Path) -> None:

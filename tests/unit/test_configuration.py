@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.support.sentences import assert_no_frames
 
 from ptbench.analysis.plan import plan_experiment
+from ptbench.backends import FRAMEWORKS
 from ptbench.configuration import config, experiments
 from ptbench.configuration.config import Config, read_configuration
 from ptbench.configuration.experiments import load_library, read_papers
@@ -58,6 +59,8 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"experiments": "demo,a"}, r"config.yaml: experiments: .* 'experiments=\[demo,a\]'"),
     ({"frameworks": None}, r"config.yaml: frameworks: null is not allowed: .* \[a, b\]"),
     ({"devices": [2, 2]}, r"config.yaml: devices: 2 is there twice"),
+    ({"accelerators": {"mxnte": "cpu"}}, r"config.yaml: accelerators.*mxnte.*'mxnet'"),
+    ({"accelerators": {"mxnet": "tpu"}}, r"config.yaml: accelerators.mxnet: \"tpu\" .*'cpu' or"),
     ({"accelerator": "tpu"}, r"config.yaml: accelerator: \"tpu\" .*'cpu' or 'cuda'"),
     ({"threads": 0}, r"config.yaml: threads: 0 .*greater than or equal to 1"),
     ({"threads": True}, r"config.yaml: threads: true is not allowed: .*integer"),
@@ -576,6 +579,28 @@ def test_the_fingerprint_follows_the_meaning_and_nothing_else() -> None:
     assert set(json.loads(written.text())["recipe"]) <= {  # keys at their defaults are left out
         "corpus", "constant_epochs"
     }  # fmt: skip
+
+
+def test_a_framework_can_have_a_kind_of_device_of_its_own(tmp_path: Path) -> None:
+    gpus = {"experiments": ["demo"], "accelerator": "cuda"}
+    mixed, all_gpus, all_cpus = (
+        load_study(gpus | {"accelerators": {"mxnet": "cpu"}}),
+        load_study(gpus), load_study({"experiments": ["demo"]}),
+    )  # fmt: skip
+    (tmp_path / "corpus.json").write_text(
+        '{"tokens": {"train": 9000, "valid": 9, "test": 9}, "vocabulary_size": 9}'
+    )
+    corpus = str(tmp_path / "corpus.json")
+    for cell in mixed.cells:
+        alike = all_cpus if cell.framework == "mxnet" else all_gpus
+        assert mixed.fingerprint(cell.path) == alike.fingerprint(cell.path)
+        assert mixed.text(cell.variant, cell.framework) == alike.text(cell.variant, cell.framework)
+        asked = mixed.memory_megabytes(cell.path, corpus), mixed.runtime_minutes(cell.path, corpus)
+        assert asked == (
+            alike.memory_megabytes(cell.path, corpus), alike.runtime_minutes(cell.path, corpus)
+        )  # fmt: skip
+    kinds = json.loads(mixed.plan("demo"))["accelerators"]
+    assert kinds == dict.fromkeys(FRAMEWORKS, "cuda") | {"mxnet": "cpu"}
 
 
 def test_a_cells_path_reads_back_as_the_cell() -> None:

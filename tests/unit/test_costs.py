@@ -104,6 +104,19 @@ def test_the_error_is_that_of_the_speeds_of_other_models(study: Study, tmp_path:
     assert len(estimator.error()) == 2
 
 
+def test_gpus_and_cores_are_counted_and_paid_apart(tmp_path: Path) -> None:
+    config = {"experiments": ["zaremba-small"], "seeds": 1, "accelerator": "cuda", "threads": 4}
+    study = load_study(config | {"accelerators": {"mxnet": "cpu"}})
+    total = costs_of(study.cells, Estimator(study, tmp_path))
+    cores = [run for run in total.runs if run.accelerator == "cpu"]
+    assert [(run.cell.framework, run.units) for run in cores] == [("mxnet", 4)]
+    assert total.other_hours == cores[0].unit_hours
+    gpus = sum(run.unit_hours for run in total.runs if run not in cores)
+    assert total.unit_hours == pytest.approx(gpus)
+    assert total.money == pytest.approx(3.0 * gpus + 0.05 * total.other_hours)
+    assert total.kilowatt_hours == pytest.approx((350 * gpus + 6 * total.other_hours) / 1000)
+
+
 def test_no_schedule_is_shorter_than_its_longest_run(study: Study, tmp_path: Path) -> None:
     total = costs_of(study.cells, Estimator(study, tmp_path))
     longest = max(run.seconds for run in total.runs) / 3600

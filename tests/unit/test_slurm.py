@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import snakemake_executor_plugin_slurm as plugin
+from snakemake_executor_plugin_slurm.utils import set_gres_string
 
 from ptbench import slurm
+from ptbench.configuration.study import load_study
 from ptbench.errors import PtbenchError
+from snakemake_executor_plugin_ptbench_slurm import Executor
+
+
+class Resources(dict[str, Any]):
+    """A job's resources, as items and as attributes."""
+
+    __getattr__ = dict[str, Any].__getitem__
+    __setattr__ = dict[str, Any].__setitem__
 
 
 def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -54,6 +68,23 @@ def test_where_slurm_is_not_or_does_not_answer_its_jobs_are_unknown(
 def test_a_cell_is_found_by_the_comment_of_its_job() -> None:
     path = "tiny+layers=2/jax/devices-4/seed-11"
     assert slurm.comment_of(path) == "rule_train_wildcards_tiny+layers=2_jax_4_11"
+
+
+def test_only_cells_on_gpus_ask_for_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kinds = {"accelerator": "cuda", "accelerators": {"mxnet": "cpu"}}
+    load_study({"experiments": ["demo"], **kinds}).write(Path("results/study.json"), [], "")
+    submitted: list[str] = []
+    monkeypatch.setattr(
+        plugin.Executor, "run_job", lambda _, job: submitted.append(set_gres_string(job).strip())
+    )
+    executor = Executor.__new__(Executor)
+    executor.ends, executor.told, executor.refused = threading.Event(), threading.local(), []
+    for framework in ("jax", "mxnet"):
+        for asked in ({"gpu": 2}, {"gres": "gpu:2"}):
+            wildcards = SimpleNamespace(framework=framework)
+            executor.run_job(SimpleNamespace(wildcards=wildcards, resources=Resources(asked)))
+    assert submitted == ["--gpus=2", "--gres=gpu:2", "", ""]
 
 
 @pytest.mark.parametrize("path", ["/home/a b/ptbench", "/home/$USER/ptbench", "/home/it's"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,25 @@ def test_a_cell_that_runs_alone_claims_all_cores(project: Project) -> None:
     assert threads("speed-small/jax/devices-1/seed-1") == "threads: 7"
     assert threads("demo-lstm+alone=true/jax/devices-2/seed-1") == "threads: 7"
     assert threads("demo-lstm/jax/devices-2/seed-1") == "threads: 2"
+
+
+def test_a_framework_trains_in_the_environment_of_its_kind_of_device(project: Project) -> None:
+    chosen = ("experiments=demo", "seeds=1", "devices=1", "accelerator=cuda")
+    said = project.snakemake(
+        "-n", "-p", "--cores", "4", "--config", *chosen, "accelerators={mxnet: cpu}"
+    ).stdout
+    pythons = re.findall(r"results/environments/(\S+)/bin/python -m ptbench train", said)
+    others = [f"{framework}-cuda" for framework in ("pytorch", "tensorflow", "keras", "jax")]
+    assert sorted(pythons) == sorted([*others, "mxnet-cpu"])
+    made = set(re.findall(r"results/environments/([a-z-]+)/lock-", said))
+    assert made >= set(others)
+    assert "mxnet-cuda" not in made
+    # Cells on this machine's GPUs have it to themselves.
+    threads = {
+        match[1]: match[2]
+        for match in re.finditer(r"output: results/cells/\S+?/(\w+)/.*?threads: (\d)", said, re.S)
+    }
+    assert threads == dict.fromkeys((f.partition("-")[0] for f in others), "4")
 
 
 @pytest.fixture(scope="module")

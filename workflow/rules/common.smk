@@ -37,7 +37,6 @@ else:
     workflow.config_settings.configfiles = []  # Snakemake would read them in every job
 
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
-ACCELERATOR = study.config.accelerator
 USES_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 
 # Rules say `python`: the one that runs Snakemake, unless conda brings another. Training runs in its
@@ -48,13 +47,23 @@ PYTHON_SETTINGS = (
     "PYTHONPATH=workflow PYTHONDONTWRITEBYTECODE= PYTHONOPTIMIZE= PYTHONWARNINGS="
     " PYTHONNOUSERSITE=1"
 )
+
+
+# Where a framework's environment is: {ENVIRONMENT:{wildcards.framework}/} in a shell command. No
+# parameter, because it is no reason to train again.
+class Environment:
+    def __format__(self, framework):
+        name = framework.removesuffix("/")
+        return f"results/environments/{name}-{study.config.accelerator_of(name)}/"
+
+
+ENVIRONMENT = Environment()
+
 if USES_CONDA:
     FRAMEWORK_PYTHON = "python"
     shell.prefix(f"export {PYTHON_SETTINGS}; ")
 else:
-    FRAMEWORK_PYTHON = (
-        f"results/environments/{{wildcards.framework}}-{ACCELERATOR}/bin/python"
-    )
+    FRAMEWORK_PYTHON = "{ENVIRONMENT:{wildcards.framework}/}bin/python"
     folder = shlex.quote(str(Path(sys.executable).parent))
     shell.prefix(f"export {PYTHON_SETTINGS} PATH={folder}:$PATH; ")
 
@@ -81,7 +90,8 @@ if workflow.output_settings.dryrun and workflow.nodes is not None:
 @noted
 def cores_of(wildcards):
     here = workflow.nodes is None and not workflow.remote_exec
-    if here and (ACCELERATOR == "cuda" or study.recipe(CELL.format(**wildcards)).alone):
+    on_gpus = study.config.accelerator_of(wildcards.framework) == "cuda"
+    if here and (on_gpus or study.recipe(CELL.format(**wildcards)).alone):
         return workflow.cores
     return max(study.config.threads, int(wildcards.devices))
 
@@ -102,7 +112,7 @@ def runtime_of(wildcards, input):
 # Of a variant that a search has yet to find, Snakemake asks again when its file is there.
 @noted
 def specification_of(wildcards, input):
-    return study.text(wildcards.variant)
+    return study.text(wildcards.variant, wildcards.framework)
 
 
 # Whether somebody asked for an output to be made again.
@@ -150,7 +160,11 @@ def inputs_of(wildcards):
     inputs = {"found": found} if found else {}
     inputs["corpus"] = ancient(corpus) if trained else corpus
     if not USES_CONDA and not workflow.remote_exec:
-        waits = or_exit(environments.to_wait_for, wildcards.framework, ACCELERATOR)
+        waits = or_exit(
+            environments.to_wait_for,
+            wildcards.framework,
+            study.config.accelerator_of(wildcards.framework),
+        )
         inputs["environment"] = ancient(waits)
     return inputs
 
@@ -171,7 +185,11 @@ def profiled_corpus(wildcards):
 def profiled_environment(wildcards):
     if USES_CONDA or workflow.remote_exec:
         return []
-    return ancient(or_exit(environments.to_wait_for, wildcards.framework, ACCELERATOR))
+    return ancient(or_exit(
+            environments.to_wait_for,
+            wildcards.framework,
+            study.config.accelerator_of(wildcards.framework),
+        ))
 
 
 # It has this machine to itself.
@@ -203,7 +221,8 @@ def inputs_of_generation(wildcards):
     search = study.search(name)
     inputs = {"trials": trials_of(search.question(number).told.values())}
     if search.definition.method == "gp" and not USES_CONDA:
-        waits = or_exit(environments.to_wait_for, "pytorch", ACCELERATOR)
+        accelerator = study.config.accelerator_of("pytorch")
+        waits = or_exit(environments.to_wait_for, "pytorch", accelerator)
         inputs["environment"] = ancient(waits)
     return inputs
 

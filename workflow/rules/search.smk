@@ -20,7 +20,7 @@ rule propose:
         ),
     shell:
         "python -m ptbench propose --question {params.question:q} --results results"
-        f" --pytorch results/environments/pytorch-{ACCELERATOR} --output {{output:q}} --log {{log:q}}"
+        f" --pytorch {{ENVIRONMENT:pytorch/}} --output {{output:q}} --log {{log:q}}"
 
 
 rule select:

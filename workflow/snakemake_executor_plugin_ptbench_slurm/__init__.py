@@ -7,6 +7,7 @@ It differs from snakemake-executor-plugin-slurm in this (docs/slurm-upstream.md)
 - When sbatch refuses a job for a reason that may pass, it is asked again. When it refuses several
   in a row for one reason that stays, the run ends.
 - What a job ran out of is remembered, and `ptbench.slurm.ran_out` tells it to the next attempt.
+- Cells of frameworks that `accelerators` puts on CPUs ask for no GPU, whatever the profile says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ import snakemake_executor_plugin_slurm as plugin
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 
 from ptbench import slurm
+from ptbench.configuration.study import read_study
 
 REFUSALS = 3  # in a row, in the same words, after which no more jobs are submitted
+GPU_RESOURCES = ("gpu", "gpu_model", "gres")  # that the plugin asks sbatch for
 LOG_BYTES = 100_000  # of a log's end, which say why a job failed
 
 common_settings = plugin.common_settings
@@ -48,6 +52,12 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         self.workflow.executor_settings.status_command = None
         super().__post_init__(test_mode)
 
+    @cached_property
+    def on_cpus(self) -> set[str]:
+        """The frameworks of the study that train on CPUs beside others on GPUs."""
+        kinds = read_study(Path("results/study.json")).config.accelerators
+        return {framework for framework, kind in kinds.items() if kind == "cpu"}
+
     def shutdown(self) -> None:
         self.ends.set()
         super().shutdown()
@@ -66,6 +76,9 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
 
     def run_job(self, job: Any) -> None:
         """Submit a job, patiently; called in a thread of its own."""
+        if getattr(job.wildcards, "framework", None) in self.on_cpus:
+            for name in GPU_RESOURCES:
+                setattr(job.resources, name, "")
         waits = 0
         while not self.ends.is_set():
             self.told.words = None

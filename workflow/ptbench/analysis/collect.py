@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
-from ptbench.model.recipe import Implementation
+from ptbench.model.recipe import Accelerator, Implementation
 from ptbench.training.records import Metrics, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
@@ -102,6 +102,7 @@ class Row:
     devices: int
     planned: PlannedVariant
     cells: tuple[CellResult, ...]
+    accelerator: Accelerator | None = None  # kind of device, if the plan says it
 
     def results(self, state: State = "ok") -> dict[int, Result]:
         """Return what the cells in a state left, by seed; only those that are ok are averaged."""
@@ -147,15 +148,17 @@ class Row:
 
 
 def collect_rows(
-    plan: ExperimentPlan, results_folder: Path, fingerprints: Mapping[str, str] | None = None
+    plan: ExperimentPlan,
+    results_folder: Path,
+    fingerprint: Callable[[Cell], str | None] | None = None,
 ) -> list[Row]:
     """Return the rows of an experiment, by variant and devices as planned, then by framework.
 
     Args:
         plan: the experiment.
         results_folder: holds cells/.
-        fingerprints: of each variant as it is now, for a partial report: a cell with another one
-            counts as missing, and so does one that cannot be read. None: every result must count.
+        fingerprint: of a cell as it is now, for a partial report: a cell with another one counts
+            as missing, and so does one that cannot be read. None: every result must count.
 
     Raises:
         AnalysisError: if a file cannot be read, or if cells that would be averaged or compared have
@@ -163,18 +166,20 @@ def collect_rows(
     """
     rows: dict[tuple[str, int, str], list[CellResult]] = defaultdict(list)
     variants: dict[str, list[CellResult]] = defaultdict(list)
+    alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
-        fingerprint = None if fingerprints is None else fingerprints[cell.variant]
         result = _read_usable(cell, results_folder, fingerprint)
         rows[cell.variant, cell.devices, cell.framework].append(result)
         variants[cell.variant].append(result)
-    for variant, cells in variants.items():
+        alike[cell.variant, plan.accelerators.get(cell.framework)].append(result)
+    for (variant, _), cells in alike.items():
         _refuse_mixed(
             (c for c in cells if c.result),
             lambda metrics: metrics.fingerprint,
             f"cells of {variant} were run with different settings and must not be averaged; "
             "run the experiment again to renew the outdated ones: fingerprint",
         )
+    for variant, cells in variants.items():
         _refuse_mixed(
             (c for c in cells if c.state == "ok"),
             lambda m: tuple(score and score.tokens for score in (m.valid, m.test)),
@@ -189,6 +194,7 @@ def collect_rows(
             devices,
             plan.variant(variant),
             tuple(sorted(cells, key=lambda c: c.cell.seed)),
+            plan.accelerators.get(framework),
         )
         for (variant, devices, framework), cells in sorted(
             rows.items(), key=lambda r: (order.index(r[0][0]), r[0][1], frameworks.index(r[0][2]))
@@ -196,15 +202,17 @@ def collect_rows(
     ]
 
 
-def _read_usable(cell: Cell, results_folder: Path, fingerprint: str | None) -> CellResult:
-    """Read a cell; given a fingerprint, one whose result cannot count is missing, with a reason."""
+def _read_usable(
+    cell: Cell, results_folder: Path, fingerprint: Callable[[Cell], str | None] | None
+) -> CellResult:
+    """Read a cell; given fingerprints, one whose result cannot count is missing, with a reason."""
     if fingerprint is None:
         return _read_cell(cell, results_folder)
     try:
         found = _read_cell(cell, results_folder)
     except AnalysisError as error:
         return CellResult(cell, unusable=str(error))
-    if found.result and found.result.metrics.fingerprint != fingerprint:
+    if found.result and found.result.metrics.fingerprint != fingerprint(cell):
         return CellResult(cell, unusable=OUTDATED)
     return found
 

@@ -59,6 +59,7 @@ class RunCost(NamedTuple):
     seconds: float
     source: Source
     units: int  # GPUs that it holds, or CPU cores
+    accelerator: Accelerator  # which of the two
     disk_bytes: int  # of its best parameters
 
     @property
@@ -73,12 +74,17 @@ class Costs:
 
     runs: Sequence[RunCost]
     prices: Prices
-    accelerator: Accelerator
+    accelerator: Accelerator  # of the study; single frameworks may have another
 
     @property
     def unit_hours(self) -> float:
-        """Return GPU-hours or core-hours."""
-        return sum(run.unit_hours for run in self.runs)
+        """Return GPU-hours or core-hours, of the runs on the study's kind of device."""
+        return sum(r.unit_hours for r in self.runs if r.accelerator == self.accelerator)
+
+    @property
+    def other_hours(self) -> float:
+        """Return the same of the runs on the other kind."""
+        return sum(r.unit_hours for r in self.runs if r.accelerator != self.accelerator)
 
     @property
     def left(self) -> Costs:
@@ -89,7 +95,8 @@ class Costs:
     def hours(self, units: int) -> float:
         """Return the shortest wall-clock time on so many GPUs or cores [h].
 
-        No schedule is shorter than the longest run, nor than all runs without a gap.
+        No schedule is shorter than the longest run, nor than all runs without a gap. There are
+        enough devices of the other kind.
         """
         longest = max((run.seconds / 3600 for run in self.runs), default=0.0)
         return max(longest, self.unit_hours / units)
@@ -102,12 +109,12 @@ class Costs:
     @property
     def kilowatt_hours(self) -> float:
         """Return the energy, by the assumed power of a GPU or core [kWh]."""
-        return self.unit_hours * self.prices.of(self.accelerator)[1] / 1000
+        return sum(r.unit_hours * self.prices.of(r.accelerator)[1] / 1000 for r in self.runs)
 
     @property
     def money(self) -> float:
         """Return the rent of the GPUs or cores, which includes their energy."""
-        return self.unit_hours * self.prices.of(self.accelerator)[0]
+        return sum(r.unit_hours * self.prices.of(r.accelerator)[0] for r in self.runs)
 
     @property
     def by_source(self) -> dict[Source, int]:
@@ -132,6 +139,7 @@ class Estimator:
         try:
             metrics = read_metrics(path)
             specification = self.study.specification(metrics.cell.variant)
+            specification = self.study.on(specification, metrics.cell.framework)
         except (OSError, ValueError, ConfigurationError):
             return  # of another configuration; what cannot be read is no measurement
         if metrics.fingerprint != specification.fingerprint or metrics.status != "ok":
@@ -158,10 +166,11 @@ class Estimator:
         size = self.size(recipe)
         seconds, source = self._seconds(cell, recipe, size)
         config = self.study.config
-        units = cell.devices if config.accelerator == "cuda" else max(config.threads, cell.devices)
+        accelerator = config.accelerator_of(cell.framework)
+        units = cell.devices if accelerator == "cuda" else max(config.threads, cell.devices)
         keeps = config.keep_checkpoints != "none"
         disk = stored_bytes(recipe, size.vocabulary_size) if keeps else 0
-        return RunCost(cell, seconds, source, units, disk)
+        return RunCost(cell, seconds, source, units, accelerator, disk)
 
     def _seconds(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
         if cell in self.finished:
@@ -183,7 +192,7 @@ class Estimator:
         if alike:
             nearest = min(alike, key=lambda m: abs(math.log(m.flops / flops)))
             return scaled(nearest, recipe, size, flops), "speeds"
-        accelerator = self.study.config.accelerator
+        accelerator = self.study.config.accelerator_of(cell.framework)
         return 60.0 * work.runtime_minutes(recipe, accelerator, cell.devices, size), "bound"
 
     def error(self) -> list[float]:

@@ -32,7 +32,7 @@ from ptbench.backends import Framework
 from ptbench.configuration.experiments import Compared
 from ptbench.configuration.papers import NamedRow
 from ptbench.configuration.specification import Cell, reductions, whole
-from ptbench.model.recipe import Implementation, Model
+from ptbench.model.recipe import Accelerator, Implementation, Model
 
 NOT_JUDGED = Judgement("cannot tell", None, None, None, None)
 
@@ -58,6 +58,7 @@ class RowResult(Model):
     variant: str = Field(description="Name of the variant.")
     framework: Framework = Field(description="Framework.")
     devices: int = Field(description="Data-parallel replicas.")
+    accelerator: Accelerator | None = Field(None, description="Kind of device that trained.")
     implementation: Implementation = Field(description="stock or tuned, as the recipe says.")
     n_ok: int = Field(description="Seeds that ended well.")
     n_diverged: int = Field(description="Seeds that diverged.")
@@ -188,6 +189,12 @@ class Analysis(Model):
         """What made its runs smaller, or of another text, such as `budget=quick`."""
         return sorted({each for row in self.rows for each in reductions(row.variant)})
 
+    @property
+    def kinds_of_device(self) -> set[Accelerator]:
+        """The kinds of device that its rows were trained on, where there are several."""
+        kinds = {row.accelerator for row in self.rows if row.accelerator}
+        return kinds if len(kinds) > 1 else set()
+
     def label(self, variant: str) -> str:
         """Return a variant's short name."""
         return next(each.label for each in self.variants if each.name == variant)
@@ -253,6 +260,7 @@ def _row_result(row: Row) -> RowResult:
         variant=row.variant,
         framework=row.framework,
         devices=row.devices,
+        accelerator=row.accelerator,
         implementation=row.planned.implementation,
         n_ok=len(row.results()),
         n_diverged=len(row.results("diverged")),

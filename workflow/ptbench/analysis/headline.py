@@ -66,13 +66,15 @@ def groups_of(analyses: Iterable[Analysis]) -> Groups:
 
 
 def alone(a: RowResult, b: RowResult) -> bool:
-    """Return whether speeds compare: on one kind of machine, with no run beside them."""
-    return a.alone and b.alone and a.machines == b.machines and len(a.machines) == 1
+    """Return whether speeds compare: on one kind of device and machine, with no run beside them."""
+    same = a.machines == b.machines and a.accelerator == b.accelerator
+    return a.alone and b.alone and same and len(a.machines) == 1
 
 
 def alike(a: RowResult, b: RowResult) -> bool:
     """Return whether speeds say something: on one kind of machine, with as many runs beside."""
-    return a.machines == b.machines and a.cells_at_once == b.cells_at_once
+    same = a.machines == b.machines and a.accelerator == b.accelerator
+    return same and a.cells_at_once == b.cells_at_once
 
 
 def compare_speeds(groups: Groups) -> Comparison | None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ptbench.backends import Framework
 from ptbench.configuration.experiments import Compared, Value
 from ptbench.configuration.specification import Cell
-from ptbench.model.recipe import Implementation, Model, Name
+from ptbench.model.recipe import Accelerator, Implementation, Model, Name
 
 if TYPE_CHECKING:
     from ptbench.configuration.study import Study
@@ -43,6 +44,9 @@ class ExperimentPlan(Model):
     corpus_folder: Name = Field(description="Prepared corpus, a folder of results/corpora.")
     cells: tuple[Cell, ...] = Field(min_length=1, description="All planned runs, each once.")
     variants: dict[str, PlannedVariant] = Field({}, description="What is known of variants.")
+    accelerators: dict[Framework, Accelerator] = Field(
+        {}, description="Kind of device that each framework trains on."
+    )
     baseline: str | None = Field(
         None, description="Variant that the others are compared with; null: the first."
     )

@@ -101,6 +101,9 @@ class Config(Model):
         None, description="Device counts to run; null: each experiment's own."
     )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
+    accelerators: dict[Framework, Accelerator] = Field(
+        {}, description="The same for single frameworks that differ, such as {mxnet: cpu}."
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
     )
@@ -141,6 +144,10 @@ class Config(Model):
         if self.seeds is not None and self.repeats is not None:
             raise ValueError("seeds and repeats exclude each other; set one of them to null")
         return self
+
+    def accelerator_of(self, framework: Framework) -> Accelerator:
+        """Return the kind of device that a framework trains on."""
+        return self.accelerators.get(framework, self.accelerator)
 
 
 class CorpusFile(Model):

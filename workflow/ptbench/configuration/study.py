@@ -54,7 +54,7 @@ from ptbench.corpus.definitions import TRANSPORT, CorpusDefinition, content_of
 from ptbench.errors import ConfigurationError
 from ptbench.files import write_atomically
 from ptbench.model import work
-from ptbench.model.recipe import Recipe
+from ptbench.model.recipe import Accelerator, Recipe
 
 
 def cell_of(variant: str, framework: Framework, devices: int, seed: int) -> Cell:
@@ -86,7 +86,7 @@ class PlannedExperiment:
             for run in itertools.product(variants, self.frameworks, self.devices, self.seeds)
         )
 
-    def plan(self, equivalence_margin: float) -> str:
+    def plan(self, config: Config) -> str:
         """Return what the analysis has to know, as JSON (`ptbench.analysis.plan` reads it)."""
         # What a search finds is no parameter of the analysis: its page says it.
         recipes = [] if self.found else [each.recipe for each in self.specifications]
@@ -97,7 +97,8 @@ class PlannedExperiment:
             "description": self.definition.description,
             "metric": self.definition.metric,
             "baseline": self.baseline,
-            "equivalence_margin": equivalence_margin,
+            "equivalence_margin": config.equivalence_margin,
+            "accelerators": {each: config.accelerator_of(each) for each in self.frameworks},
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {
                 each.variant: {
@@ -245,7 +246,8 @@ class Study:
     def specification(self, variant: str) -> Specification:
         """Return the specification of a variant of any recipe, also of one in no experiment.
 
-        Of a variant that a search has not found yet it is a stand-in.
+        Of a variant that a search has not found yet it is a stand-in. What a framework is told has
+        its own kind of device: see `on`.
 
         Raises:
             ConfigurationError: if there is no such recipe, or the name is not the variant's own.
@@ -261,32 +263,40 @@ class Study:
             self._specifications[variant] = found
         return self._specifications[variant]
 
+    def on(self, specification: Specification, framework: Framework) -> Specification:
+        """Return a specification as a framework is told it, with its kind of device."""
+        accelerator = self.config.accelerator_of(framework)
+        if accelerator == specification.accelerator:
+            return specification
+        return specification.model_copy(update={"accelerator": accelerator})
+
     @cached_property
-    def _texts(self) -> dict[str, tuple[str, str]]:
+    def _texts(self) -> dict[tuple[str, Accelerator], tuple[str, str]]:
         return {}
 
-    def text(self, variant: str) -> str:
-        """Return the text of a variant's specification.
+    def text(self, variant: str, framework: Framework) -> str:
+        """Return the text of a variant's specification, as a framework is told it.
 
         Raises:
             FileNotFoundError: if a search has yet to find it; Snakemake then asks again later.
         """
-        return self._text_and_fingerprint(variant)[0]
+        return self._text_and_fingerprint(variant, framework)[0]
 
-    def _text_and_fingerprint(self, variant: str) -> tuple[str, str]:
+    def _text_and_fingerprint(self, variant: str, framework: Framework) -> tuple[str, str]:
         """Return both, made once, because many cells have the same."""
         if variant in self._files:
-            found = found_specification(self._files[variant], variant)
+            found = self.on(found_specification(self._files[variant], variant), framework)
             return found.text(), found.fingerprint
-        if variant not in self._texts:
-            specification = self.specification(variant)
-            self._texts[variant] = specification.text(), specification.fingerprint
-        return self._texts[variant]
+        key = variant, self.config.accelerator_of(framework)
+        if key not in self._texts:
+            specification = self.on(self.specification(variant), framework)
+            self._texts[key] = specification.text(), specification.fingerprint
+        return self._texts[key]
 
     def fingerprint(self, path: str) -> str | None:
         """Return the fingerprint of a cell's specification; None if a search has yet to find it."""
         with contextlib.suppress(FileNotFoundError):
-            return self._text_and_fingerprint(path.partition("/")[0])[1]
+            return self._text_and_fingerprint(*path.split("/")[:2])[1]
         return None
 
     def recipe(self, path: str) -> Recipe:
@@ -323,7 +333,7 @@ class Study:
         """Return what a cell has: a result of its specification, another file, or none."""
         try:
             found = json.loads(Path(f"results/cells/{path}/metrics.json").read_bytes())
-            own = found["fingerprint"] == self._text_and_fingerprint(path.partition("/")[0])[1]
+            own = found["fingerprint"] == self._text_and_fingerprint(*path.split("/")[:2])[1]
         except FileNotFoundError:
             return "none"
         except (OSError, ValueError, KeyError, TypeError):
@@ -343,7 +353,7 @@ class Study:
 
     def plan(self, name: str) -> str:
         """Return what the analysis of an experiment has to know, as JSON."""
-        return self.experiment(name).plan(self.config.equivalence_margin)
+        return self.experiment(name).plan(self.config)
 
     def search(self, name: str) -> PlannedSearch:
         """Return a search of the study, by the name that its files have.
@@ -447,16 +457,16 @@ class Study:
         cell = parse_cell_path(path)
         libraries = FRAMEWORKS[cell.framework].memory_megabytes
         asked = work.memory_megabytes(
-            self.recipe(path), self.config.accelerator, libraries, cell.devices,
-            work.corpus_size(corpus_json), times,
+            self.recipe(path), self.config.accelerator_of(cell.framework), libraries,
+            cell.devices, work.corpus_size(corpus_json), times,
         )  # fmt: skip
         return min(asked, self.config.max_memory or asked)
 
     def runtime_minutes(self, path: str, corpus_json: str, times: int = 1) -> int:
         """Return the time limit that a cell's job asks for [minutes], as `memory_megabytes`."""
-        devices, size = parse_cell_path(path).devices, work.corpus_size(corpus_json)
-        accelerator = self.config.accelerator
-        asked = work.runtime_minutes(self.recipe(path), accelerator, devices, size, times)
+        cell, size = parse_cell_path(path), work.corpus_size(corpus_json)
+        accelerator = self.config.accelerator_of(cell.framework)
+        asked = work.runtime_minutes(self.recipe(path), accelerator, cell.devices, size, times)
         return min(asked, self.config.max_runtime or asked)
 
     @cached_property
@@ -665,7 +675,7 @@ def plan_search(
         constraint=asked.constraint,
         short=asked.short,
         corpus_definition=base.corpus_definition,
-        accelerator=settings.accelerator,
+        accelerator=settings.accelerator_of(frameworks[0]),
         devices=devices,
     )
     points = draw_points(space, asked.trials, asked.seed, f"{where}: space")

@@ -12,7 +12,7 @@ from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.metrics import METRICS
 from ptbench.report import words
-from ptbench.report.formatting import framework_name
+from ptbench.report.formatting import framework_name, kind_of_device
 from ptbench.report.overview import read_analysis
 
 COLUMNS = ("test_perplexity", "tokens_per_second")
@@ -57,7 +57,8 @@ def results_table(analyses: Sequence[Analysis]) -> Table:
             spread = f" ± {perplexity.std:.2f}" if perplexity and perplexity.std else ""
             table.add_row(
                 analysis.label(row.variant) + devices,
-                framework_name(row.framework),
+                framework_name(row.framework)
+                + (f" {kind_of_device(row.accelerator)}" if analysis.kinds_of_device else ""),
                 METRICS[COLUMNS[0]].write(perplexity.value) + spread if perplexity else "–",
                 METRICS[COLUMNS[1]].write(speed.value) if speed else "–",
                 f"{row.n_ok} of {len(row.cells)}",

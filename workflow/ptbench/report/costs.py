@@ -47,29 +47,33 @@ def groups(study: Study) -> dict[str, list[str]]:
 def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> None:
     """Print what the study takes, by document and experiment, and its ten dearest runs."""
     prices, cuda = study.config.prices, study.config.accelerator == "cuda"
-    unit = "GPU" if cuda else "core"
+    unit, other = ("GPU", "core") if cuda else ("core", "GPU")
+    total = costs_of(study.cells, estimator)
+    mixed = total.other_hours > 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("experiment", overflow="fold")
-    for column in ("runs", f"{unit}-hours", "disk", "kWh", prices.currency):
+    hours = [f"{unit}-hours", *([f"{other}-hours"] if mixed else [])]
+    for column in ("runs", *hours, "disk", "kWh", prices.currency):
         table.add_column(column, justify="right")
 
     def add(name: str, costs: Costs, style: str | None = None) -> None:
-        numbers = (costs.unit_hours, costs.kilowatt_hours, costs.money)
-        hours, energy, money = (f"{number:,.1f}" for number in numbers)
-        disk = write_bytes(costs.disk_bytes)
-        table.add_row(name, write_count(len(costs.runs)), hours, disk, energy, money, style=style)
+        hours = [costs.unit_hours, *([costs.other_hours] if mixed else [])]
+        energy, money = f"{costs.kilowatt_hours:,.1f}", f"{costs.money:,.1f}"
+        table.add_row(
+            name, write_count(len(costs.runs)), *(f"{each:,.1f}" for each in hours),
+            write_bytes(costs.disk_bytes), energy, money, style=style,
+        )  # fmt: skip
 
     for group, names in groups(study).items():
         cells = [cell for name in names for cell in study.experiments[name].cells]
         add(group, costs_of(cells, estimator), "bold")
         for name in names:
             add(f"  {name}", costs_of(study.experiments[name].cells, estimator))
-    total = costs_of(study.cells, estimator)
     add("all, each run once", total, "bold")
     console.print(table)
     for sentence in sentences(total, estimator, at_once, unit):
         console.print(sentence, soft_wrap=True)
-    console.print(dearest_rows(total, unit))
+    console.print(dearest_rows(total))
 
 
 class Left(NamedTuple):
@@ -134,21 +138,22 @@ def time_left(
     return Left(Costs(runs, config.prices, config.accelerator), at_once)
 
 
-def dearest_rows(total: Costs, unit: str) -> Table:
+def dearest_rows(total: Costs) -> Table:
     """Return the rows whose runs take most GPU-hours or core-hours."""
     rows: dict[str, list[RunCost]] = defaultdict(list)
     for run in total.runs:
         rows[run.cell.path.rpartition("/")[0]].append(run)
     table = Table(title="The dearest rows", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("row", overflow="fold")
-    for column in ("runs", f"{unit}s each", "hours each", f"{unit}-hours"):
+    for column in ("runs", "each on", "hours each", "GPU- or core-hours"):
         table.add_column(column, justify="right")
     hours = {path: sum(run.unit_hours for run in runs) for path, runs in rows.items()}
     for path in sorted(hours, key=lambda path: -hours[path])[:DEAREST]:
         runs = rows[path]
         each = statistics.median(run.seconds / 3600 for run in runs)
-        counts = str(len(runs)), str(runs[0].units)
-        table.add_row(path, *counts, f"{each:,.1f}", f"{hours[path]:,.1f}")
+        kind = "GPU" if runs[0].accelerator == "cuda" else "core"
+        on = f"{runs[0].units} {kind}{'' if runs[0].units == 1 else 's'}"
+        table.add_row(path, str(len(runs)), on, f"{each:,.1f}", f"{hours[path]:,.1f}")
     return table
 
 
@@ -156,14 +161,18 @@ def sentences(total: Costs, estimator: Estimator, at_once: int, unit: str) -> li
     """Return how long it takes, how that is known, and how far such estimates were off."""
     units = f"{at_once} {unit}{'' if at_once == 1 else 's'}"
     prices = total.prices
-    hour, watts = prices.of(total.accelerator)
+    kinds = dict.fromkeys([total.accelerator, *(run.accelerator for run in total.runs)])
     energy = total.kilowatt_hours * prices.kilowatt_hour
     found = [
         f"What is left takes {write_seconds(3600 * total.left.hours(at_once))} on {units} at best.",
         *(f"{count:,} runs {SOURCES[source]}." for source, count in total.by_source.items()),
-        f"A {unit} is taken to cost {hour:g} {prices.currency} an hour and to use {watts:g} W (key "
-        f"`prices`). At {prices.kilowatt_hour:g} {prices.currency} a kWh the energy alone costs "
-        f"{energy:,.2f} {prices.currency}.",
+        *(
+            f"A {'GPU' if kind == 'cuda' else 'core'} is taken to cost {prices.of(kind)[0]:g} "
+            f"{prices.currency} an hour and to use {prices.of(kind)[1]:g} W (key `prices`)."
+            for kind in kinds
+        ),
+        f"At {prices.kilowatt_hour:g} {prices.currency} a kWh the energy "
+        f"alone costs {energy:,.2f} {prices.currency}.",
     ]
     if ratios := estimator.error():
         found.append(
@@ -181,6 +190,7 @@ def as_json(study: Study, estimator: Estimator, at_once: int) -> str:
         return {
             "runs": len(costs.runs),
             "unit_hours": costs.unit_hours,
+            "other_hours": costs.other_hours,
             "disk_bytes": costs.disk_bytes,
             "kilowatt_hours": costs.kilowatt_hours,
             "money": costs.money,

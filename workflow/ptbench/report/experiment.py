@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from ptbench.analysis.collect import collect_rows, read_corpus_facts
 from ptbench.analysis.experiment import Analysis, analyse
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.analysis.published import read_published
+from ptbench.configuration.specification import Cell
 from ptbench.files import write_atomically
 from ptbench.report import tables
 from ptbench.report.figures import write_figures
@@ -19,7 +20,7 @@ def analyse_experiment(
     results_folder: Path,
     published_folder: Path,
     output_folder: Path,
-    fingerprints: Mapping[str, str] | None = None,
+    fingerprint: Callable[[Cell], str | None] | None = None,
 ) -> Analysis:
     """Analyse the planned cells that exist and write everything the report needs of them.
 
@@ -31,12 +32,12 @@ def analyse_experiment(
         results_folder: holds cells/ and corpora/.
         published_folder: holds the published numbers as CSV.
         output_folder: made if need be.
-        fingerprints: as `collect_rows` takes them.
+        fingerprint: as `collect_rows` takes it.
 
     Raises:
         AnalysisError: if results cannot be read or must not be averaged; nothing is written then.
     """
-    rows = collect_rows(plan, results_folder, fingerprints)
+    rows = collect_rows(plan, results_folder, fingerprint)
     corpus = read_corpus_facts(results_folder, plan.corpus_folder)
     analysis = analyse(plan, rows, corpus, read_published(published_folder))
     figures = write_figures(analysis, rows, output_folder / "figures")

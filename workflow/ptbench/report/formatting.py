@@ -51,6 +51,11 @@ def framework_name(framework: str) -> str:
     return row.title if row else framework
 
 
+def kind_of_device(accelerator: str | None) -> str:
+    """Write `on CPUs` or `on GPUs`."""
+    return {"cpu": "on CPUs", "cuda": "on GPUs"}.get(accelerator or "", "")
+
+
 def group_title(group: Group) -> str:
     """Return the heading of rows that differ by framework alone."""
     return f"{group.variant}, {format_devices(group.devices)}, {group.implementation}"

@@ -109,6 +109,7 @@ def environment() -> Environment:
         p=formatting.format_p,
         signed=formatting.format_signed,
         framework=formatting.framework_name,
+        kind=formatting.kind_of_device,
         devices=formatting.format_devices,
         seeds=formatting.format_seeds,
         group_title=formatting.group_title,

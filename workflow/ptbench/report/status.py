@@ -118,7 +118,7 @@ def _state(
             metrics = read_metrics(result)
         except (OSError, ValueError):
             return "failed", f"{result} cannot be read"
-        outdated = metrics.fingerprint != study.specification(cell.variant).fingerprint
+        outdated = metrics.fingerprint != study.fingerprint(cell.path)
         if not outdated:
             return ("done" if metrics.status == "ok" else "diverged"), metrics.reason
     if job and not _trains(seen, job):

@@ -22,6 +22,7 @@ from ptbench.report.formatting import (
     framework_name,
     group_title,
     grouped,
+    kind_of_device,
 )
 
 LATEX_METRICS = {"test_perplexity", "valid_perplexity", "seconds_per_epoch"}
@@ -42,6 +43,7 @@ def _result_record(row: RowResult) -> dict[str, Any]:
         "variant": row.variant,
         "framework": row.framework,
         "devices": row.devices,
+        "accelerator": row.accelerator,
         "implementation": row.implementation,
         "n_ok": row.n_ok,
         "n_diverged": row.n_diverged,
@@ -233,6 +235,12 @@ def _printed(analysis: Analysis, row: RowResult, metrics: Collection[Metric]) ->
     return texts
 
 
+def _row_name(analysis: Analysis, row: RowResult) -> str:
+    """Return a row's framework, and its kind of device where rows differ in it."""
+    kind = f" {kind_of_device(row.accelerator)}" if analysis.kinds_of_device else ""
+    return framework_name(row.framework) + kind
+
+
 def markdown(analysis: Analysis) -> str:
     """Return `table.md`: the printed table, padded so that it reads well as plain text too."""
     lines = [
@@ -240,7 +248,7 @@ def markdown(analysis: Analysis) -> str:
             "Variant": row.variant,
             "Devices": str(row.devices),
             "Implementation": row.implementation,
-            "Framework": framework_name(row.framework),
+            "Framework": _row_name(analysis, row),
             "Seeds ok": format_seeds(row),
             **_printed(analysis, row, printed_metrics(analysis)),
         }
@@ -306,7 +314,7 @@ def latex(analysis: Analysis) -> str:
         for row in group:
             texts = _printed(analysis, row, metrics)
             columns = ["Framework", "Seeds ok", *texts]
-            cells = [framework_name(row.framework), format_seeds(row), *texts.values()]
+            cells = [_row_name(analysis, row), format_seeds(row), *texts.values()]
             lines.append([text.translate(LATEX) for text in cells])
     caption = " ".join([f"{analysis.title}.", *_notes(analysis)]).translate(LATEX)
 

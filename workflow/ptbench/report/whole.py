@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ptbench.analysis.plan import plan_experiment
+from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.experiment_page import write_experiment_page
@@ -42,15 +43,15 @@ def write_everything(
         AnalysisError: if results cannot be read or must not be averaged.
     """
     folders, done = [], set()
-    for name, experiment in study.experiments.items():
+
+    def fingerprint(cell: Cell) -> str | None:
+        return study.fingerprint(cell.path)
+
+    for name in study.experiments:
         folders.append(output / "experiments" / name)
-        fingerprints = {
-            each.variant: study.specification(each.variant).fingerprint
-            for each in (experiment.specifications if only_current else ())
-        }
         plan = plan_experiment(study, name)
         analysis = analyse_experiment(
-            plan, site.results, papers, folders[-1], fingerprints if only_current else None
+            plan, site.results, papers, folders[-1], fingerprint if only_current else None
         )
         write_experiment_page(site, analysis, folders[-1])
         cells = (cell for row in analysis.rows for cell in row.cells)

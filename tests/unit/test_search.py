@@ -276,19 +276,19 @@ def test_a_learned_trial_is_read_from_the_file_of_its_generation(
     study, search, results = learning
     trial = search.trials[0]
     with pytest.raises(FileNotFoundError) as missing:
-        study.text(trial)
+        study.text(trial, "pytorch")
     assert missing.value.filename == search.generation(1) == study.found_in(trial)
     stand_in = study.specification(trial)
     assert stand_in.variant == trial  # for estimates
     found = finish_generation(search, 1, results)
-    assert json.loads(study.text(trial))["variant"] == trial
+    assert json.loads(study.text(trial, "pytorch"))["variant"] == trial
     recipe = study.specification(trial).recipe
     assert {key: getattr(recipe, key) for key in found["points"][0]} == found["points"][0]
     assert study.answered_question("s", 1)
     assert not study.answered_question("s", 2)
     study.write(results / "study.json", [], "snakemake")
     again = read_study(results / "study.json")
-    assert again.text(trial) == study.text(trial)
+    assert again.text(trial, "pytorch") == study.text(trial, "pytorch")
     assert again.question("s", 2) == study.question("s", 2)
 
 

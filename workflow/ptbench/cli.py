@@ -101,6 +101,7 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text} is not a share above 0, at most 1")
 
 
+ASKED_HELP = "memory and time that its job asked for, to be recorded"
 WAIT_HELP = "wait so long if another process trains the cell"
 SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, begun or not"
 
@@ -192,6 +193,7 @@ def ngram(corpus: Path, orders: list[int], split: Split, as_json: bool) -> None:
     argument("--keep-checkpoints", dest="keep", choices=get_args(Keep), default="best"),
     argument("--threads", type=int, default=1, help="CPU threads; at least one per device"),
     argument("--code", help="digest of the code that trains; with another, nothing is trained"),
+    argument("--asked", type=positive, nargs=2, metavar=("MB", "MINUTES"), help=ASKED_HELP),
     LOG,
 )
 def train(
@@ -206,6 +208,7 @@ def train(
     keep: Keep,
     threads: int,
     code: str | None,
+    asked: tuple[int, int] | None,
     log: Path | None,
 ) -> None:
     from ptbench.training.signals import ProcessSignals, end_children
@@ -228,7 +231,7 @@ def train(
             signals.say, signals.abandon = opened.say, attempt.abandon
             metrics = run_cell(
                 which, specified, paths, threads, opened.say,
-                checkpoint_minutes, wait_for_lock, attempt, signals, keep,
+                checkpoint_minutes, wait_for_lock, attempt, signals, keep, asked,
             )  # fmt: skip
             test = metrics.test
             shown = f"test perplexity {test.perplexity:.2f}" if test else metrics.reason

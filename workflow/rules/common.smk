@@ -49,21 +49,11 @@ PYTHON_SETTINGS = (
 )
 
 
-# Where a framework's environment is: {ENVIRONMENT:{wildcards.framework}/} in a shell command. No
-# parameter, because it is no reason to train again.
-class Environment:
-    def __format__(self, framework):
-        name = framework.removesuffix("/")
-        return f"results/environments/{name}-{study.config.accelerator_of(name)}/"
-
-
-ENVIRONMENT = Environment()
-
 if USES_CONDA:
     FRAMEWORK_PYTHON = "python"
     shell.prefix(f"export {PYTHON_SETTINGS}; ")
 else:
-    FRAMEWORK_PYTHON = "{ENVIRONMENT:{wildcards.framework}/}bin/python"
+    FRAMEWORK_PYTHON = "{resources.python}"
     folder = shlex.quote(str(Path(sys.executable).parent))
     shell.prefix(f"export {PYTHON_SETTINGS} PATH={folder}:$PATH; ")
 
@@ -94,6 +84,14 @@ def cores_of(wildcards):
     if here and (on_gpus or study.recipe(CELL.format(**wildcards)).alone):
         return workflow.cores
     return max(study.config.threads, int(wildcards.devices))
+
+
+# The Python of a cell's framework. A resource and no parameter, because where it is is no reason to train
+# again.
+@noted
+def python_of(wildcards):
+    accelerator = study.config.accelerator_of(wildcards.framework)
+    return f"results/environments/{wildcards.framework}-{accelerator}/bin/python"
 
 
 # What a cell's job asks for: more of what it has run out of.
@@ -185,11 +183,13 @@ def profiled_corpus(wildcards):
 def profiled_environment(wildcards):
     if USES_CONDA or workflow.remote_exec:
         return []
-    return ancient(or_exit(
+    return ancient(
+        or_exit(
             environments.to_wait_for,
             wildcards.framework,
             study.config.accelerator_of(wildcards.framework),
-        ))
+        )
+    )
 
 
 # It has this machine to itself.

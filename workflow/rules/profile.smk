@@ -21,6 +21,7 @@ rule profile:
             profiled_cell(wildcards), input.corpus
         ),
         runtime=30,
+        python=python_of,
     params:
         row=ROW,
         specification=specification_of,

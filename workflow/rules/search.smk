@@ -20,7 +20,8 @@ rule propose:
         ),
     shell:
         "python -m ptbench propose --question {params.question:q} --results results"
-        f" --pytorch {{ENVIRONMENT:pytorch/}} --output {{output:q}} --log {{log:q}}"
+        f" --pytorch results/environments/pytorch-{study.config.accelerator_of('pytorch')}"
+        " --output {output:q} --log {log:q}"
 
 
 rule select:

@@ -16,6 +16,7 @@ rule train:
         nodes=1,  # or Slurm may spread GPUs over several
         mem_mb=memory_of,
         runtime=runtime_of,
+        python=python_of,
     params:
         cell=CELL,
         specification=specification_of,
@@ -32,5 +33,6 @@ rule train:
         f" --threads {study.config.threads} --code {study.code}"
         f" --checkpoint-minutes {study.config.checkpoint_minutes}"
         f" --keep-checkpoints {study.config.keep_checkpoints} --log {{log:q}}"
+        " --asked {resources.mem_mb} {resources.runtime}"
         # what it prints is in its log, whose end the display shows
         " > /dev/null"

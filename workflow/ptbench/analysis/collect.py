@@ -69,6 +69,8 @@ class Provenance(BaseModel):
     cpu: str | None = Field(None, description="Processor.")
     gpus: tuple[dict[str, str], ...] = Field((), description="Name and driver of each GPU.")
     cells_at_once: int | None = Field(None, description="Most cells that its machine trained.")
+    asked_megabytes: int | None = Field(None, description="Memory that its job asked for [MB].")
+    asked_minutes: int | None = Field(None, description="Time that its job asked for [minutes].")
     started: str | None = Field(None, description="When the attempt that finished it began (UTC).")
     finished: str | None = Field(None, description="When it ended (UTC).")
 

@@ -45,6 +45,8 @@ class CellLine(Model):
     reason: str | None = Field(None, description="Why it counts as diverged or missing.")
     note: str | None = Field(None, description="What else to know: whether its machine was busy.")
     values: dict[str, float] = Field({}, description="Its metrics by name, where it has them.")
+    asked_memory: float | None = Field(None, description="What its job asked for, over its peak.")
+    asked_time: float | None = Field(None, description="What its job asked for, over its total.")
 
     @property
     def path(self) -> str:
@@ -301,9 +303,30 @@ def _cell_line(found: CellResult) -> CellLine:
         value = metric.read(found.result) if found.result else None
         if value is not None:
             values[name] = metric.shown(value)
+    memory, time = _asked_over_used(found)
     return CellLine(
-        cell=found.cell, state=found.state, reason=found.reason, note=_busy(found), values=values
+        cell=found.cell,
+        state=found.state,
+        reason=found.reason,
+        note=_busy(found),
+        values=values,
+        asked_memory=memory,
+        asked_time=time,
     )
+
+
+def _asked_over_used(found: CellResult) -> tuple[float | None, float | None]:
+    """Return how many times the memory and time that a run used its job asked for.
+
+    Of several attempts each had its own time, and nothing is said of that.
+    """
+    asked = found.provenance
+    if found.result is None or asked.asked_megabytes is None or asked.asked_minutes is None:
+        return None, None
+    metrics = found.result.metrics
+    memory = asked.asked_megabytes * 1e6 / metrics.peak_memory_bytes
+    seconds = metrics.seconds.total
+    return memory, 60 * asked.asked_minutes / seconds if metrics.attempts == 1 else None
 
 
 def _busy(found: CellResult) -> str | None:

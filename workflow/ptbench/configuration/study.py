@@ -34,6 +34,7 @@ from ptbench.configuration.experiments import (
     published_files,
 )
 from ptbench.configuration.papers import answering, paper_files, paper_folders
+from ptbench.configuration.requests import Request, Used, request, used_by
 from ptbench.configuration.search import (
     Contest,
     Published,
@@ -55,6 +56,7 @@ from ptbench.errors import ConfigurationError
 from ptbench.files import write_atomically
 from ptbench.model import work
 from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.work import CorpusSize
 
 
 def cell_of(variant: str, framework: Framework, devices: int, seed: int) -> Cell:
@@ -452,14 +454,51 @@ class Study:
         """Return the files that a document's answers are made of, relative to the project."""
         return [str(file.relative_to(WORKFLOW.parent)) for file in paper_files(paper)]
 
+    @cached_property
+    def _requests(self) -> dict[str, Request | None]:
+        return {}
+
+    def _measured(self, path: str, size: CorpusSize) -> Request | None:
+        """Return what a cell needs by finished runs of its row; None if there are none."""
+        row = path.rpartition("/")[0]
+        if row not in self._requests:
+            self._requests[row] = request(
+                self.recipe(path),
+                size,
+                self._used_by(row),
+                self._used_by(f"{self._smoke_variant(row)}/{row.partition('/')[2]}"),
+            )
+        return self._requests[row]
+
+    def _used_by(self, row: str) -> list[Used]:
+        folder = Path("results/cells", row)
+        fingerprint = self.fingerprint(f"{row}/seed-0") if folder.exists() else None
+        return list(used_by(folder, fingerprint)) if fingerprint else []
+
+    def _smoke_variant(self, row: str) -> str:
+        """Return the variant that is the same as a row's in the budget `smoke`."""
+        variant = row.partition("/")[0]
+        base, *overrides = variant.split("+")
+        kept = [each for each in overrides if not each.startswith("budget=")]
+        return "+".join([base, *sorted([*kept, "budget=smoke"])])
+
     def memory_megabytes(self, path: str, corpus_json: str, times: int = 1) -> int:
-        """Return the main memory that a cell's job asks for [MB], so many times the estimate."""
-        cell = parse_cell_path(path)
+        """Return the main memory that a cell's job asks for [MB].
+
+        Args:
+            path: of the cell.
+            corpus_json: describes its corpus.
+            times: 1; more for a cell that has run out of what was asked for.
+        """
+        cell, size = parse_cell_path(path), work.corpus_size(corpus_json)
+        measured = self._measured(path, size)
         libraries = FRAMEWORKS[cell.framework].memory_megabytes
         asked = work.memory_megabytes(
             self.recipe(path), self.config.accelerator_of(cell.framework), libraries,
-            cell.devices, work.corpus_size(corpus_json), times,
+            cell.devices, size, times,
         )  # fmt: skip
+        if measured:
+            asked = max(times * measured.megabytes, asked if times > 1 else 0)
         return min(asked, self.config.max_memory or asked)
 
     def runtime_minutes(self, path: str, corpus_json: str, times: int = 1) -> int:
@@ -467,6 +506,8 @@ class Study:
         cell, size = parse_cell_path(path), work.corpus_size(corpus_json)
         accelerator = self.config.accelerator_of(cell.framework)
         asked = work.runtime_minutes(self.recipe(path), accelerator, cell.devices, size, times)
+        if measured := self._measured(path, size):
+            asked = max(times * measured.minutes, asked if times > 1 else 0)
         return min(asked, self.config.max_runtime or asked)
 
     @cached_property

@@ -27,9 +27,10 @@ from ptbench.analysis.source import read_source
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
 from ptbench.backends.mistakes import read_mistakes
+from ptbench.configuration.requests import SEEDS, SMOKE
 from ptbench.report import words
 from ptbench.report.commands import study_command
-from ptbench.report.runs import Run, missing, runs_of, versions_of
+from ptbench.report.runs import Run, asked_over_used, missing, runs_of, versions_of
 from ptbench.report.site import Site
 
 RUN_METRICS = ("test_perplexity", "tokens_per_second", "total_seconds")  # columns of runs.html
@@ -140,6 +141,8 @@ def write_overview(
         "methods.html.j2",
         "methods.html",
         margins=sorted({analysis.equivalence_margin for analysis in analyses}),
+        seeds_margin=SEEDS,
+        smoke_margin=SMOKE,
         cells_at_once=max((row.cells_at_once for row in rows if row.cells_at_once), default=None),
     )
     site.write(
@@ -158,6 +161,7 @@ def write_overview(
         "runs.html",
         columns=RUN_METRICS,
         batches=missing(runs.values(), site.results),
+        asked=asked_over_used(runs.values()),
         **study,
     )
     for name in ("report.md", "index.html"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -75,6 +76,29 @@ def missing(runs: Iterable[Run], results: Path) -> list[Batch]:
         targets = f"{shlex.quote(str(folder))}/seed-{text}/metrics.json"
         batches.append(Batch(first.row, seeds, first.reason, targets))
     return batches
+
+
+class Asked(NamedTuple):
+    """How many times as much as they used the jobs of some runs asked for."""
+
+    runs: int
+    median: float
+    low: float
+    high: float
+
+
+def asked_over_used(runs: Iterable[Run]) -> dict[str, Asked]:
+    """Return this for memory and time, of the runs of which it is known."""
+    lines = [run.line for run in runs]
+    found = {
+        "memory": [line.asked_memory for line in lines if line.asked_memory],
+        "time": [line.asked_time for line in lines if line.asked_time],
+    }
+    return {
+        name: Asked(len(own), statistics.median(own), min(own), max(own))
+        for name, own in found.items()
+        if own
+    }
 
 
 def versions_of(rows: Iterable[RowResult]) -> dict[str, list[str]]:

@@ -73,6 +73,7 @@ def run_cell(
     attempt: Attempt | None = None,
     signals: Signals | None = None,
     keep: Keep = "best",
+    asked: tuple[int, int] | None = None,
 ) -> Metrics:
     """Train and score one cell and write its files, from its last checkpoint if it has one.
 
@@ -90,6 +91,7 @@ def run_cell(
         attempt: opened here, and closed by the caller if this fails.
         signals: whether the process has been told to end.
         keep: which parameters of a finished cell stay.
+        asked: memory [MB] and time [minutes] that its job asked for; None: unknown.
 
     Raises:
         InterruptionError: if it has been, and had not finished.
@@ -105,6 +107,8 @@ def run_cell(
         return done
     trainer = CellTrainer(cell, specification, paths, threads, attempt, say)
     trainer.start()
+    if asked:
+        trainer.facts["asked_megabytes"], trainer.facts["asked_minutes"] = asked
     run = trainer.train(checkpoint_minutes, signals)
     return trainer.finish(run, keep)
 

@@ -14,7 +14,13 @@ from tests.support.problems import new_oracle, recipe
 from ptbench.backends.base import Scalar, State, TrainStep
 from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import Batch, Batches, ParallelStreams
-from ptbench.measurement.profile import measure_loading, measure_phases, measure_prediction
+from ptbench.measurement.profile import (
+    evaluation_seconds,
+    measure_lines,
+    measure_loading,
+    measure_phases,
+    measure_prediction,
+)
 from ptbench.model.recipe import Recipe
 
 PLANTED = 0.03  # seconds
@@ -101,3 +107,58 @@ def test_every_source_of_a_corpus_is_loaded_and_the_text_in_memory_takes_most(
     assert found.keys() == {"memory", "memory_map", "stream"}
     assert found["memory"].bytes > found["memory_map"].bytes + 4 * 120_000 / 2
     assert all(each.open_seconds > 0 and each.tokens_per_second > 0 for each in found.values())
+
+
+class Lines(Oracle):
+    """An oracle whose training step takes its time in two lines, one of another function."""
+
+    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+        result = super().train_step(batch, state, learning_rate)
+        self.twice(
+            batch,
+        )
+        time.sleep(PLANTED)
+        return result
+
+    def twice(self, _: Batch) -> None:
+        for _ in range(2):
+            time.sleep(PLANTED)
+
+
+def test_the_time_of_a_line_is_found_at_that_line_with_what_it_calls() -> None:
+    found = {(line.function, line.text): line for line in measure_lines(
+        new_oracle(MODEL, kind=Lines), split()
+    )}  # fmt: skip
+    sleeps = {key: line for key, line in found.items() if line.seconds > 0.7 * PLANTED}
+    assert sleeps.keys() == {
+        ("train_step", "self.twice("),
+        ("train_step", "time.sleep(PLANTED)"),
+        ("twice", "time.sleep(PLANTED)"),
+    }
+    for key, times in zip(sorted(sleeps), (2, 1, 2), strict=True):
+        assert sleeps[key].seconds == pytest.approx(times * PLANTED, rel=0.5)
+    assert sleeps["twice", "time.sleep(PLANTED)"].calls == 2
+    assert ("train_step", "return result") in found
+
+
+def test_a_device_that_is_still_busy_counts_for_the_line_that_asked_it() -> None:
+    class Asynchronous(Lines):
+        pending = 0.0
+
+        def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+            self.pending = PLANTED
+            return Oracle.train_step(self, batch, state, learning_rate)
+
+        def synchronize(self) -> None:
+            time.sleep(self.pending)
+            self.pending = 0.0
+
+    lines = measure_lines(new_oracle(MODEL, kind=Asynchronous), split())
+    assert max(lines, key=lambda line: line.seconds).text == "self.pending = PLANTED"
+
+
+def test_scoring_a_split_takes_its_steps_times_the_time_of_one() -> None:
+    backend = new_oracle(MODEL, kind=Slow)
+    backend.phase = "evaluation"
+    found = evaluation_seconds(backend, split())
+    assert found == pytest.approx(len(split()) * PLANTED, rel=0.5)

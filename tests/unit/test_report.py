@@ -350,6 +350,11 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
                 "fingerprint": fingerprint, "variant": "tiny", "framework": framework,
                 "devices": 1, "warm_up_steps": 5,
                 "steps": 100, "operators": [{"name": "aten::mm", "calls": 2, "seconds": 0.004}],
+                "lines": [
+                    {"function": "train_step", "text": text, "calls": 1, "seconds": seconds}
+                    for text, seconds in (("a = b", 0.03), ("c()", 0.01), ("d", 0.0001))
+                ],
+                "epoch": {"training": 80.0, "validation": 15.0, "test": 5.0},
                 "operator_seconds": 0.008, "hardware": None, "facts": {},
                 "prediction": [
                     {"batch": 1, "calls": 9, "median": 2e-3, "percentile_95": 3e-3,
@@ -367,6 +372,12 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
     section = section[: section.index("Runs and their files")]
     for said in ("PyTorch", "10 10.0%", "40 40.0%", "45 45.0%", "aten::mm", "50.0%", "5 MB", "500"):
         assert said in section
+    # Greatti's shares as printed, and ours of the run and of a step.
+    assert "Greatti 2019 PyTorch, by line_profiler 95.0% 2.3% 2.6% 46.4% 44.6% 9.0%" in section
+    assert "80.0% 15.0% 5.0% 40.0% 45.0% 15.0%" in section
+    assert "a = b 1 30 74.8%" in section
+    assert "c() 1 10 24.9%" in section
+    assert "d 1 " not in section
     assert "JAX" not in section
 
 

@@ -275,8 +275,10 @@ def test_a_framework_trains_in_the_environment_of_its_kind_of_device(project: Pr
     assert "mxnet-cuda" not in made
     # Cells on this machine's GPUs have it to themselves.
     threads = {
-        match[1]: match[2]
-        for match in re.finditer(r"output: results/cells/\S+?/(\w+)/.*?threads: (\d)", said, re.S)
+        found[1]: block.partition("threads: ")[2][:1]
+        for block in said.split("\n\n")
+        if (found := re.search(r"output: results/cells/[^/]+/(\w+)/", block))
+        and "threads: " in block
     }
     assert threads == dict.fromkeys((f.partition("-")[0] for f in others), "4")
 

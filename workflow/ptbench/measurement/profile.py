@@ -26,6 +26,7 @@ from ptbench.corpus.sources import Source
 from ptbench.corpus.store import open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.files import write_atomically
+from ptbench.measurement.lines import LineTimer
 from ptbench.model.recipe import Model, Recipe, TokenSource
 from ptbench.training.cell import create_backend, feed
 from ptbench.training.clocks import Clocks
@@ -39,6 +40,7 @@ STEPS = 100  # measured, fewer where they take longer than SECONDS
 LEAST_STEPS = 10
 SECONDS = 60.0
 OPERATORS = 10  # the largest are kept
+EVALUATED_STEPS = 20  # of the validation split, and of the test split
 PROFILED_STEPS = 10  # under the framework's profiler
 WORDS = 200  # whose prediction is timed one by one
 BATCHES = (1, 10, 100)  # rows of which the next word is predicted at once
@@ -58,6 +60,23 @@ class OperatorTime(Model):
     name: str = Field(description="As the framework's profiler calls it.")
     calls: float = Field(description="In a step.")
     seconds: float = Field(description="In a step [s].")
+
+
+class LineTime(Model):
+    """A statement of a training step, as a line profiler sees it."""
+
+    function: str = Field(description="Its name in the framework's backend.")
+    text: str = Field(description="The statement's first line.")
+    calls: float = Field(description="In a step.")
+    seconds: float = Field(description="In a step, with what it calls [s].")
+
+
+class EpochTime(Model):
+    """One whole epoch, by the median times of its steps, and the scoring of the test split."""
+
+    training: float = Field(description="All training steps, with their feed [s].")
+    validation: float = Field(description="Scoring the validation split [s].")
+    test: float = Field(description="Scoring the test split [s].")
 
 
 class Prediction(Model):
@@ -99,6 +118,8 @@ class Profile(Model):
     evaluation: Timing = Field(description="An evaluation step on a batch of the training split.")
     operators: list[OperatorTime] = Field(description="The largest of a training step.")
     operator_seconds: float = Field(description="Of all operators of a training step [s].")
+    lines: list[LineTime] = Field([], description="Of a training step, the device synchronised.")
+    epoch: EpochTime | None = Field(None, description="A run of one epoch.")
     prediction: list[Prediction] = Field(description="By rows.")
     loading: dict[TokenSource, Loading] = Field(description="By source of the tokens.")
     hardware: Hardware | None = Field(description="Use of the machine meanwhile.")
@@ -131,7 +152,8 @@ def profile_row(
     unaided = recipe.model_copy(update={"prefetch": 0})
     loading = measure_loading(corpus, unaided, cell.devices)
     opened = open_corpus(corpus, recipe.source)
-    split = feed(opened, recipe, cell.devices).train
+    splits = feed(opened, recipe, cell.devices)
+    split = splits.train
     on_gpus = specification.accelerator == "cuda"
     sampler = Sampler(threads, gpus=cell.devices if on_gpus else 0)
     with (
@@ -141,6 +163,13 @@ def profile_row(
         phases = measure_phases(backend, split)
         say(f"{cell.framework}: a step takes {phases['step'].median * 1e3:.1f} ms")
         operators = measure_operators(backend, split)
+        lines = measure_lines(backend, split)
+        each = phases["feed"].median + phases["step"].median
+        epoch = EpochTime(
+            training=len(split) * each,
+            validation=evaluation_seconds(backend, splits.valid),
+            test=evaluation_seconds(backend, splits.test),
+        )
         prediction = [measure_prediction(backend, opened.valid, rows) for rows in BATCHES]
         say(f"{cell.framework}: a word takes {prediction[0].median * 1e3:.2f} ms")
         facts = provenance(backend.package) | {
@@ -160,6 +189,8 @@ def profile_row(
         **phases,
         operators=largest[:OPERATORS],
         operator_seconds=sum(each.seconds for each in operators),
+        lines=lines,
+        epoch=epoch,
         prediction=prediction,
         loading=loading,
         hardware=sampler.hardware(),
@@ -267,6 +298,45 @@ def measure_operators(backend: Backend, split: Feed) -> list[OperatorTime]:
         )
         for each in backend.operators(work)
     ]
+
+
+def measure_lines(backend: Backend, split: Feed) -> list[LineTime]:
+    """Return the statements of a training step with their times, the device synchronised."""
+    state = backend.initial_state(split.batch_size, training=True)
+    timer = LineTimer(type(backend).train_step, backend.synchronize)
+    with closing(endless(split)) as batches:  # type: ignore[type-var]
+        taken = list(itertools.islice(batches, PROFILED_STEPS))
+    backend.synchronize()
+    with timer:
+        for batch in taken:
+            backend.train_step(batch, state, 0.0)
+    return [
+        LineTime(
+            function=line.function,
+            text=line.text,
+            calls=line.calls / PROFILED_STEPS,
+            seconds=line.seconds / PROFILED_STEPS,
+        )
+        for line in timer.lines()
+    ]
+
+
+def evaluation_seconds(backend: Backend, split: Feed) -> float:
+    """Return how long scoring a split takes, by the median time of some of its steps [s]."""
+    state = backend.initial_state(split.batch_size, training=False)
+    for batch in split.shapes():
+        for _ in range(WARM_UP_STEPS):
+            float(backend.evaluate_step(batch, state).nll)
+    seconds = []
+    with closing(endless(split)) as batches:  # type: ignore[type-var]
+        for batch in itertools.islice(batches, EVALUATED_STEPS):
+            backend.synchronize()
+            before = time.perf_counter()
+            result = backend.evaluate_step(batch, state)
+            backend.synchronize()
+            seconds.append(time.perf_counter() - before)
+            state = result.state if split.carries_state else state
+    return statistics.median(seconds) * len(split)
 
 
 def measure_prediction(backend: Backend, source: Source, rows: int) -> Prediction:

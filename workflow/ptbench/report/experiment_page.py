@@ -16,7 +16,7 @@ from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
 from ptbench.analysis.variants import TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
-from ptbench.report.profiles import PHASES, profiles_of
+from ptbench.report.profiles import GREATTI, PHASES, profiles_of
 from ptbench.report.runs import runs_of, versions_of
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
@@ -106,6 +106,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         runs=runs_of(analysis.rows, site.results),
         profiles=profiles_of(analysis.rows, site.results),
         phases=PHASES,
+        greatti=GREATTI,
         milliseconds=lambda seconds: f"{seconds * 1e3:.3g}",
         write_bytes=write_bytes,
         machines=_distinct(analysis, "machines"),

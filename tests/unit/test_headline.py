@@ -57,6 +57,13 @@ def planted(cell: Cell) -> float:
     return own * (FACTORS[cell.variant, cell.devices] if cell.framework == "jax" else 1.0)
 
 
+def test_speeds_on_different_kinds_of_device_are_not_compared(tmp_path: Path) -> None:
+    kinds = {"pytorch": "cuda", "jax": "cuda", "mxnet": "cpu"}
+    experiment = plan(frameworks=tuple(kinds), accelerators=kinds)
+    found = speeds_of(of_speeds(tmp_path, experiment, lambda _: 1000.0))
+    assert set(found.ratios) == {"pytorch", "jax"}
+
+
 def test_the_factor_is_a_geometric_mean_over_devices_and_then_over_variants(
     tmp_path: Path,
 ) -> None:

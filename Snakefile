@@ -35,7 +35,10 @@ rule all:
     input:
         "results/report/index.html",
         # by name, because Snakemake does not miss a file between two that are there
-        [f"results/cells/{cell.path}/metrics.json" for cell in study.cells],
+        [
+            f"results/cells/{cell.path}/metrics.json"
+            for cell in study.runnable(study.cells)
+        ],
         rules.profiles.input if study.config.profile else [],
 
 
@@ -46,6 +49,8 @@ include: "workflow/rules/archive.smk"
 # `ptbench status` and the trainers read it; no rule does. `partial` only looks at a study, which may
 # be running.
 onstart:
+    for sentence in study.obstacles:
+        logger.warning(sentence)
     if set(workflow.dag_settings.targets) != {"partial"}:
         if not workflow.local_exec:
             or_exit(refuse_paths, sys.executable, str(Path.cwd()))
@@ -54,6 +59,9 @@ onstart:
 
 
 if workflow.output_settings.dryrun:
+    print(
+        *study.obstacles, sep="\n", end="\n" if study.obstacles else "", file=sys.stderr
+    )
     print(
         "What this takes in hours, disk and money: uv run ptbench plan", file=sys.stderr
     )

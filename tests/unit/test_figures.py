@@ -18,6 +18,7 @@ from ptbench.analysis.experiment import Analysis, FigureFile, RowResult, analyse
 from ptbench.analysis.plan import PlannedVariant
 from ptbench.analysis.published import PublishedValue
 from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.specification import whole
 from ptbench.report.figures import (
     choose,
     clock_parts,
@@ -258,7 +259,7 @@ def studied(
     write_diverged(results, experiment.cells[0], epochs=2)
     rows = collect_rows(experiment, results)
     value = PublishedValue(
-        experiment="demo", variant=next(iter(settings)), framework=None, devices=1,
+        experiment="demo", variant=whole(next(iter(settings))), framework=None, devices=1,
         metric="test_perplexity", value=120.0, source="paper", locator="Table 1", note="",
     )  # fmt: skip
     return analyse(experiment, rows, CorpusFacts(), [value]), rows
@@ -268,6 +269,15 @@ def lengths(count: int) -> dict[str, dict[str, int]]:
     return {
         f"tiny+sequence_length={5 * n}": {"sequence_length": 5 * n} for n in range(1, count + 1)
     }
+
+
+def test_no_published_number_stands_beside_reduced_runs(tmp_path: Path) -> None:
+    for name, drawn in (("tiny", True), ("tiny+budget=smoke", False)):
+        analysis, rows = studied(tmp_path, {name: {}})
+        assert len(analysis.published) == 2  # one in each framework
+        drawings = {drawing.file.name: drawing for drawing in choose(analysis, rows)}
+        [axes] = drawings["perplexity"].draw().axes
+        assert ("D" in [line.get_marker() for line in axes.lines]) == drawn
 
 
 def test_a_sweep_of_fourteen_values_is_one_figure_on_a_page(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@ rule analyse:
     input:
         cells=lambda wildcards: [
             f"results/cells/{cell.path}/metrics.json"
-            for cell in or_exit(study.experiment, wildcards.experiment).cells
+            for cell in study.runnable(
+                or_exit(study.experiment, wildcards.experiment).cells
+            )
         ],
         published=study.published_files,
         profiles=lambda wildcards: [

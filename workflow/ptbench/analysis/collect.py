@@ -25,6 +25,7 @@ from ptbench.model.recipe import Accelerator, Implementation
 from ptbench.training.records import Metrics, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
+CANNOT_RUN = "cannot run here"  # so begins why a cell will have no result
 OUTDATED = "outdated: its recipe has changed"  # why a result no longer counts
 MAXIMUM_FAILED = 1  # seeds of a row that may fail before the others no longer stand for it
 
@@ -171,6 +172,8 @@ def collect_rows(
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
         result = _read_usable(cell, results_folder, fingerprint)
+        if result.result is None and cell.framework in plan.cannot_run:
+            result = CellResult(cell, unusable=f"{CANNOT_RUN}: {plan.cannot_run[cell.framework]}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
         variants[cell.variant].append(result)
         alike[cell.variant, plan.accelerators.get(cell.framework)].append(result)

@@ -47,6 +47,9 @@ class ExperimentPlan(Model):
     accelerators: dict[Framework, Accelerator] = Field(
         {}, description="Kind of device that each framework trains on."
     )
+    cannot_run: dict[Framework, str] = Field(
+        {}, description="Frameworks that cannot run where the study runs, and why."
+    )
     baseline: str | None = Field(
         None, description="Variant that the others are compared with; null: the first."
     )

@@ -104,6 +104,11 @@ class Config(Model):
     accelerators: dict[Framework, Accelerator] = Field(
         {}, description="The same for single frameworks that differ, such as {mxnet: cpu}."
     )
+    cuda_capability: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="CUDA compute capability of the GPUs that train, such as 9.0 of an H100, by "
+        "which it is known before what cannot run on them; null: that of this machine's.",
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."
     )

@@ -11,7 +11,8 @@ import errno
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ from ptbench.configuration.experiments import (
     load_library,
     published_files,
 )
+from ptbench.configuration.obstacles import cannot_run
 from ptbench.configuration.papers import answering, paper_files, paper_folders
 from ptbench.configuration.requests import Request, Used, request, used_by
 from ptbench.configuration.search import (
@@ -88,7 +90,7 @@ class PlannedExperiment:
             for run in itertools.product(variants, self.frameworks, self.devices, self.seeds)
         )
 
-    def plan(self, config: Config) -> str:
+    def plan(self, config: Config, cannot_run: Mapping[Framework, str]) -> str:
         """Return what the analysis has to know, as JSON (`ptbench.analysis.plan` reads it)."""
         # What a search finds is no parameter of the analysis: its page says it.
         recipes = [] if self.found else [each.recipe for each in self.specifications]
@@ -101,6 +103,7 @@ class PlannedExperiment:
             "baseline": self.baseline,
             "equivalence_margin": config.equivalence_margin,
             "accelerators": {each: config.accelerator_of(each) for each in self.frameworks},
+            "cannot_run": {k: why for k, why in cannot_run.items() if k in self.frameworks},
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {
                 each.variant: {
@@ -227,11 +230,26 @@ class Study:
     experiments: Mapping[str, PlannedExperiment]
     code: str  # of the package that trains: `code_digest`
     searches: Mapping[str, PlannedSearch] = field(default_factory=dict)
+    cannot_run: Mapping[Framework, str] = field(default_factory=dict)  # here, and why
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """Every cell once, though experiments may share it."""
         return tuple(dict.fromkeys(c for e in self.experiments.values() for c in e.cells))
+
+    def runnable(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Return the cells that can run here."""
+        return [cell for cell in cells if cell.framework not in self.cannot_run]
+
+    @property
+    def obstacles(self) -> list[str]:
+        """Say how many cells cannot run here, and why."""
+        counts = Counter(cell.framework for cell in self.cells)
+        return [
+            f"{counts[framework]:,} of {len(self.cells):,} runs cannot run here: {why}"
+            for framework, why in self.cannot_run.items()
+            if counts[framework]
+        ]
 
     @cached_property
     def _planned(self) -> frozenset[str]:
@@ -355,7 +373,7 @@ class Study:
 
     def plan(self, name: str) -> str:
         """Return what the analysis of an experiment has to know, as JSON."""
-        return self.experiment(name).plan(self.config)
+        return self.experiment(name).plan(self.config, self.cannot_run)
 
     def search(self, name: str) -> PlannedSearch:
         """Return a search of the study, by the name that its files have.
@@ -419,7 +437,8 @@ class Study:
     def profiles(self, experiment: str | None = None) -> list[str]:
         """Return the rows to profile, of an experiment or of all; each a folder of profiles."""
         cells = self.cells if experiment is None else self.experiment(experiment).cells
-        return list(dict.fromkeys(cell.path.rpartition("/")[0] for cell in cells))
+        rows = (cell.path.rpartition("/")[0] for cell in self.runnable(cells))
+        return list(dict.fromkeys(rows))
 
     @cached_property
     def published_files(self) -> list[str]:
@@ -594,7 +613,9 @@ def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
             planned |= {each.name: each for each in experiments}
         else:
             planned[name] = plan_experiment(name, library, corpora, settings, place)
-    return Study(settings, corpora, library.recipes, planned, code_digest(), searches)
+    return Study(
+        settings, corpora, library.recipes, planned, code_digest(), searches, cannot_run(settings)
+    )
 
 
 def chosen(settings: Config, library: Library, place: Place) -> list[str]:

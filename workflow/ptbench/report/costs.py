@@ -27,8 +27,8 @@ DEAREST = 10  # rows that are listed
 
 def costs_of(cells: Iterable[Cell], estimator: Estimator) -> Costs:
     """Return what runs take, each counted once."""
-    config = estimator.study.config
-    runs = [estimator.run(cell) for cell in dict.fromkeys(cells)]
+    study, config = estimator.study, estimator.study.config
+    runs = [estimator.run(cell) for cell in study.runnable(dict.fromkeys(cells))]
     return Costs(runs, config.prices, config.accelerator)
 
 
@@ -71,7 +71,7 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
             add(f"  {name}", costs_of(study.experiments[name].cells, estimator))
     add("all, each run once", total, "bold")
     console.print(table)
-    for sentence in sentences(total, estimator, at_once, unit):
+    for sentence in [*study.obstacles, *sentences(total, estimator, at_once, unit)]:
         console.print(sentence, soft_wrap=True)
     console.print(dearest_rows(total))
 
@@ -120,7 +120,8 @@ def time_left(
     rows: dict[tuple[str, str, int], RunCost] = {}  # seeds of a row are estimated alike
     runs, busy = [], 0
     for status in cells:
-        if status.state in ("done", "diverged"):
+        never = status.state == "missing" and status.cell.framework in estimator.study.cannot_run
+        if status.state in ("done", "diverged") or never:
             continue
         cell = status.cell
         key = cell.variant, cell.framework, cell.devices

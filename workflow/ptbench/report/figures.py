@@ -153,7 +153,9 @@ def _diverged(rows: Iterable[RowResult]) -> bool:
 
 
 def _published_points(analysis: Analysis, metric: str) -> list[PublishedValue]:
-    """Return the published numbers of a metric, each once."""
+    """Return the published numbers of a metric, each once; none beside runs that were reduced."""
+    if analysis.reductions:
+        return []
     values = [line.published for line in analysis.published]
     kept = [v for v in values if v.metric == metric and v.kind == "number" and v.over is None]
     return list({(v.variant, v.framework, v.devices, v.value): v for v in kept}.values())

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ptbench.analysis.collect import OUTDATED
+from ptbench.analysis.collect import CANNOT_RUN, OUTDATED
 from ptbench.configuration.specification import Cell, parse_cell_path
 from ptbench.configuration.study import Study
 from ptbench.report.commands import run_again
@@ -169,10 +169,15 @@ def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
             for status in known.values()
             if status.state not in ("done", "diverged")
         }
+    for path, status in known.items() if study.cannot_run else ():
+        why = study.cannot_run.get(status.cell.framework)
+        if why and status.state == "missing":
+            known[path] = status._replace(reason=f"{CANNOT_RUN}: {why}")
     failed = failed_corpora(study, results)
     for path, status in known.items() if failed else ():
         corpus = study.recipe(path).corpus_folder
-        if corpus in failed and status.state == "missing":
+        cannot = status.cell.framework in study.cannot_run
+        if corpus in failed and status.state == "missing" and not cannot:
             known[path] = status._replace(reason=f"corpus {corpus} failed: {failed[corpus][0]}")
     return {
         name: [known[cell.path] for cell in planned.cells]
@@ -326,6 +331,8 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
     lines += [f"[blue]queued[/] {count}: {reason}" for reason, count in waiting.most_common()]
     if outdated := sum(cell.reason == OUTDATED for cell in every):
         lines.append(f"{outdated} of the missing have a result that is {OUTDATED}")
+    reasons = Counter(c.reason for c in every if (c.reason or "").startswith(CANNOT_RUN))
+    lines += [f"{count:,} {reason}" for reason, count in reasons.items()]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
 

@@ -28,8 +28,11 @@ from ptbench.analysis.collect import (
 from ptbench.analysis.experiment import analyse
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.plan import PlannedVariant, plan_experiment, read_plan
+from ptbench.configuration.specification import Specification
 from ptbench.configuration.study import load_study
+from ptbench.model.recipe import Recipe
 from ptbench.report import tables
+from ptbench.training.cell import recipe_yaml
 from ptbench.training.records import Hardware, Metrics, Seconds
 
 
@@ -215,6 +218,21 @@ def test_kinds_of_device_may_differ_between_frameworks_and_tables_say_so(tmp_pat
     write_cell(tmp_path, metrics(experiment.cells[0], 4.7, fingerprint="c" * 12))
     with pytest.raises(AnalysisError, match="different settings"):
         collect_rows(experiment, tmp_path)
+
+
+def test_the_rate_of_a_model_s_products_is_its_speed_times_their_operations(tmp_path: Path) -> None:
+    """Of zaremba-small: 8 h^2 multiplications in each of two layers, and h for each word."""
+    recipe = Recipe(layers=2, hidden_size=200, embedding_size=200, batch_size=20)
+    specification = Specification(variant="tiny", recipe=recipe, corpus_definition={})
+    experiment = plan(frameworks=("jax",), seeds=(1, 2))
+    write_results(tmp_path, experiment)
+    known = tmp_path / "cells" / experiment.cells[0].path / "recipe.yaml"
+    known.write_text(recipe_yaml(specification))
+    (row,) = collect_rows(experiment, tmp_path)
+    found = row.values("flops_per_second")
+    speed = row.values("tokens_per_second")[1]
+    products = 3 * 2 * (2 * 8 * 200**2 + 200 * 10_000)
+    assert found == {1: pytest.approx(speed * products)}  # of the other it is not known
 
 
 def test_different_variants_may_have_different_fingerprints(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Result(NamedTuple):
 
     metrics: Metrics
     history: tuple[Epoch, ...]
+    flops_per_token: float | None = None  # of a training step's products; None: unknown
 
 
 class Summary(Model):
@@ -116,6 +117,11 @@ def write_short_seconds(value: float) -> str:
     return f"{value * 1000:.3g} ms" if value < 1 else write_seconds(value)
 
 
+def write_flops(value: float) -> str:
+    """Write GFLOP/s or TFLOP/s."""
+    return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
+
+
 def write_joules(value: float) -> str:
     """Write J, kJ or MJ."""
     for size, unit in ((1e6, "MJ"), (1e3, "kJ")):
@@ -154,7 +160,7 @@ class Metric:
     @property
     def depends_on_machine(self) -> bool:
         """Whether another machine gives another number: times, speeds and memory."""
-        return self.unit in ("s", "tokens/s", "bytes", "cores", "share", "W", "J")
+        return self.unit in ("s", "tokens/s", "FLOP/s", "bytes", "cores", "share", "W", "J")
 
     def shown(self, value: float) -> float:
         """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
@@ -196,6 +202,12 @@ def seconds_per_batch(metrics: Metrics) -> float | None:
     return metrics.train.tokens / metrics.steps_per_epoch / metrics.tokens_per_second
 
 
+def flops_per_second(run: Result) -> float | None:
+    """Return the rate of the model's matrix products in training [FLOP/s]."""
+    speed = run.metrics.tokens_per_second
+    return None if speed is None or run.flops_per_token is None else speed * run.flops_per_token
+
+
 def training_and_validation(seconds: Seconds) -> float:
     """Return what published training times count [s]: all training steps, and validation."""
     return seconds.compile + seconds.training + seconds.validation
@@ -225,6 +237,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            write_seconds, lambda run: run.metrics.seconds_per_epoch),
     Metric("seconds_per_batch", "Time per batch", None, "s", "lower", MEDIAN,
            write_short_seconds, lambda run: seconds_per_batch(run.metrics)),
+    Metric("flops_per_second", "Model FLOP/s", None, "FLOP/s", "higher", MEDIAN,
+           write_flops, flops_per_second),
     Metric("steps_per_epoch", "Batches per epoch", None, "", "neither", LARGEST,
            write_count, lambda run: run.metrics.steps_per_epoch),
     Metric("epochs", "Epochs", "Epochs", "", "neither", MEDIAN,

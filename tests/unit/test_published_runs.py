@@ -7,6 +7,8 @@ import json
 import statistics
 from pathlib import Path
 
+import pytest
+
 from ptbench.backends import FRAMEWORKS
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,14 @@ def test_the_perplexities_of_a_gpu_in_the_documentation_are_those_of_the_runs() 
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             found[split] = f"{statistics.mean(values):.2f}{spread}"
         return found
+
+    report = PUBLISHED / "gpu" / "report" / "experiments"
+    for variant in ("zaremba-small", "zaremba-medium"):
+        with (report / variant / "table.csv").open() as file:
+            for row in csv.DictReader(file):
+                if int(row["n_ok"]):
+                    mean = summaries(variant, row["framework"])["test"].partition(" ")[0]
+                    assert float(row["test_perplexity"]) == pytest.approx(float(mean), abs=0.01)
 
     pytorch, jax = (summaries("zaremba-small", framework) for framework in ("pytorch", "jax"))
     medium = summaries("zaremba-medium", "jax")

@@ -67,6 +67,22 @@ def test_a_study_runs_from_nothing_to_its_report(finished: Project) -> None:
             assert (finished.folder / cell).with_name(name).exists()
 
 
+def test_a_finished_study_is_packed_and_verified(finished: Project) -> None:
+    """Without git, which the copy of the project does not have."""
+    finished.snakemake(*RUN, "archive")
+    archive = "results/archive/tiny-tiny-alone.crate.zip"
+    with zipfile.ZipFile(finished.folder / archive) as opened:
+        names = opened.namelist()
+    assert {*CELLS, "config.yaml", "workflow/experiments/tiny.yaml", "Snakefile"} < set(names)
+    assert not [name for name in names if name.endswith((".npy", ".safetensors"))]
+    answer = subprocess.run(
+        [sys.executable, "-m", "ptbench", "verify", archive],
+        cwd=finished.folder, env=finished.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "are the same" in answer.stdout
+
+
 def test_comments_and_an_edited_shell_line_re_run_nothing(finished: Project) -> None:
     for file, old in [
         ("workflow/experiments/tiny.yaml", "recipes:"),
@@ -189,28 +205,11 @@ def test_profiles_are_made_where_they_are_asked_for(finished: Project) -> None:
         assert sorted(path for path in planned if "/profiles/" in path) == sorted(profiles)
     finished.snakemake(*RUN, profiles[0])
     profile = Profile.model_validate_json((finished.folder / profiles[0]).read_bytes())
-    shutil.rmtree(finished.folder / "results/profiles")  # or pages would be older than a profile
     phases = (profile.feed, profile.forward, profile.backward, profile.update)
     assert profile.steps > 9
     assert sum(each.median for each in phases) > 0
     assert profile.operators
     assert [each.batch for each in profile.prediction] == [1, 10, 100]
-
-
-def test_a_finished_study_is_packed_and_verified(finished: Project) -> None:
-    """Without git, which the copy of the project does not have."""
-    finished.snakemake(*RUN, "archive")
-    archive = "results/archive/tiny-tiny-alone.crate.zip"
-    with zipfile.ZipFile(finished.folder / archive) as opened:
-        names = opened.namelist()
-    assert {*CELLS, "config.yaml", "workflow/experiments/tiny.yaml", "Snakefile"} < set(names)
-    assert not [name for name in names if name.endswith((".npy", ".safetensors"))]
-    answer = subprocess.run(
-        [sys.executable, "-m", "ptbench", "verify", archive],
-        cwd=finished.folder, env=finished.environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
-    assert "are the same" in answer.stdout
 
 
 def test_a_result_of_another_specification_is_made_again(finished: Project) -> None:

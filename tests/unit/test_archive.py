@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from ptbench.report.site import RunFacts, Site
 from ptbench.report.whole import write_everything
 from ptbench.sharing.archive import MANIFEST, RUN_FILES, without_paths, write_archive
 from ptbench.sharing.crate import METADATA, PROFILES
-from ptbench.sharing.verify import ArchiveError, verify
+from ptbench.sharing.verify import ArchiveError, code_note, verify
 
 ROOT = Path(__file__).parents[2]
 STUDY = load_study(
@@ -372,8 +373,8 @@ def test_what_its_runs_do_not_say_is_found_though_the_checksums_are_right(
     assert said[3].startswith(f"{page}, line ")
     assert "Mikolov" in said[3]
     assert said[4:] == [
-        "The code here is not the archive's, which may be why something differs: "
-        "analysis/statistics.py."
+        "The workflow here is not the archive's, which may be why something differs: "
+        "ptbench/analysis/statistics.py."
     ]
     assert not mark.exists()
 
@@ -404,3 +405,15 @@ def test_the_command_says_it_in_a_sentence_and_fails(tmp_path: Path) -> None:
         f"ptbench: {path} is refused: the path '../x' leads out of its folder, or is not written "
         "plainly\n"
     )
+
+
+def test_a_document_that_is_not_the_installed_one_is_named(tmp_path: Path) -> None:
+    """Its numbers and findings are what verdicts are made with."""
+    workflow = ROOT / "workflow"
+    for part in ("ptbench", "papers"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(workflow / part, tmp_path / "workflow" / part, ignore=ignored)
+    assert code_note(tmp_path) is None
+    changed = tmp_path / "workflow" / "papers" / "zaremba2014" / "published.csv"
+    changed.write_text(changed.read_text().replace("82.7", "83.4"))
+    assert "papers/zaremba2014/published.csv" in str(code_note(tmp_path))

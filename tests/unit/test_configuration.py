@@ -138,6 +138,10 @@ BAD_RECIPES: list[tuple[str, str]] = [
         r"own.yaml, line \d+: r: fine_tuning_epochs=4 must be less than epochs=4",
     ),
     (
+        "{optimizer: asgd, fine_tuning_epochs: 2, patience: 3}",
+        r"own.yaml, line \d+: r: patience could end the run before fine_tuning_epochs begin",
+    ),
+    (
         "fine_tuning_epochs: 2",
         r"own.yaml, line \d+: r: fine_tuning_epochs is for optimizer=asgd, not sgd",
     ),

@@ -160,6 +160,21 @@ def test_speeds_on_other_machines_or_beside_more_runs_do_not_compare(
     assert "one kind of machine" in words.speed_sentence(None)
 
 
+def test_frameworks_on_another_machine_are_named_as_apart(tmp_path: Path) -> None:
+    """Three on one machine are compared; two slower ones on another are no reference."""
+    experiment = plan("x", ("a",), ("pytorch", "tensorflow", "jax", "mxnet", "keras"))
+    slow = {"mxnet": 3.0, "keras": 1.0}
+    of_speeds(tmp_path, experiment, lambda cell: slow.get(cell.framework, 50.0 + cell.seed))
+    for cell in experiment.cells:
+        if cell.framework in slow:
+            path = tmp_path / "cells" / cell.path / "provenance.json"
+            path.write_text(json.dumps({"cpu": "B", "cells_at_once": 1}))
+    found = speeds_of(analysed(tmp_path, experiment))
+    assert found.ratios.keys() == {"pytorch", "tensorflow", "jax"}
+    assert found.apart == ("keras", "mxnet")
+    assert "same kind of machine: Keras and MXNet." in words.speed_sentence(found)
+
+
 def test_a_framework_without_a_result_is_missing_and_not_inconclusive(tmp_path: Path) -> None:
     experiment = plan("x", ("a",), ("pytorch", "jax", "mxnet"))
     for cell in experiment.cells:

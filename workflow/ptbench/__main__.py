@@ -11,8 +11,8 @@ def run() -> None:
     """Run one command; after one that succeeded, end without taking everything apart.
 
     To destroy what a framework has loaded, before a process that is over, takes a second of its
-    processor. What is registered first is called last, so whatever else is to be done at the end
-    has been done by then.
+    processor. What is registered first is called last, so what a command registers has been done by
+    then.
     """
     done = False
 

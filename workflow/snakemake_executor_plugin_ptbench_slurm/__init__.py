@@ -55,8 +55,10 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
     @cached_property
     def on_cpus(self) -> set[str]:
         """The frameworks of the study that train on CPUs beside others on GPUs."""
-        kinds = read_study(Path("results/study.json")).config.accelerators
-        return {framework for framework, kind in kinds.items() if kind == "cpu"}
+        config = read_study(Path("results/study.json")).config
+        if not config.accelerators:  # the profile says what all ask for
+            return set()
+        return {name for name in config.frameworks if config.accelerator_of(name) == "cpu"}
 
     def shutdown(self) -> None:
         self.ends.set()

@@ -43,6 +43,7 @@ class Comparison(NamedTuple):
     fair: bool = True  # whether every number is of a run that had its machine to itself
     cells_at_once: int | None = None  # most runs that shared a machine, where that is known
     busy: int = 0  # runs whose machine was busy with other processes
+    apart: tuple[str, ...] = ()  # frameworks that have numbers, none of them comparable with these
 
     def leaders(self) -> list[str]:
         """Return the framework with the highest numbers, and those that it is not proven above."""
@@ -73,8 +74,8 @@ def alone(a: RowResult, b: RowResult) -> bool:
 
 def alike(a: RowResult, b: RowResult) -> bool:
     """Return whether speeds say something: on one kind of machine, with as many runs beside."""
-    same = a.machines == b.machines and a.accelerator == b.accelerator
-    return same and a.cells_at_once == b.cells_at_once
+    one_kind = a.machines == b.machines and len(a.machines) < 2
+    return one_kind and a.accelerator == b.accelerator and a.cells_at_once == b.cells_at_once
 
 
 def compare_speeds(groups: Groups) -> Comparison | None:
@@ -106,6 +107,9 @@ def compare(
     devices of a variant. Its interval is the t interval of the mean logarithm over variants, which
     are the units that differ; where there is one variant alone, over its seeds.
 
+    Where not all frameworks can be compared with one another, most of them are, and the others are
+    `apart`.
+
     Args:
         groups: as `groups_of` returns them.
         metric: its name.
@@ -115,14 +119,21 @@ def compare(
         None if no two frameworks can be compared.
     """
     rows: dict[tuple[str, str], list[tuple[RowResult, RowResult]]] = defaultdict(list)
+    names: set[str] = set()
     for own in groups.values():
         having = [own[name] for name in FRAMEWORKS if name in own and own[name].value(metric)]
+        names |= {row.framework for row in having}
         for a, b in permutations(having, 2):
             if comparable is None or comparable(a, b):
                 rows[a.framework, b.framework].append((a, b))
     if not rows:
         return None
-    pairs = {couple: _ratio(couple[0], both, metric) for couple, both in rows.items()}
+    together = _largest_group(rows)
+    pairs = {
+        couple: _ratio(couple[0], both, metric)
+        for couple, both in rows.items()
+        if couple[0] in together
+    }
     standing: dict[str, list[float]] = defaultdict(list)
     for (name, _), ratio in pairs.items():
         standing[name].append(math.log(ratio.value))
@@ -130,7 +141,18 @@ def compare(
     ratios = [pairs[name, reference] for name in standing if (name, reference) in pairs]
     ratios.append(Ratio(reference, 1.0, None, None, 0, "variants"))
     ratios.sort(key=lambda ratio: -ratio.value)
-    return Comparison(metric, reference, {r.framework: r for r in ratios}, pairs)
+    apart = tuple(name for name in FRAMEWORKS if name in names - together)
+    return Comparison(metric, reference, {r.framework: r for r in ratios}, pairs, apart=apart)
+
+
+def _largest_group(couples: Iterable[tuple[str, str]]) -> set[str]:
+    """Return the largest set of frameworks that couples connect; the first of equal ones."""
+    groups: list[set[str]] = []
+    for couple in couples:
+        touched = [group for group in groups if group & set(couple)]
+        groups = [group for group in groups if group not in touched]
+        groups.append(set(couple).union(*touched))
+    return max(groups, key=len)
 
 
 def _ratio(framework: str, rows: Sequence[tuple[RowResult, RowResult]], metric: str) -> Ratio:

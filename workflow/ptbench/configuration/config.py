@@ -107,7 +107,8 @@ class Config(Model):
     cuda_capability: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="CUDA compute capability of the GPUs that train, such as 9.0 of an H100, by "
-        "which it is known before what cannot run on them; null: that of this machine's.",
+        "which is known before a study begins what cannot run on them; null: that of the machine "
+        "where Snakemake runs.",
     )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of a cell, shared by its replicas."

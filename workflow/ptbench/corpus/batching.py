@@ -147,7 +147,7 @@ class VariedStreams(ParallelStreams):
     same windows as the others, in an order of its own. The last one takes what is left of the
     streams.
 
-    Lengths are multiples of `MULTIPLE`, so that no more than a dozen and a half occur. Theirs are
+    Lengths are multiples of `MULTIPLE`, so that at most 18 occur with a mean of 70. Theirs are
     any integers.
     """
 

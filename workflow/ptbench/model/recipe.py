@@ -292,7 +292,7 @@ class Recipe(Model):
         0,
         ge=0,
         description="How many of the epochs fine-tune: they start from the best parameters, asgd's "
-        "mean begins anew with them, and they end when averaging_interval would begin a mean.",
+        "mean begins anew with them, and they end early by the rule that averaging_interval has.",
     )
     fine_tuning_learning_rate: float | None = Field(
         None, gt=0, le=1e6, description="Learning rate of fine-tuning; null: learning_rate."
@@ -327,6 +327,10 @@ class Recipe(Model):
             )
         if self.fine_tuning_epochs and self.optimizer != "asgd":
             raise ValueError(f"fine_tuning_epochs is for optimizer=asgd, not {self.optimizer}")
+        if self.fine_tuning_epochs and self.patience is not None:
+            raise ValueError(
+                "patience could end the run before fine_tuning_epochs begin; set one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from ptbench.analysis.collect import CANNOT_RUN
 from ptbench.analysis.experiment import CellLine, RowResult
 from ptbench.backends import FRAMEWORKS
 from ptbench.report.commands import run_again, study_command
@@ -42,7 +43,8 @@ def _run(row: RowResult, line: CellLine, results: Path, command: Sequence[str]) 
     if line.state != "missing":
         return Run(row, line, "done" if line.state == "ok" else "diverged", line.reason, None, None)
     folder = results / "attempts" / line.path
-    seen = look(folder)
+    # What cannot run here may have failed before that was known; the reason is the same.
+    seen = None if (line.reason or "").startswith(CANNOT_RUN) else look(folder)
     state, reason = attempt_state(seen)
     log = folder / f"attempt-{seen.record.attempt}.log" if seen else None
     return Run(

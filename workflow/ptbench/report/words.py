@@ -56,7 +56,7 @@ def speed_sentence(speeds: Comparison | None) -> str:
     if ratio.low is None or ratio.high is None:
         return (
             f"{framework_name(first)} trained {factor(ratio.value)} times as fast as {slowest}, "
-            f"by {over} alone, which gives no interval."
+            f"by {over} alone, which gives no interval." + _apart(speeds)
         )
     said = (
         f"The factor of {framework_name(first)} over {slowest} is {factor(ratio.value)}, with a "
@@ -68,7 +68,15 @@ def speed_sentence(speeds: Comparison | None) -> str:
             f"; over {framework_name(second)}, the second, it is {factor(lead.value)} "
             f"({factor(lead.low)} to {factor(lead.high)})"
         )
-    return said + "."
+    return said + "." + _apart(speeds)
+
+
+def _apart(speeds: Comparison) -> str:
+    """Say which frameworks could not be compared with the others; nothing if all could."""
+    if not speeds.apart:
+        return ""
+    names = listed([framework_name(name) for name in speeds.apart])
+    return f" Not compared with these, for want of runs on the same kind of machine: {names}."
 
 
 def speed_warning(speeds: Comparison | None) -> str:
@@ -79,9 +87,11 @@ def speed_warning(speeds: Comparison | None) -> str:
         why = "it was not recorded whether runs shared their machine"
     elif speeds.cells_at_once > 1:
         why = f"up to {speeds.cells_at_once} runs shared a machine"
-    else:
+    elif speeds.busy:
         runs = count(speeds.busy, "run")
         why = f"other processes took cores that {runs} could have used"
+    else:
+        why = "where the runs were made was not recorded"
     return f"{why}; run with --cores 1 on one quiet machine to compare speed."
 
 

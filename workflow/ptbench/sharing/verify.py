@@ -37,7 +37,7 @@ GIB = 2**30
 MOST_FILES = 200_000  # the full study of five documents has a tenth of it
 PACKAGE = Path(__file__).parents[1]
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-CODE = {".css", ".j2", ".js", ".json", ".py", ".yaml"}
+CODE = {".css", ".csv", ".j2", ".js", ".json", ".py", ".yaml"}
 MADE = ("experiments/", "papers/", "report/", "searches/")  # of results, what is made from runs
 # What reading and drawing raise where a stranger's files are not what ptbench writes.
 NOT_OURS = (
@@ -96,7 +96,8 @@ def verify(path: Path, most_bytes: int = GIB) -> Verified:
         note = code_note(folder)
         problems, compared = check_results(folder, study)
         refuse([*problems, *([note] if problems and note else [])])
-        return Verified(files, len(study.cells), compared, note, sha256(path))
+        runs = len(list(folder.glob("results/cells/*/*/*/*/metrics.json")))
+        return Verified(files, runs, compared, note, sha256(path))
 
 
 def refuse(problems: list[str]) -> None:
@@ -228,9 +229,13 @@ def read_planned(folder: Path) -> Study:
 
 def code_note(folder: Path) -> str | None:
     """Say which files of the package are others here than in an unpacked archive."""
-    packages = PACKAGE, folder / "workflow" / "ptbench"
+    packages = PACKAGE.parent, folder / "workflow"
     names = {
-        name for package in packages for name in names_in(package) if Path(name).suffix in CODE
+        f"{part}/{name}"
+        for package in packages
+        for part in ("ptbench", "papers")  # what pages are made with
+        for name in names_in(package / part)
+        if Path(name).suffix in CODE
     }
 
     def content(path: Path) -> bytes | None:
@@ -241,7 +246,7 @@ def code_note(folder: Path) -> str | None:
         return None
     more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
     return (
-        "The code here is not the archive's, which may be why something differs: "
+        "The workflow here is not the archive's, which may be why something differs: "
         f"{', '.join(others[:SHOWN])}{more}."
     )
 

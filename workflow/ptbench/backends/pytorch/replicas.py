@@ -15,6 +15,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -207,6 +208,8 @@ def follow(
             for number in gone:
                 del Replicated.counterparts[number]
             function(*arguments, **keywords)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # to destroy what PyTorch has loaded would take a second more
 
 

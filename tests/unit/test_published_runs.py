@@ -108,3 +108,16 @@ def test_the_perplexities_of_a_gpu_in_the_documentation_are_those_of_the_runs() 
         assert f"| {name} | | {medium[split]} |" in page
     assert f"{pytorch['test']} in PyTorch and {jax['test']} in JAX" in readme
     assert f"ends at {medium['test']}" in readme
+
+
+def test_the_runs_on_cpus_are_those_that_the_documents_count() -> None:
+    files = list((PUBLISHED / "zaremba-small" / "cells").glob("*/*/*/*/metrics.json"))
+    runs = [json.loads(file.read_text()) for file in files]
+    assert all((run["status"], run["epochs"]) == ("ok", 13) for run in runs)
+    for file in files:
+        assert (
+            json.loads(file.with_name("provenance.json").read_text())["git_commit"][:7] == "f7769ea"
+        )
+    test = [run["test"]["perplexity"] for run in runs]
+    assert f"between {min(test):.2f} and {max(test):.2f}" in (ROOT / "README.md").read_text()
+    assert f"{len(runs)} of the 15 runs" in (PUBLISHED / "README.md").read_text()

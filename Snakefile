@@ -49,6 +49,7 @@ include: "workflow/rules/archive.smk"
 # `ptbench status` and the trainers read it; no rule does. `partial` only looks at a study, which may
 # be running.
 onstart:
+    take_sigterm()
     for sentence in study.obstacles:
         logger.warning(sentence)
     if set(workflow.dag_settings.targets) != {"partial"}:

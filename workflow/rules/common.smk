@@ -11,6 +11,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from ptbench import environments
 from ptbench.configuration.config import read_configuration
+from ptbench.configuration.start import take_sigterm
 from ptbench.configuration.study import load_study, read_study
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -46,6 +45,7 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         self.misses: Counter[str] = Counter()  # answers in a row without a job, by its number
         self.silent = False  # Slurm has not answered the last time
         self.refused: list[str] = []  # what sbatch said to the last jobs, if it refused them
+        self.refusing = threading.Lock()  # for `refused`: two threads submit
         self.told = threading.local()  # what the plugin says of this thread's job
         self.ends = threading.Event()  # no more jobs are to be submitted
         # How the plugin would follow jobs is not used, and what it says about that misleads.
@@ -106,15 +106,17 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
 
     def refuse(self, words: str) -> None:
         """Count refusals in the same words; after a few, let Snakemake end as by SIGTERM."""
-        self.refused = [*(each for each in self.refused if each == words), words]
-        if len(self.refused) == REFUSALS and not self.ends.is_set():
+        with self.refusing:
+            self.refused = [*(each for each in self.refused if each == words), words]
+            enough = len(self.refused) >= REFUSALS and not self.ends.is_set()
+        if enough:
             self.ends.set()
             self.logger.error(
                 f"sbatch refused {REFUSALS} jobs in a row: {words}\n"
                 "No more are submitted; those that run will finish. Mend slurm/profile.yaml "
                 "(docs/slurm.md) and give the same command again."
             )
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.workflow.scheduler.exit_gracefully()
 
     # -------------------------------------------------------------------------------- following
 

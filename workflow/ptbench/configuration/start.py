@@ -1,13 +1,16 @@
 """What is checked before Snakemake's own start, because its words for it would name no file.
 
 Snakemake reads every `--configfile` and makes a folder in the user's home before it reads the
-Snakefile. Before both it reads `profiles/default/config.yaml`, which calls `check`.
+Snakefile. Before both it reads `profiles/default/config.yaml`, which calls `check`. When the run
+begins, the Snakefile calls `take_sigterm`.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,3 +65,16 @@ def check_home(cache: Path) -> None:
             f"{cache} cannot be made: {error.strerror}. Snakemake keeps files there: set HOME to a "
             "folder that is there, or XDG_CACHE_HOME to one that you can write to"
         ) from error
+
+
+def take_sigterm() -> None:
+    """Call the present handler of SIGTERM in a thread of its own from now on.
+
+    Snakemake's handler waits for a lock. Handlers run in the main thread: where that holds the lock,
+    the run would stand still for ever (docs/slurm-upstream.md).
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if callable(handler):
+        signal.signal(
+            signal.SIGTERM, lambda *what: threading.Thread(target=handler, args=what).start()
+        )

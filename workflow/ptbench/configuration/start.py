@@ -70,7 +70,7 @@ def check_home(cache: Path) -> None:
 def take_sigterm() -> None:
     """Call the present handler of SIGTERM in a thread of its own from now on.
 
-    Snakemake's handler waits for a lock. Handlers run in the main thread: where that holds the lock,
+    Snakemake's handler waits for a lock. Handlers run in the main thread: where that has the lock,
     the run would stand still for ever (docs/slurm-upstream.md).
     """
     handler = signal.getsignal(signal.SIGTERM)

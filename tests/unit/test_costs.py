@@ -19,7 +19,7 @@ from ptbench.corpus.definitions import CORPUS_DEFINITION
 from ptbench.corpus.prepare import prepare
 from ptbench.model import work
 from ptbench.model.work import CorpusSize
-from ptbench.report.costs import costs_of
+from ptbench.report.costs import costs_of, too_large
 from ptbench.training.records import Seconds, score
 
 PTB = {"train": 929_589, "valid": 73_760, "test": 82_430}
@@ -115,6 +115,25 @@ def test_gpus_and_cores_are_counted_and_paid_apart(tmp_path: Path) -> None:
     assert total.unit_hours == pytest.approx(gpus)
     assert total.money == pytest.approx(3.0 * gpus + 0.05 * total.other_hours)
     assert total.kilowatt_hours == pytest.approx((350 * gpus + 6 * total.other_hours) / 1000)
+
+
+def test_runs_that_may_need_more_memory_than_there_is_are_named(
+    study: Study, tmp_path: Path
+) -> None:
+    total = costs_of(study.cells, Estimator(study, tmp_path))
+    sizes = sorted({run.memory_bytes for run in total.runs})
+    assert too_large(total, None if sizes[-1] < 8e9 else 10**6) == []
+    between = (sizes[-1] + sizes[-2]) // 2 // 10**6
+    (sentence,) = too_large(total, between)
+    most = [run for run in total.runs if run.memory_bytes == sizes[-1]]
+    assert sentence.startswith(f"{len(most)} runs may need up to ")
+    assert sentence.endswith(f"{most[0].cell.path}.")
+    # A finished run tells what its row needs.
+    finish(study, tmp_path, "zaremba-medium", 1, peak_memory_bytes=int(9e12))
+    (sentence,) = too_large(costs_of(study.cells, Estimator(study, tmp_path)), 10**6)
+    assert sentence.startswith(
+        "1 run may need up to 9000.00 GB of main memory, and a node has (max_me"
+    )
 
 
 def test_no_schedule_is_shorter_than_its_longest_run(study: Study, tmp_path: Path) -> None:

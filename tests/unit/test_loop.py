@@ -18,7 +18,7 @@ from ptbench.corpus.batching import ParallelStreams, Prefetched, Sentences, Wind
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Recipe
 from ptbench.training.clocks import Clocks
-from ptbench.training.loop import Progress, Run, Splits, Trainer, evaluate, train
+from ptbench.training.loop import Progress, Run, Splits, Trainer, accuracy, evaluate, train
 
 VOCABULARY = 9
 SIZES = {"layers": 1, "embedding_size": 5, "hidden_size": 5, "constant_epochs": 1}
@@ -69,6 +69,28 @@ def test_the_test_split_is_scored_with_the_best_epochs_parameters() -> None:
     score = evaluate(backend, splits().valid)
     assert score.nll == pytest.approx(min(nlls), rel=1e-6)
     assert result.stopped == "epochs"
+
+
+class Successor(Oracle):
+    """Holds the successor of each word for the most probable next one."""
+
+    def next_token_log_probabilities(self, inputs: Any, state: State) -> Any:
+        return np.eye(VOCABULARY, dtype=np.float32)[(inputs + 1) % VOCABULARY], state
+
+
+@pytest.mark.parametrize("feeding", [ParallelStreams, Windows])
+def test_accuracy_is_the_share_of_real_tokens_that_were_the_most_probable(
+    feeding: type[ParallelStreams | Windows],
+) -> None:
+    feed = feeding(text(83, 1), 4, 6)
+    real = [(batch, batch.mask > 0) for batch in feed.epoch(1)]
+    right = sum(
+        np.count_nonzero((batch.inputs[mask] + 1) % VOCABULARY == batch.targets[mask])
+        for batch, mask in real
+    )
+    assert 0 < right < feed.predicted_tokens
+    backend = new_oracle(Recipe(**SIZES), 1, 3, VOCABULARY, Successor)
+    assert accuracy(backend, feed) == right / feed.predicted_tokens
 
 
 def test_every_epoch_is_recorded_and_reported_and_training_lowers_the_loss() -> None:

@@ -2,7 +2,8 @@
 
 `golden.json` holds a whole run of the oracle, the fields of each record with their descriptions,
 and the defaults of a recipe. tests/parity holds the frameworks to the oracle. After a change that
-is meant, raise `PROTOCOL` and write the file again: `uv run python -m tests.unit.test_protocol`.
+is meant, raise `PROTOCOL` and write the file again: `uv run python -m tests.unit.test_protocol`. A
+new field that older records may lack changes no meaning: then the file alone is written again.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,7 @@ class Provenance(BaseModel):
     framework_version: str | None = Field(None, description="Version of the framework.")
     cpu: str | None = Field(None, description="Processor.")
     gpus: tuple[dict[str, str], ...] = Field((), description="Name and driver of each GPU.")
+    threads: int | None = Field(None, description="CPU threads that it was given.")
     cells_at_once: int | None = Field(None, description="Most cells that its machine trained.")
     asked_megabytes: int | None = Field(None, description="Memory that its job asked for [MB].")
     asked_minutes: int | None = Field(None, description="Time that its job asked for [minutes].")
@@ -173,7 +174,7 @@ def collect_rows(
     variants: dict[str, list[CellResult]] = defaultdict(list)
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
-        result = _read_usable(cell, results_folder, fingerprint)
+        result = _with_rent(_read_usable(cell, results_folder, fingerprint), plan)
         if result.result is None and cell.framework in plan.cannot_run:
             result = CellResult(cell, unusable=f"{CANNOT_RUN}: {plan.cannot_run[cell.framework]}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
@@ -222,6 +223,21 @@ def _read_usable(
     if found.result and found.result.metrics.fingerprint != fingerprint(cell):
         return CellResult(cell, unusable=OUTDATED)
     return found
+
+
+def _with_rent(found: CellResult, plan: ExperimentPlan) -> CellResult:
+    """Return a cell with what a second of its GPUs or CPU cores costs, where that is known."""
+    hour = plan.rents.get(found.cell.framework)
+    if found.result is None or hour is None:
+        return found
+    devices, threads = found.cell.devices, found.provenance.threads
+    if plan.accelerators.get(found.cell.framework) == "cuda":
+        units = devices
+    elif threads is None:
+        return found
+    else:
+        units = max(threads, devices)
+    return replace(found, result=found.result._replace(rent_per_second=units * hour / 3600))
 
 
 def _read_cell(cell: Cell, results_folder: Path) -> CellResult:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.config import Prices
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
@@ -61,6 +62,7 @@ class RunCost(NamedTuple):
     units: int  # GPUs that it holds, or CPU cores
     accelerator: Accelerator  # which of the two
     disk_bytes: int  # of its best parameters
+    memory_bytes: int  # main memory, at most; measured where a seed of its row has finished
 
     @property
     def unit_hours(self) -> float:
@@ -130,7 +132,7 @@ class Estimator:
         """Read every finished run whose variant and meaning the study knows."""
         self.study, self.results = study, results
         self.finished: dict[Cell, Measured] = {}
-        self.rows: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+        self.rows: dict[tuple[str, str, int], list[Metrics]] = defaultdict(list)
         self.sizes: dict[str, CorpusSize] = {}
         for path in sorted((results / "cells").glob("*/*/devices-*/seed-*/metrics.json")):
             self._read(path)
@@ -147,7 +149,7 @@ class Estimator:
         recipe, cell = specification.recipe, metrics.cell
         flops = work.flops_per_token(recipe, metrics.vocabulary_size)
         self.finished[cell] = Measured(metrics, recipe, flops)
-        self.rows[cell.variant, cell.framework, cell.devices].append(metrics.seconds.total)
+        self.rows[cell.variant, cell.framework, cell.devices].append(metrics)
 
     def size(self, recipe: Recipe) -> CorpusSize:
         """Return the size of a recipe's corpus, as prepared or else as defined."""
@@ -170,13 +172,25 @@ class Estimator:
         units = cell.devices if accelerator == "cuda" else max(config.threads, cell.devices)
         keeps = config.keep_checkpoints != "none"
         disk = stored_bytes(recipe, size.vocabulary_size) if keeps else 0
-        return RunCost(cell, seconds, source, units, accelerator, disk)
+        memory = self._memory_bytes(cell, recipe, size)
+        return RunCost(cell, seconds, source, units, accelerator, disk, memory)
+
+    def _row(self, cell: Cell) -> list[Metrics]:
+        """Return the finished runs of a cell's row."""
+        return self.rows.get((cell.variant, cell.framework, cell.devices), [])
+
+    def _memory_bytes(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> int:
+        if row := self._row(cell):
+            return max(metrics.peak_memory_bytes for metrics in row)
+        accelerator = self.study.config.accelerator_of(cell.framework)
+        libraries = FRAMEWORKS[cell.framework].memory_megabytes
+        return 1_000_000 * work.memory_megabytes(recipe, accelerator, libraries, cell.devices, size)
 
     def _seconds(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
         if cell in self.finished:
             return self.finished[cell].metrics.seconds.total, "finished"
-        if row := self.rows.get((cell.variant, cell.framework, cell.devices)):
-            return statistics.median(row), "other seeds"
+        if row := self._row(cell):
+            return statistics.median(each.seconds.total for each in row), "other seeds"
         return self.without_its_row(cell, recipe, size)
 
     def without_its_row(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:

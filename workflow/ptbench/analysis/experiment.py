@@ -18,6 +18,7 @@ from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, S
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
 from ptbench.analysis.plan import ExperimentPlan, Settings
 from ptbench.analysis.published import PublishedValue
+from ptbench.analysis.reaching import Reaching, compare_reaching
 from ptbench.analysis.statistics import Difference, Pair, compare_pairs, joint_equivalence_p
 from ptbench.analysis.variants import (
     BestVariant,
@@ -178,6 +179,11 @@ class Analysis(Model):
     trends: tuple[TrendResult, ...] = Field(description="Along each line of each sweep.")
     best: tuple[BestVariant, ...] = Field(description="Of each framework and number of devices.")
     pairs: tuple[PairResult, ...] = Field(description="Frameworks against one another.")
+    reaching: tuple[Reaching, ...] = Field(
+        (), description="What the frameworks took to a common perplexity."
+    )
+    rents: dict[Framework, float] = Field({}, description="Of an hour of a GPU or CPU core.")
+    currency: str = Field("", description="Of the rents.")
     all_equivalent_p: float | None = Field(description="p that some pair is not equivalent.")
     published: tuple[PublishedResult, ...] = Field(description="Ours against published numbers.")
     figures: tuple[FigureFile, ...] = Field((), description="What was drawn.")
@@ -243,6 +249,9 @@ def analyse(
         trends=compared.trends,
         best=compared.best,
         pairs=pairs,
+        reaching=compare_reaching(rows),
+        rents=plan.rents,
+        currency=plan.currency,
         all_equivalent_p=joint_equivalence_p([pair.outcome.p_equivalence for pair in pairs]),
         published=tuple(
             _beside(value, row, results, plan.equivalence_margin)

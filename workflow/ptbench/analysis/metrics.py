@@ -27,6 +27,7 @@ class Result(NamedTuple):
     metrics: Metrics
     history: tuple[Epoch, ...]
     flops_per_token: float | None = None  # of a training step's products; None: unknown
+    rent_per_second: float | None = None  # of the GPUs or CPU cores that it held; None: unknown
 
 
 class Summary(Model):
@@ -160,7 +161,17 @@ class Metric:
     @property
     def depends_on_machine(self) -> bool:
         """Whether another machine gives another number: times, speeds and memory."""
-        return self.unit in ("s", "tokens/s", "FLOP/s", "bytes", "cores", "share", "W", "J")
+        return self.unit in (
+            "s",
+            "tokens/s",
+            "FLOP/s",
+            "bytes",
+            "cores",
+            "share",
+            "W",
+            "J",
+            "money",
+        )
 
     def shown(self, value: float) -> float:
         """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
@@ -190,6 +201,11 @@ class Metric:
         return "" if low == high and self.kind is MEDIAN else f"{low} to {high}"
 
 
+def write_money(value: float) -> str:
+    """Write two decimals, or two significant digits below 0.1; the currency is the study's."""
+    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
 def nll_of(score: Score | None) -> float | None:
     """Return a score's mean negative log-likelihood [nats per token], if there is a score."""
     return score.nll if score else None
@@ -206,6 +222,12 @@ def flops_per_second(run: Result) -> float | None:
     """Return the rate of the model's matrix products in training [FLOP/s]."""
     speed = run.metrics.tokens_per_second
     return None if speed is None or run.flops_per_token is None else speed * run.flops_per_token
+
+
+def rent(run: Result) -> float | None:
+    """Return what a run's GPUs or CPU cores cost, from its start to its end."""
+    of_a_second = run.rent_per_second
+    return None if of_a_second is None else of_a_second * run.metrics.seconds.total
 
 
 def training_and_validation(seconds: Seconds) -> float:
@@ -231,6 +253,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            write_perplexity, lambda run: nll_of(run.metrics.valid)),
     Metric("train_perplexity", "Training perplexity", "Train perplexity", "", "lower", PERPLEXITY,
            write_perplexity, lambda run: nll_of(run.metrics.train)),
+    Metric("test_accuracy", "Accuracy of the next word", "Accuracy", "", "higher", MEDIAN,
+           "{:.2%}".format, lambda run: run.metrics.test_accuracy),
     Metric("tokens_per_second", "Training speed", "Tokens/s", "tokens/s", "higher", MEDIAN,
            write_count, lambda run: run.metrics.tokens_per_second),
     Metric("seconds_per_epoch", "Time per epoch", "Time per epoch", "s", "lower", MEDIAN,
@@ -247,6 +271,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "{:g}".format, lambda run: run.metrics.best_epoch),
     Metric("total_seconds", "Total time", "Total time", "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.total),
+    Metric("rent", "Rent of a run", "Rent", "money", "lower", MEDIAN, write_money, rent),
     Metric("load_seconds", "Time to load the corpus", "Load time", "s", "lower", MEDIAN,
            write_short_seconds, lambda run: run.metrics.seconds.load),
     Metric("start_up_seconds", "Start-up time", None, "s", "lower", MEDIAN,

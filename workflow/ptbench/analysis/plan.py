@@ -47,6 +47,10 @@ class ExperimentPlan(Model):
     accelerators: dict[Framework, Accelerator] = Field(
         {}, description="Kind of device that each framework trains on."
     )
+    rents: dict[Framework, float] = Field(
+        {}, description="Rent of an hour of the GPU or CPU core that each framework trains on."
+    )
+    currency: str = Field("USD", description="Of the rents.")
     cannot_run: dict[Framework, str] = Field(
         {}, description="Frameworks that cannot run where the study runs, and why."
     )

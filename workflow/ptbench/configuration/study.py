@@ -103,6 +103,10 @@ class PlannedExperiment:
             "baseline": self.baseline,
             "equivalence_margin": config.equivalence_margin,
             "accelerators": {each: config.accelerator_of(each) for each in self.frameworks},
+            "rents": {
+                each: config.prices.of(config.accelerator_of(each))[0] for each in self.frameworks
+            },
+            "currency": config.prices.currency,
             "cannot_run": {k: why for k, why in cannot_run.items() if k in self.frameworks},
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {

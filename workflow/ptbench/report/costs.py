@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -71,7 +72,8 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
             add(f"  {name}", costs_of(study.experiments[name].cells, estimator))
     add("all, each run once", total, "bold")
     console.print(table)
-    for sentence in [*study.obstacles, *sentences(total, estimator, at_once, unit)]:
+    said = [*study.obstacles, *too_large(total, study.config.max_memory)]
+    for sentence in [*said, *sentences(total, estimator, at_once, unit)]:
         console.print(sentence, soft_wrap=True)
     console.print(dearest_rows(total))
 
@@ -156,6 +158,26 @@ def dearest_rows(total: Costs) -> Table:
         on = f"{runs[0].units} {kind}{'' if runs[0].units == 1 else 's'}"
         table.add_row(path, str(len(runs)), on, f"{each:,.1f}", f"{hours[path]:,.1f}")
     return table
+
+
+def too_large(total: Costs, max_memory: int | None) -> list[str]:
+    """Say which runs may need more main memory than there is.
+
+    Args:
+        total: the study.
+        max_memory: of a node [MB]; None: this machine's own.
+    """
+    most = 10**6 * max_memory if max_memory else psutil.virtual_memory().total
+    large = [run for run in total.left.runs if run.memory_bytes > most]
+    if not large:
+        return []
+    largest = max(large, key=lambda run: run.memory_bytes)
+    where = "a node has (max_memory)" if max_memory else "this machine has"
+    return [
+        f"{len(large):,} run{'' if len(large) == 1 else 's'} may need up to "
+        f"{write_bytes(largest.memory_bytes)} of main memory, and {where} "
+        f"{write_bytes(most)}; the largest is {largest.cell.path}."
+    ]
 
 
 def sentences(total: Costs, estimator: Estimator, at_once: int, unit: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
+from ptbench.analysis.reaching import Reaching
 from ptbench.analysis.variants import TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
@@ -101,6 +102,8 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
             for name, metric in METRICS.items()
             if (found := [line for line in analysis.published if line.published.metric == name])
         ],
+        reaching=_reaching(analysis),
+        rents=words.rents_sentence(analysis),
         published_value=formatting.format_published,
         ours=_ours,
         runs=runs_of(analysis.rows, site.results),
@@ -203,6 +206,12 @@ def _matrices(analysis: Analysis) -> list[Matrix]:
                 Matrix(group_title(rows[0]), frameworks, {(p.b, p.a): p for p in pairs})
             )
     return matrices
+
+
+def _reaching(analysis: Analysis) -> list[tuple[str, Reaching]]:
+    """Return what the frameworks took to a perplexity, with the title of each group."""
+    titles = {group_key(row): group_title(row) for row in analysis.rows}
+    return [(titles[each.variant, each.devices], each) for each in analysis.reaching]
 
 
 def _ours(line: PublishedResult) -> str:

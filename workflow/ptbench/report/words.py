@@ -149,6 +149,19 @@ def variants_sentence(analysis: Analysis) -> str:
     return f"Best by {metric}, with a probability of at least {CONFIDENCE:g}: {said}."
 
 
+def rents_sentence(analysis: Analysis) -> str:
+    """Say what rents are computed from; nothing where no run has one."""
+    kinds = {
+        "GPU" if row.accelerator == "cuda" else "CPU core": analysis.rents[row.framework]
+        for row in analysis.rows
+        if "rent" in row.metrics
+    }
+    if not kinds:
+        return ""
+    each = listed([f"a {kind} {hour:g}" for kind, hour in sorted(kinds.items())])
+    return f"Rents are in {analysis.currency}: {each} an hour (key prices of the configuration)."
+
+
 def _differing(found: Perplexities) -> str:
     names = [
         f"{framework_name(couple.a)} and {framework_name(couple.b)}"

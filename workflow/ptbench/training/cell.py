@@ -299,6 +299,7 @@ class CellTrainer:
             train=last and mean_score(last.train_nll, self.splits.train),
             valid=best and mean_score(best.valid_nll, self.splits.valid),
             test=run.test,
+            test_accuracy=run.test_accuracy,
             tokens_per_second=run.tokens_per_second,
             seconds_per_epoch=run.seconds_per_epoch,
             seconds=Seconds(**self.clocks.seconds),

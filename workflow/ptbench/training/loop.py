@@ -1,8 +1,8 @@
 """The training loop, the same for all frameworks. It reads and writes no files.
 
 Train on every batch in order, validate, remember the best parameters, epoch after epoch; at the end
-score the test split once with those. `cell.py` calls it and writes down the result. A `Keeper`
-saves what another process needs to continue the run.
+score the test split with those: its perplexity, then its accuracy. `cell.py` calls it and writes
+down the result. A `Keeper` saves what another process needs to continue the run.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Run:
     best_parameters: Parameters | None = None
     sums: Sums | None = None  # of the epoch under way; None between two
     test: Score | None = None
+    test_accuracy: float | None = None
     diverged: str | None = None  # why, if it did
     stopped: Stop | None = None  # why training ended, if it did not diverge
     steps_here: int = 0  # training steps of this process, the first of which compile
@@ -221,6 +222,7 @@ class Trainer:
         self.backend.load_parameters(self.run.best_parameters)
         with self.clocks("test"):
             self.run.test = evaluate(self.backend, self.splits.test, self.keeper)
+        self.run.test_accuracy = accuracy(self.backend, self.splits.test, self.keeper)
 
     def warm_up_evaluation(self) -> None:
         """Let the framework compile its evaluation on a clock of its own; nothing is kept."""
@@ -443,3 +445,22 @@ def evaluate(backend: Backend, feed: Feed, keeper: Keeper | None = None) -> Scor
     if tokens != feed.predicted_tokens:
         raise AssertionError(f"evaluated {tokens} of {feed.predicted_tokens} tokens")
     return score(nll_sum, tokens)
+
+
+def accuracy(backend: Backend, feed: Feed, keeper: Keeper | None = None) -> float:
+    """Return the share of a split's tokens that the model held for the most probable.
+
+    Raises:
+        InterruptionError: once the keeper says that the process has been told to end.
+    """
+    hits = 0
+    with contextlib.closing(feed.epoch(1)) as batches:
+        zero_state = state = backend.initial_state(feed.batch_size, training=False)
+        for batch in batches:
+            log_p, state = backend.next_token_log_probabilities(batch.inputs, state)
+            state = state if feed.carries_state else zero_state
+            right = log_p.argmax(axis=-1) == batch.targets
+            hits += int(np.count_nonzero(right & (batch.mask > 0)))
+            if keeper and keeper.interrupted():
+                raise InterruptionError
+    return hits / feed.predicted_tokens

@@ -132,6 +132,9 @@ class Metrics(Model):
     train: Score | None = Field(description="Training split in the last epoch, as it ran.")
     valid: Score | None = Field(description="Validation split after the best epoch.")
     test: Score | None = Field(description="Test split with the best epoch's parameters.")
+    test_accuracy: float | None = Field(
+        None, description="Share of the test split's tokens that were the most probable."
+    )
     tokens_per_second: float | None = Field(description="Median over epochs [tokens/s].")
     seconds_per_epoch: float | None = Field(description="Median of training + validation [s].")
     seconds: Seconds = Field(description="Where the time went.")

@@ -338,9 +338,10 @@ def test_the_page_says_whether_speeds_compare(
 
 
 def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
-    experiment = plan("demo", ("tiny",), ("pytorch", "jax"), seeds=(1,))
+    experiment = plan("demo", ("tiny",), ("pytorch", "jax"), devices=(1, 2), seeds=(1,))
     for cell in experiment.cells:
-        write_cell(tmp_path, metrics(cell, 4.7))
+        speed = 10_000.0 if cell.devices == 1 else 15_000.0
+        write_cell(tmp_path, metrics(cell, 4.7, tokens_per_second=speed, test_accuracy=0.25))
     write_corpus(tmp_path)
     own = metrics(experiment.cells[0], 4.7).fingerprint
     for framework, fingerprint in (("pytorch", own), ("jax", "of another recipe")):
@@ -361,7 +362,7 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
                      "words_per_second": 500.0},
                 ],
                 "loading": {
-                    "stream": {"open_seconds": 0.02, "tokens_per_second": 1e6, "bytes": 5_000_000}
+                    "memory": {"open_seconds": 0.02, "tokens_per_second": 1e6, "bytes": 5_000_000}
                 },
             }
         )  # fmt: skip
@@ -379,6 +380,19 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
     assert "c() 1 10 24.9%" in section
     assert "d 1 " not in section
     assert "JAX" not in section
+    criteria = page.text[page.text.index("Every criterion side by side") :]
+    for said in (
+        "First batch, ms 20 –",
+        "Forward, ms 40 –",
+        "Words predicted/s, many rows at once 500 –",
+        "Speed-up on 2 devices 1.50 1.50",
+        "Efficiency on 2 devices 75% 75%",
+        "Test perplexity on 2 devices 109.95 109.95",
+        "Accuracy of the next word 25.00% 25.00%",
+        "Features built in, of",
+        "Mistakes whose cause is named, of 5 4",
+    ):
+        assert said in criteria
 
 
 def test_an_experiment_without_any_result_is_rendered(tmp_path: Path) -> None:

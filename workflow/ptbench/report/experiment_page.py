@@ -16,6 +16,7 @@ from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
 from ptbench.analysis.reaching import Reaching
 from ptbench.analysis.variants import TrendResult, VariantComparison
 from ptbench.report import formatting, words
+from ptbench.report.criteria import criteria_of
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
 from ptbench.report.profiles import GREATTI, PHASES, profiles_of
 from ptbench.report.runs import runs_of, versions_of
@@ -80,6 +81,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         for index, file in enumerate(analysis.figures)
     ]
     columns, groups = results_table(analysis)
+    profiles = profiles_of(analysis.rows, site.results)
     kinds = {pair.outcome.test.kind for pair in analysis.pairs if pair.outcome.test}
     return site.write(
         "experiment.html.j2",
@@ -107,7 +109,8 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         published_value=formatting.format_published,
         ours=_ours,
         runs=runs_of(analysis.rows, site.results),
-        profiles=profiles_of(analysis.rows, site.results),
+        profiles=profiles,
+        criteria=criteria_of(analysis.rows, profiles),
         phases=PHASES,
         greatti=GREATTI,
         milliseconds=lambda seconds: f"{seconds * 1e3:.3g}",

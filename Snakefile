@@ -33,13 +33,7 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
-        "results/report/index.html",
-        # by name, because Snakemake does not miss a file between two that are there
-        [
-            f"results/cells/{cell.path}/metrics.json"
-            for cell in study.runnable(study.cells)
-        ],
-        rules.profiles.input if study.config.profile else [],
+        everything,
 
 
 include: "workflow/rules/archive.smk"

@@ -109,9 +109,9 @@ def main() -> None:
             sys.exit("something was run where all should have been done")
     print(f"{'importing Snakemake':<42}{bare:6.2f} s")
     measured = [
-        ("parsing the Snakefile, default study", listed - bare, 1, "s"),
-        ("parsing the Snakefile, 10,000 cells", parsed - bare, 1, "s"),
-        ("dry run of 10,000 cells", planned, 20, "s"),
+        ("parsing the Snakefile, default study", listed - bare, 0.5, "s"),
+        ("parsing the Snakefile, 10,000 cells", parsed - bare, 0.5, "s"),
+        ("dry run of 10,000 cells", planned, 15, "s"),
         ("peak memory of the dry run", planned_memory, 400, "MB"),
         ("run when all of them are done", done, 30, "s"),
         ("peak memory of that run", done_memory, 400, "MB"),

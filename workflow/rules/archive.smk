@@ -2,7 +2,7 @@
 # whenever it is asked for: the workflow's own files are in it too.
 rule archive:
     input:
-        rules.all.input,
+        everything,
     log:
         "results/logs/archive.log",
     retries: 0

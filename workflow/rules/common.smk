@@ -260,3 +260,17 @@ wildcard_constraints:
     experiment="[^/]+",
     paper="[^/]+",
     search="[^/]+",
+
+
+# What the whole study makes. A function, because a list of ten thousand files takes half a second to
+# parse.
+def everything(wildcards):
+    return [
+        "results/report/index.html",
+        # by name, because Snakemake does not miss a file between two that are there
+        *(
+            f"results/cells/{cell.path}/metrics.json"
+            for cell in study.runnable(study.cells)
+        ),
+        *(rules.profiles.input if study.config.profile else []),
+    ]

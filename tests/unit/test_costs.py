@@ -83,6 +83,22 @@ def test_another_model_takes_longer_by_its_products(study: Study, tmp_path: Path
     assert run.seconds == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_smoke_run_of_the_same_row_tells_what_the_whole_takes(
+    study: Study, tmp_path: Path
+) -> None:
+    small = load_study({"experiments": ["zaremba-small"], "seeds": [1], "budget": "smoke"})
+    tokens = {"train": score(5e4, 2400), "valid": score(5e3, 400), "test": score(5e2, 40)}
+    seconds = Seconds(start_up=9, training=3, validation=2, test=1, total=15)
+    finish(
+        small, tmp_path, "zaremba-small+budget=smoke", 1, seconds=seconds, epochs=1,
+        tokens_per_second=1000.0, **tokens,
+    )  # fmt: skip
+    run = Estimator(study, tmp_path).run(cell_of("zaremba-small", 2))
+    assert run.source == "smoke"
+    epoch = PTB["train"] / 1000 + 2 * PTB["valid"] / 400
+    assert run.seconds == pytest.approx(9 + 13 * epoch + PTB["test"] / 40)
+
+
 @pytest.mark.parametrize(
     "changes", [{"fingerprint": "0" * 12}, {"status": "diverged", "test": None}]
 )

@@ -1,8 +1,9 @@
 """What a study takes before it is run: device time, wall-clock time, disk, energy and money.
 
 A run's time comes from the first of these that there is: the run itself, if it has finished; the
-other seeds of its row; the speeds of its framework in other finished runs, scaled by the model's
-matrix products; the bound on the safe side that its job asks a cluster for.
+other seeds of its row; the same run in the budget `smoke`, scaled to its text and epochs; the
+speeds of its framework in other finished runs, scaled by the model's matrix products; the bound on
+the safe side that its job asks a cluster for.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Literal, NamedTuple
 
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.config import Prices
+from ptbench.configuration.requests import Used
 from ptbench.configuration.specification import Cell
-from ptbench.configuration.study import Study
+from ptbench.configuration.study import Study, smoke_row
 from ptbench.corpus import CorpusError
 from ptbench.corpus.definitions import (
     SPLITS,
@@ -36,10 +38,11 @@ from ptbench.model.shapes import stored_bytes
 from ptbench.model.work import CorpusSize
 from ptbench.training.records import Metrics, read_metrics
 
-Source = Literal["finished", "other seeds", "speeds", "bound"]
+Source = Literal["finished", "other seeds", "smoke", "speeds", "bound"]
 SOURCES: dict[Source, str] = {
     "finished": "have finished, and took what they took",
     "other seeds": "by other seeds of the same row",
+    "smoke": "by the same run in the budget smoke, scaled to its text and epochs",
     "speeds": "by the speed of their framework in other finished runs",
     "bound": "by bounds on the safe side, because nothing like them has finished here",
 }
@@ -133,6 +136,7 @@ class Estimator:
         self.study, self.results = study, results
         self.finished: dict[Cell, Measured] = {}
         self.rows: dict[tuple[str, str, int], list[Metrics]] = defaultdict(list)
+        self.smoke: dict[str, list[Used]] = {}
         self.sizes: dict[str, CorpusSize] = {}
         for path in sorted((results / "cells").glob("*/*/devices-*/seed-*/metrics.json")):
             self._read(path)
@@ -191,7 +195,18 @@ class Estimator:
             return self.finished[cell].metrics.seconds.total, "finished"
         if row := self._row(cell):
             return statistics.median(each.seconds.total for each in row), "other seeds"
+        smoke = self._smoke(cell) if recipe.budget == "full" else []
+        if smoke:
+            epochs = recipe.epochs
+            return statistics.median(u.scaled_seconds(epochs, size) for u in smoke), "smoke"
         return self.without_its_row(cell, recipe, size)
+
+    def _smoke(self, cell: Cell) -> list[Used]:
+        """Return what the seeds of a cell's row used in the budget `smoke`."""
+        row = smoke_row(cell.path.rpartition("/")[0])
+        if row not in self.smoke:
+            self.smoke[row] = self.study.used_by(row, self.results)
+        return self.smoke[row]
 
     def without_its_row(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
         """Return the seconds of a run by other models than its own, or by the bound."""

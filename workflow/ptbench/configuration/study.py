@@ -488,22 +488,16 @@ class Study:
             self._requests[row] = request(
                 self.recipe(path),
                 size,
-                self._used_by(row),
-                self._used_by(f"{self._smoke_variant(row)}/{row.partition('/')[2]}"),
+                self.used_by(row),
+                self.used_by(smoke_row(row)),
             )
         return self._requests[row]
 
-    def _used_by(self, row: str) -> list[Used]:
-        folder = Path("results/cells", row)
+    def used_by(self, row: str, results: Path = Path("results")) -> list[Used]:
+        """Return what the finished runs of a row used, those of its present recipe."""
+        folder = results / "cells" / row
         fingerprint = self.fingerprint(f"{row}/seed-0") if folder.exists() else None
         return list(used_by(folder, fingerprint)) if fingerprint else []
-
-    def _smoke_variant(self, row: str) -> str:
-        """Return the variant that is the same as a row's in the budget `smoke`."""
-        variant = row.partition("/")[0]
-        base, *overrides = variant.split("+")
-        kept = [each for each in overrides if not each.startswith("budget=")]
-        return "+".join([base, *sorted([*kept, "budget=smoke"])])
 
     def memory_megabytes(self, path: str, corpus_json: str, times: int = 1) -> int:
         """Return the main memory that a cell's job asks for [MB].
@@ -553,6 +547,14 @@ class Study:
             "study": _adapter().dump_python(self, mode="json"),
         }
         write_atomically(path, json.dumps(content) + "\n")
+
+
+def smoke_row(row: str) -> str:
+    """Return the row that is the same as another in the budget `smoke`."""
+    variant, _, rest = row.partition("/")
+    base, *overrides = variant.split("+")
+    kept = [each for each in overrides if not each.startswith("budget=")]
+    return f"{'+'.join([base, *sorted([*kept, 'budget=smoke'])])}/{rest}"
 
 
 def found_specification(file: str, variant: str) -> Specification:

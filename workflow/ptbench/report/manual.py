@@ -9,18 +9,21 @@ import json
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ptbench.analysis.claims import ClaimFile
+from ptbench.analysis.costs import Estimator
 from ptbench.analysis.exhibits import ExhibitFile
-from ptbench.analysis.metrics import METRICS
+from ptbench.analysis.metrics import METRICS, write_bytes
 from ptbench.analysis.published import COLUMNS, LeftOut, PublishedValue
 from ptbench.analysis.source import source_json
-from ptbench.configuration.config import Config, CorpusFile
+from ptbench.configuration.config import Config, CorpusFile, read_configuration
 from ptbench.configuration.experiments import WORKFLOW, ExperimentFile, Paper, load_library
 from ptbench.configuration.schemas import schemas
 from ptbench.configuration.study import load_study
 from ptbench.model.recipe import NAME_PATTERN, Recipe
+from ptbench.report.costs import costs_of, groups
 from ptbench.report.features import features_markdown
 
 Schema = dict[str, Any]
@@ -119,6 +122,15 @@ run together by `--config papers=<document>`, and all of them by `--config exper
 search is run only by its name. A cell is one run.
 """
 
+PLAN = """\
+# What the full study takes
+
+What `uv run ptbench plan --gpus 32 slurm/reproduction.yaml` says before anything has run: every
+experiment of every document, all five frameworks, on GPUs that all of them know. Hours are bounds
+on the safe side, the time limits that jobs ask Slurm for; once runs have finished, or a run with
+`budget=smoke` has, the same command tells by what they took.
+"""
+
 DECISIONS = """\
 # Decisions
 
@@ -164,6 +176,7 @@ def generated(parser: ArgumentParser) -> dict[str, str]:
         "paper": paper,
         "metrics": [METRIC, metrics()],
         "catalogue": [CATALOGUE, catalogue()],
+        "plan": [PLAN, plan()],
         "commands": [COMMANDS, commands(parser)],
     }
     return (
@@ -314,6 +327,42 @@ def metrics() -> str:
         for each in METRICS.values()
     ]
     return table(["Name", "What", "Unit", "Over seeds", "Better"], lines)
+
+
+def plan() -> str:
+    """Return what the full study takes by document, before any of its runs has finished."""
+    file = WORKFLOW.parent / "slurm" / "reproduction.yaml"
+    # whatever GPU is in the machine where this is written
+    study = load_study(read_configuration([file], ["cuda_capability=8.0"]))
+    estimator = Estimator(study, Path("nowhere"))
+    everything = costs_of(study.cells, estimator)
+    prices = everything.prices
+    lines = [
+        *(
+            (group, costs_of([c for n in names for c in study.experiments[n].cells], estimator))
+            for group, names in groups(study).items()
+        ),
+        ("**all, each run once**", everything),
+    ]
+    header = ["Document", "Runs", "GPU-hours", "Disk", "kWh", prices.currency]
+    body = [
+        [
+            name,
+            f"{len(costs.runs):,}",
+            f"{costs.unit_hours:,.0f}",
+            write_bytes(costs.disk_bytes),
+            f"{costs.kilowatt_hours:,.0f}",
+            f"{costs.money:,.0f}",
+        ]
+        for name, costs in lines
+    ]
+    rent, watts = prices.of("cuda")
+    return (
+        f"{table(header, body)}\n"
+        f"A GPU is taken to cost {rent:g} {prices.currency} an hour and to use {watts:g} W. On 32 "
+        f"GPUs all of it takes {everything.hours(32) / 24:,.0f} days at most. Disk is for the best "
+        "parameters of every run; `keep_checkpoints: none` keeps none.\n"
+    )
 
 
 def catalogue() -> str:

@@ -14,14 +14,17 @@ from tests.support.problems import new_oracle, recipe
 from ptbench.backends.base import Scalar, State, TrainStep
 from ptbench.backends.oracle import Oracle
 from ptbench.corpus.batching import Batch, Batches, ParallelStreams
+from ptbench.measurement.products import NumPyProducts
 from ptbench.measurement.profile import (
     evaluation_seconds,
+    measure_bound,
     measure_lines,
     measure_loading,
     measure_phases,
     measure_prediction,
 )
 from ptbench.model.recipe import Recipe
+from ptbench.model.work import flops_per_token
 
 PLANTED = 0.03  # seconds
 MODEL = recipe()
@@ -87,6 +90,13 @@ def test_the_phases_of_a_step_add_up_to_the_step_and_leave_the_model_as_it_was()
     assert parts == pytest.approx(found["step"].median)
     after = backend.parameters()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_the_bound_is_the_speed_at_which_the_products_alone_take_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(NumPyProducts, "rate", lambda *_: 1e6)
+    assert measure_bound(MODEL, 7) == pytest.approx(1e6 / flops_per_token(MODEL, 7))
 
 
 def test_prediction_is_timed_by_call_and_by_word() -> None:

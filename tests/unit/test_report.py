@@ -357,6 +357,7 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
                 ],
                 "epoch": {"training": 80.0, "validation": 15.0, "test": 5.0},
                 "operator_seconds": 0.008, "hardware": None, "facts": {},
+                "bound_tokens_per_second": 40_000.0,
                 "prediction": [
                     {"batch": 1, "calls": 9, "median": 2e-3, "percentile_95": 3e-3,
                      "words_per_second": 500.0},
@@ -389,6 +390,7 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
         "Efficiency on 2 devices 75% 75%",
         "Test perplexity on 2 devices 109.95 109.95",
         "Accuracy of the next word 25.00% 25.00%",
+        "Speed, of what its products alone allow 25% –",
         "Features built in, of",
         "Mistakes whose cause is named, of 5 4",
     ):

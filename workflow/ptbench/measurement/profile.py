@@ -27,7 +27,9 @@ from ptbench.corpus.store import open_corpus
 from ptbench.errors import PtbenchError
 from ptbench.files import write_atomically
 from ptbench.measurement.lines import LineTimer
+from ptbench.measurement.products import NumPyProducts
 from ptbench.model.recipe import Model, Recipe, TokenSource
+from ptbench.model.work import bound, training_products
 from ptbench.training.cell import create_backend, feed
 from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
@@ -43,6 +45,7 @@ OPERATORS = 10  # the largest are kept
 EVALUATED_STEPS = 20  # of the validation split, and of the test split
 PROFILED_STEPS = 10  # under the framework's profiler
 WORDS = 200  # whose prediction is timed one by one
+PRODUCT_SECONDS = 0.2  # for each matrix product of a training step, by NumPy
 BATCHES = (1, 10, 100)  # rows of which the next word is predicted at once
 
 
@@ -122,6 +125,11 @@ class Profile(Model):
     epoch: EpochTime | None = Field(None, description="A run of one epoch.")
     prediction: list[Prediction] = Field(description="By rows.")
     loading: dict[TokenSource, Loading] = Field(description="By source of the tokens.")
+    bound_tokens_per_second: float | None = Field(
+        None,
+        description="Training speed if nothing but the model's matrix products took time, each as "
+        "fast as NumPy computes it on as many threads. On one CPU device; null: not measured.",
+    )
     hardware: Hardware | None = Field(description="Use of the machine meanwhile.")
     facts: dict[str, Any] = Field(description="Where and with what it was measured.")
 
@@ -177,6 +185,9 @@ def profile_row(
             "settings": backend.settings(),
             "threads": threads,
         }
+    limit = None
+    if not on_gpus and cell.devices == 1 and recipe.kernel != "sparse":
+        limit = measure_bound(recipe, opened.vocabulary_size)
     steps = phases.pop("steps")
     largest = sorted(operators, key=lambda each: -each.seconds)
     profile = Profile(
@@ -193,6 +204,7 @@ def profile_row(
         epoch=epoch,
         prediction=prediction,
         loading=loading,
+        bound_tokens_per_second=limit,
         hardware=sampler.hardware(),
         facts=facts,
     )
@@ -319,6 +331,14 @@ def measure_lines(backend: Backend, split: Feed) -> list[LineTime]:
         )
         for line in timer.lines()
     ]
+
+
+def measure_bound(recipe: Recipe, vocabulary_size: int) -> float:
+    """Return the training speed that NumPy's matrix products alone would allow [tokens/s]."""
+    products = NumPyProducts({})
+    needed = training_products(recipe, vocabulary_size)
+    rates = {each: products.rate((each.m, each.k, each.n), PRODUCT_SECONDS) for each in needed}
+    return bound(recipe, vocabulary_size, rates)
 
 
 def evaluation_seconds(backend: Backend, split: Feed) -> float:

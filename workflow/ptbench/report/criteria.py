@@ -118,10 +118,13 @@ def _table(
                 if devices != fewest
                 for line in _scaling(base, own, fewest, devices)
             ],
-            "Hardware": metrics(
-                "peak_memory_bytes", "peak_device_memory_bytes", "own_cores", "gpu_utilization",
-                "flops_per_second", "gpu_joules", "cpu_joules",
-            ),
+            "Hardware": [
+                of_profile("Speed, of what its products alone allow", _share_of_bound),
+                *metrics(
+                    "peak_memory_bytes", "peak_device_memory_bytes", "own_cores",
+                    "gpu_utilization", "flops_per_second", "gpu_joules", "cpu_joules",
+                ),
+            ],
             "Ease of use": _ease(list(base)),
             "Perplexity": metrics(
                 "test_perplexity", "valid_perplexity", "train_perplexity", "test_accuracy"
@@ -132,6 +135,12 @@ def _table(
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
+
+
+def _share_of_bound(each: ProfiledRow) -> str:
+    """Write a run's speed over what NumPy's products would allow."""
+    speed, limit = each.row.value("tokens_per_second"), each.profile.bound_tokens_per_second
+    return f"{speed / limit:.0%}" if speed and limit else NOTHING
 
 
 def _metric(row: RowResult, name: str) -> str:

@@ -203,7 +203,7 @@ class Metric:
 
 def write_money(value: float) -> str:
     """Write two decimals, or two significant digits below 0.1; the currency is the study's."""
-    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:#.2g}"
 
 
 def nll_of(score: Score | None) -> float | None:

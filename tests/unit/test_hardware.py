@@ -60,7 +60,15 @@ def test_an_attempt_adds_what_the_ones_before_it_found() -> None:
 
 @pytest.mark.parametrize(
     ("threads", "others", "busy"),
-    [(1, 2.9, False), (1, 3.2, True), (4, 0.1, False), (4, 1.0, True), (2, 1.9, False)],
+    [
+        (1, 2.9, False),
+        (1, 3.2, True),
+        (4, 0.1, False),
+        (4, 1.0, True),
+        (2, 1.9, False),
+        (8, 0.1, False),
+        (8, 0.5, True),
+    ],
 )
 def test_a_machine_is_busy_if_others_take_cores_that_the_run_could_use(
     threads: int, others: float, busy: bool

@@ -17,7 +17,7 @@ from pydantic import Field
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Model
 
-BUSY = 0.1  # share of a run's threads that other processes may take before its machine is busy
+BUSY = 0.1  # share of a run's cores that other processes may take before its machine is busy
 
 
 class Score(Model):
@@ -112,7 +112,8 @@ class Hardware(Model):
     @property
     def busy(self) -> bool:
         """Return whether other processes took cores that the run could have used."""
-        return self.threads + self.other_cores - self.cores > BUSY * self.threads
+        usable = min(self.threads, self.cores)
+        return usable + self.other_cores - self.cores > BUSY * usable
 
 
 class Metrics(Model):

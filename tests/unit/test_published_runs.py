@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ptbench.backends import FRAMEWORKS
+from ptbench.report.formatting import framework_name
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "published"
@@ -108,6 +109,27 @@ def test_the_perplexities_of_a_gpu_in_the_documentation_are_those_of_the_runs() 
         assert f"| {name} | | {medium[split]} |" in page
     assert f"{pytorch['test']} in PyTorch and {jax['test']} in JAX" in readme
     assert f"ends at {medium['test']}" in readme
+
+
+def test_the_speeds_of_cores_in_the_readme_are_those_of_the_runs() -> None:
+    table = PUBLISHED / "criteria" / "report" / "experiments" / "criteria" / "table.csv"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    speeds: dict[tuple[str, str], dict[str, float]] = {}
+    with table.open() as file:
+        for row in csv.DictReader(file):
+            if row["tokens_per_second_median"]:
+                each = speeds.setdefault((row["variant"], row["devices"]), {})
+                each[framework_name(row["framework"])] = float(row["tokens_per_second_median"])
+
+    def ends(found: dict[str, float], write: str, unit: str = "") -> str:
+        (low, least), *_, (high, most) = sorted(found.items(), key=lambda each: each[1])
+        return f"{least:{write}} ({low}) to {most:{write}}{unit} ({high})"
+
+    small = "criteria-small+budget=quick"
+    one, two = (speeds[small, devices] for devices in ("1", "2"))
+    assert ends(one, ",.0f", " tokens/s") in readme
+    assert ends(speeds[f"{small}+mixtures=5", "1"], ",.0f") in readme
+    assert ends({name: two[name] / one[name] for name in one}, ".2f", " times") in readme
 
 
 def test_the_runs_on_cpus_are_those_that_the_documents_count() -> None:

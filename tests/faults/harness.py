@@ -43,6 +43,19 @@ RECIPE = Recipe(
     patience=2, epochs=15,
 )  # fmt: skip
 
+# In the place of Slurm's: it runs the replicas of the other node here, and writes down their numbers.
+SRUN = """#!/bin/sh
+for argument; do
+    case $argument in --ntasks=*) tasks=${argument#*=};; --*|-*) ;; *) break;; esac
+    shift
+done
+for number in $(seq 0 $((tasks - 1))); do
+    SLURM_PROCID=$number SLURMD_NODENAME=second SLURM_LAUNCH_NODE_IPADDR=127.0.0.1 "$@" &
+    echo $! >> "$0.pids"
+done
+wait
+"""
+
 CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}  # of history.csv
 MEASURED = {  # of metrics.json: what a clock or a memory counter gave, and how often it was tried
     "tokens_per_second", "seconds_per_epoch", "seconds", "attempts", "peak_memory_bytes",
@@ -54,6 +67,18 @@ def make_corpus(folder: Path) -> Path:
     """The text, prepared."""
     prepare("synthetic", CORPUS, None, folder / "downloads", folder / "synthetic")
     return folder / "synthetic"
+
+
+def two_nodes(trainer: Trainer) -> Path:
+    """Let a trainer have two nodes; the file will have the numbers of the other one's processes."""
+    folder = trainer.folder / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "srun").write_text(SRUN)
+    (folder / "srun").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "first"}
+    trainer.environment = job | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    trainer.arguments = (*trainer.arguments, "--nodes", "2")
+    return folder / "srun.pids"
 
 
 @dataclass

@@ -16,6 +16,7 @@ from ptbench.analysis.experiment import analyse
 from ptbench.analysis.plan import plan_experiment
 from ptbench.configuration import obstacles
 from ptbench.configuration.study import Study, load_study
+from ptbench.errors import ConfigurationError
 from ptbench.report.costs import costs_of, time_left
 from ptbench.report.status import distinct, show, study_status
 
@@ -39,6 +40,28 @@ def study_on(capability: float | None, **config: Any) -> Study:
 )
 def test_mxnet_cannot_run_on_gpus_after_ampere(study: Study, frameworks: list[str]) -> None:
     assert list(study.cannot_run) == frameworks
+
+
+def test_runs_that_would_need_several_nodes_cannot_be_in_three_frameworks() -> None:
+    study = load_study({"experiments": ["demo"], "devices": [2, 4], "devices_per_node": 2})
+    assert not {cell for cell in study.cells if cell.devices == 2} - {*study.runnable(study.cells)}
+    spanning = {cell.framework for cell in study.runnable(study.cells) if cell.devices == 4}
+    assert spanning == {"pytorch", "jax"}
+    assert study.obstacles == [
+        f"3 of 30 runs cannot run here: a run in {title} is on one node here; PyTorch and JAX can "
+        "span several"
+        for title in ("TensorFlow", "Keras", "MXNet")
+    ]
+    assert [study.config.nodes(devices) for devices in (1, 2, 4, 6)] == [1, 1, 2, 3]
+
+
+def test_nodes_must_be_filled_and_on_one_machine_there_is_one() -> None:
+    asked = {"experiments": ["demo"], "devices": [3], "devices_per_node": 2}
+    with pytest.raises(ConfigurationError, match="devices=3 do not fill nodes of devices_per_node"):
+        load_study(asked)
+    study = load_study(asked | {"devices": [4]}, on_cluster=False)
+    assert study.config.nodes(4) == 1
+    assert not study.obstacles
 
 
 def test_the_machine_s_own_gpus_are_asked_where_none_are_named(

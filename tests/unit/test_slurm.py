@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import snakemake_executor_plugin_slurm as plugin
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
 from ptbench import slurm
 from ptbench.configuration.study import load_study
 from ptbench.errors import PtbenchError
-from snakemake_executor_plugin_ptbench_slurm import Executor
+from snakemake_executor_plugin_ptbench_slurm import Executor, share_out
 
 
 class Resources(dict[str, Any]):
@@ -85,6 +86,24 @@ def test_only_cells_on_gpus_ask_for_gpus(tmp_path: Path, monkeypatch: pytest.Mon
             wildcards = SimpleNamespace(framework=framework)
             executor.run_job(SimpleNamespace(wildcards=wildcards, resources=Resources(asked)))
     assert submitted == ["--gpus=2", "--gres=gpu:2", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"gpu": 8}, "--gres=gpu:4"),
+        ({"gpu": 8, "gpu_model": "a100"}, "--gres=gpu:a100:4"),
+        ({"gres": "gpu:a100:8"}, "--gres=gpu:a100:4"),
+        ({}, "--ntasks=2"),  # sbatch would give one task one node
+    ],
+)
+def test_each_node_of_a_job_is_asked_for_its_part(asked: dict[str, Any], options: str) -> None:
+    job = SimpleNamespace(resources=Resources({"nodes": 2, **asked}), threads=4)
+    share_out(job.resources)
+    unused = ("run_uuid", "slurm_logfile", "comment_str", "account", "partition", "workdir")
+    call = get_submit_command(job, dict.fromkeys(unused, "")) + set_gres_string(job)
+    said = {option for option in call.split() if option.startswith(("--n", "--g", "--c"))}
+    assert said - {"--comment"} == {"--nodes=2", "--cpus-per-task=4", options}
 
 
 @pytest.mark.parametrize("path", ["/home/a b/ptbench", "/home/$USER/ptbench", "/home/it's"])

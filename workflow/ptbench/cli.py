@@ -108,6 +108,7 @@ SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, be
 # Arguments of several commands.
 ACCELERATOR = argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
 ENVIRONMENTS = argument("--environments", type=Path, default=Path("results/environments"))
+NODES = argument("--nodes", type=positive, default=1, help="of the job, which share the devices")
 LOG = argument("--log", type=Path, help="file for all output; progress is also shown")
 PAPERS = argument(
     "--papers", type=Path, default=Path("workflow/papers"), help="folder of published numbers"
@@ -192,6 +193,7 @@ def ngram(corpus: Path, orders: list[int], split: Split, as_json: bool) -> None:
     argument("--checkpoint-minutes", type=float, default=10.0, help="between two within an epoch"),
     argument("--keep-checkpoints", dest="keep", choices=get_args(Keep), default="best"),
     argument("--threads", type=int, default=1, help="CPU threads; at least one per device"),
+    NODES,
     argument("--code", help="digest of the code that trains; with another, nothing is trained"),
     argument("--asked", type=positive, nargs=2, metavar=("MB", "MINUTES"), help=ASKED_HELP),
     LOG,
@@ -207,6 +209,7 @@ def train(
     checkpoint_minutes: float,
     keep: Keep,
     threads: int,
+    nodes: int,
     code: str | None,
     asked: tuple[int, int] | None,
     log: Path | None,
@@ -231,7 +234,7 @@ def train(
             signals.say, signals.abandon = opened.say, attempt.abandon
             metrics = run_cell(
                 which, specified, paths, threads, opened.say,
-                checkpoint_minutes, wait_for_lock, attempt, signals, keep, asked,
+                checkpoint_minutes, wait_for_lock, attempt, signals, keep, asked, nodes,
             )  # fmt: skip
             test = metrics.test
             shown = f"test perplexity {test.perplexity:.2f}" if test else metrics.reason
@@ -249,10 +252,17 @@ def train(
     argument("--corpus", type=Path, required=True, help="corpus.json, or its folder"),
     argument("--output", type=Path, required=True, help="the file profile.json"),
     argument("--threads", type=positive, default=1, help="CPU threads; at least one per device"),
+    NODES,
     LOG,
 )
 def profile(
-    row: str, specification: str, corpus: Path, output: Path, threads: int, log: Path | None
+    row: str,
+    specification: str,
+    corpus: Path,
+    output: Path,
+    threads: int,
+    nodes: int,
+    log: Path | None,
 ) -> None:
     which = parsed_cell(f"{row}/seed-1", "--row", row, "variant/framework/devices-N")
     threads = max(threads, which.devices)
@@ -263,7 +273,8 @@ def profile(
 
     folder = corpus.parent if corpus.name == "corpus.json" else corpus
     with Log(log) as opened:
-        profile_row(which, read_specification(specification), folder, output, threads, opened.say)
+        specified = read_specification(specification)
+        profile_row(which, specified, folder, output, threads, opened.say, nodes)
 
 
 def parsed_cell(

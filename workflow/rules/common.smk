@@ -11,6 +11,7 @@ from snakemake.settings.types import DeploymentMethod
 
 from ptbench import environments
 from ptbench.configuration.config import read_configuration
+from ptbench.configuration.specification import parse_cell_path
 from ptbench.configuration.start import take_sigterm
 from ptbench.configuration.study import load_study, read_study
 from ptbench.errors import or_exit
@@ -34,7 +35,8 @@ values = workflow.config_settings.config_args or ()
 if workflow.remote_exec:
     study = or_exit(read_study, Path("results/study.json"))
 else:
-    study = or_exit(load_study, or_exit(read_configuration, map(Path, files), values))
+    configuration = or_exit(read_configuration, map(Path, files), values)
+    study = or_exit(load_study, configuration, on_cluster=workflow.nodes is not None)
     workflow.config_settings.configfiles = []  # Snakemake would read them in every job
 
 CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
@@ -75,16 +77,32 @@ if workflow.output_settings.dryrun and workflow.nodes is not None:
     workflow.global_resources["_cores"] = sys.maxsize
 
 
-# Cores that a cell claims: all of this machine's if its recipe says that it runs alone, or if it trains on
-# this machine's GPUs, which are not shared out among cells; a cluster does that. Otherwise one for each
-# replica on the CPU at least.
+# Nodes that a cell's devices are on.
+@noted
+def nodes_of(wildcards):
+    return study.config.nodes(int(wildcards.devices))
+
+
+# A job's step has all that its job has on its node. The plugin would ask for `gpu` again, for all nodes.
+if workflow.remote_exec:
+    resource_settings = workflow.resource_settings
+    resource_settings.overwrite_resources = {
+        who: {name: value for name, value in asked.items() if name != "gpu"}
+        for who, asked in resource_settings.overwrite_resources.items()
+    }
+
+
+# Cores that a cell claims on each of its nodes: all of this machine's if its recipe says that it runs
+# alone, or if it trains on this machine's GPUs, which are not shared out among cells; a cluster does that.
+# Otherwise one for each replica on the CPU at least.
 @noted
 def cores_of(wildcards):
     here = workflow.nodes is None and not workflow.remote_exec
     on_gpus = study.config.accelerator_of(wildcards.framework) == "cuda"
     if here and (on_gpus or study.recipe(CELL.format(**wildcards)).alone):
         return workflow.cores
-    return max(study.config.threads, int(wildcards.devices))
+    threads = max(study.config.threads, int(wildcards.devices))
+    return -(-threads // nodes_of(wildcards))
 
 
 # The Python of a cell's framework. A resource and no parameter, because where it is is no reason to train
@@ -197,8 +215,8 @@ def profiled_environment(wildcards):
 @noted
 def cores_of_profile(wildcards):
     here = workflow.nodes is None and not workflow.remote_exec
-    least = max(study.config.threads, int(wildcards.devices))
-    return workflow.cores if here else least
+    threads = max(study.config.threads, int(wildcards.devices))
+    return workflow.cores if here else -(-threads // nodes_of(wildcards))
 
 
 # The results of a search's trials, without those that have failed.

@@ -16,7 +16,7 @@ rule profile:
         "../../envs/{framework}.yaml"
     threads: cores_of_profile
     resources:
-        nodes=1,
+        nodes=nodes_of,
         mem_mb=lambda wildcards, input: study.memory_megabytes(
             profiled_cell(wildcards), input.corpus
         ),
@@ -28,7 +28,7 @@ rule profile:
     shell:
         f"{FRAMEWORK_PYTHON} -m ptbench profile --row {{params.row:q}}"
         " --specification {params.specification:q} --corpus {input.corpus:q} --output {output:q}"
-        f" --threads {study.config.threads} --log {{log:q}}"
+        f" --threads {study.config.threads} --nodes {{resources.nodes}} --log {{log:q}}"
         # as in training.smk
         " > /dev/null"
 

@@ -56,7 +56,7 @@ rule search:
             f"results/cells/{cell}/metrics.json"
             for cells in or_exit(study.search, wildcards.search).full.values()
             for cell in cells
-            if cell.split("/")[1] not in study.cannot_run
+            if not study.obstacle(parse_cell_path(cell))
         ],
     output:
         multiext(

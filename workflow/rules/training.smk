@@ -13,7 +13,7 @@ rule train:
         "../../envs/{framework}.yaml"
     threads: cores_of
     resources:
-        nodes=1,  # or Slurm may spread GPUs over several
+        nodes=nodes_of,
         mem_mb=memory_of,
         runtime=runtime_of,
         python=python_of,
@@ -31,6 +31,7 @@ rule train:
         # its own job may take.
         " --attempts results/attempts/{params.cell:q} --wait-for-lock 1000000"
         f" --threads {study.config.threads} --code {study.code}"
+        " --nodes {resources.nodes}"
         f" --checkpoint-minutes {study.config.checkpoint_minutes}"
         f" --keep-checkpoints {study.config.keep_checkpoints} --log {{log:q}}"
         " --asked {resources.mem_mb} {resources.runtime}"

@@ -8,6 +8,7 @@ It differs from snakemake-executor-plugin-slurm in this (docs/slurm-upstream.md)
   in a row for one reason that stays, the run ends.
 - What a job ran out of is remembered, and `ptbench.slurm.ran_out` tells it to the next attempt.
 - Cells of frameworks that `accelerators` puts on CPUs ask for no GPU, whatever the profile says.
+- GPUs of a cell that spans several nodes are shared out to them.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         if getattr(job.wildcards, "framework", None) in self.on_cpus:
             for name in GPU_RESOURCES:
                 setattr(job.resources, name, "")
+        share_out(job.resources)
         waits = 0
         while not self.ends.is_set():
             self.told.words = None
@@ -170,6 +172,22 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         self.report_job_error(
             info, msg=f"Slurm job {info.external_jobid}: {how}{more}. ", aux_logs=[log]
         )
+
+
+def share_out(resources: Any) -> None:
+    """Let a job on several nodes ask each of them for its part of the GPUs."""
+    nodes, asked = resources.get("nodes") or 1, [resources.get(name) for name in GPU_RESOURCES]
+    if nodes == 1:
+        return
+    gpu, model, gres = asked
+    if gpu:
+        gres = f"gpu:{model}:{gpu}" if model else f"gpu:{gpu}"
+    if not gres:
+        resources.tasks = nodes  # sbatch gives a job of one task one node
+        return
+    kind, _, count = gres.rpartition(":")
+    resources.gpu = resources.gpu_model = ""
+    resources.gres = f"{kind}:{int(count) // nodes}" if count.isdecimal() else gres
 
 
 def end_of(log: str) -> str:

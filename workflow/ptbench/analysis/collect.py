@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ptbench.analysis.metrics import METRICS, Result
 from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.obstacles import obstacle
 from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Accelerator, Implementation, Recipe
@@ -175,8 +176,8 @@ def collect_rows(
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
         result = _with_rent(_read_usable(cell, results_folder, fingerprint), plan)
-        if result.result is None and cell.framework in plan.cannot_run:
-            result = CellResult(cell, unusable=f"{CANNOT_RUN}: {plan.cannot_run[cell.framework]}")
+        if result.result is None and (why := obstacle(plan.cannot_run, cell)):
+            result = CellResult(cell, unusable=f"{CANNOT_RUN}: {why}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
         variants[cell.variant].append(result)
         alike[cell.variant, plan.accelerators.get(cell.framework)].append(result)

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ptbench.backends import Framework
 from ptbench.configuration.experiments import Compared, Value
+from ptbench.configuration.obstacles import Obstacle
 from ptbench.configuration.specification import Cell
 from ptbench.model.recipe import Accelerator, Implementation, Model, Name
 
@@ -51,8 +52,8 @@ class ExperimentPlan(Model):
         {}, description="Rent of an hour of the GPU or CPU core that each framework trains on."
     )
     currency: str = Field("USD", description="Of the rents.")
-    cannot_run: dict[Framework, str] = Field(
-        {}, description="Frameworks that cannot run where the study runs, and why."
+    cannot_run: dict[Framework, Obstacle] = Field(
+        {}, description="Frameworks of which runs cannot be where the study runs, and why."
     )
     baseline: str | None = Field(
         None, description="Variant that the others are compared with; null: the first."

@@ -29,14 +29,14 @@ class Counted(NamedTuple):
     """What of a framework is counted."""
 
     packages: tuple[str, ...]  # whose symbols are the framework's
-    shared: tuple[str, ...] = ()  # files of another framework's folder that it uses
+    shared: tuple[str, ...] = ()  # files elsewhere that it uses on one machine
     replicas: str = ""  # names that data parallelism alone needs, as a regular expression
 
 
 # Names that say what a line is there for, in every framework and in each.
 REPLICAS = r"devices|rank|replicas?|replicated?|all_?reduce"
 COUNTED = {
-    "pytorch": Counted(("torch",), replicas="dist|DistributedDataParallel|parallel|meet|gathered|"
+    "pytorch": Counted(("torch",), ("replicas.py",), "dist|DistributedDataParallel|parallel|meet|gathered|"
                        "on_every_replica|over_replicas|training_state|Replicated|TrainingState"),
     "tensorflow": Counted(("tensorflow",), ("tensorflow/runtime.py",),
                           "strategy|distribute|mirrored_strategy|local|_distribute|LOGICAL_CPUS|"

@@ -30,20 +30,25 @@ class Row(NamedTuple):
     # Memory of a process that trains a small model on the CPU, libraries included: twice what
     # demo-lstm took on one or two replicas, and more for PyTorch, where zaremba-small took 1,790.
     memory_megabytes: int
+    spans_nodes: bool  # whether a run may have devices on several nodes of a cluster
 
 
-def _row(title: str, *look: str, memory: int, kernels: tuple[str, ...] = ()) -> Row:
+def _row(
+    title: str, *look: str, memory: int, kernels: tuple[str, ...] = (), spans_nodes: bool = False
+) -> Row:
     module, colour, dark_colour, marker = f"ptbench.backends.{title.lower()}.backend", *look
     every = ("fused", "stepwise", "sparse", *kernels)
-    return Row(title, f"{module}:{title}Backend", every, colour, dark_colour, marker, memory)
+    return Row(
+        title, f"{module}:{title}Backend", every, colour, dark_colour, marker, memory, spans_nodes
+    )
 
 
 FRAMEWORKS: dict[str, Row] = {
-    "pytorch": _row("PyTorch", "#c0392b", "#d55e00", "o", memory=2700),
+    "pytorch": _row("PyTorch", "#c0392b", "#d55e00", "o", memory=2700, spans_nodes=True),
     "tensorflow": _row("TensorFlow", "#c28100", "#ffc94d", "s", memory=2800, kernels=("block",)),
     "keras": _row("Keras", "#8e2a7d", "#ee99cc", "D", memory=2800),
     "mxnet": _row("MXNet", "#2a5fbf", "#5b8ff9", "^", memory=900),
-    "jax": _row("JAX", "#10967c", "#2f8f5b", "v", memory=1500),
+    "jax": _row("JAX", "#10967c", "#2f8f5b", "v", memory=1500, spans_nodes=True),
 }
 ORACLE = "oracle"  # the name under which the tests and `ptbench evaluate` reach the float64 oracle
 
@@ -85,9 +90,11 @@ def create(framework: str, setup: Setup) -> Backend:
     """Return a framework's backend with the setup's initial parameters on its devices.
 
     Raises:
-        PtbenchError: if this is not the framework's environment, or if there are not exactly as
-            many devices as the setup asks for.
+        PtbenchError: if this is not the framework's environment, if there are not exactly as many
+            devices as the setup asks for, or if they are on several nodes and may not.
     """
+    if setup.nodes > 1 and not FRAMEWORKS[framework].spans_nodes:
+        raise PtbenchError(one_node(framework))
     backend = backend_class(framework, setup.threads, setup.devices)(setup)
 
     from ptbench.model.initialization import initial_parameters  # loads NumPy: after the isolation
@@ -95,3 +102,9 @@ def create(framework: str, setup: Setup) -> Backend:
     drawn = initial_parameters(setup.recipe, setup.vocabulary_size, setup.seed)
     backend.load_parameters(drawn)
     return backend
+
+
+def one_node(framework: Framework) -> str:
+    """Return why a framework's run cannot span several nodes."""
+    able = " and ".join(row.title for row in FRAMEWORKS.values() if row.spans_nodes)
+    return f"a run in {FRAMEWORKS[framework].title} is on one node here; {able} can span several"

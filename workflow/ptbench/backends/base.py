@@ -47,6 +47,12 @@ class Setup:
     seed: int = 0  # of initial values, kept weights and dropout
     accelerator: Accelerator = "cpu"
     threads: int = 1  # CPU threads for all replicas together
+    nodes: int = 1  # of a Slurm job, which the devices are shared out to
+
+    @property
+    def devices_here(self) -> int:
+        """Return the devices on each node."""
+        return self.devices // self.nodes
 
 
 class TrainStep(NamedTuple):

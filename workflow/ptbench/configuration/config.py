@@ -100,6 +100,12 @@ class Config(Model):
     devices: OneOrSeveral[Devices] | None = Field(
         None, description="Device counts to run; null: each experiment's own."
     )
+    devices_per_node: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Devices that a run has on one node of a cluster, of which a run of more spans "
+        "several, in the frameworks that can; null: all are on one node. On one machine it has no "
+        "effect.",
+    )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
     accelerators: dict[Framework, Accelerator] = Field(
         {}, description="The same for single frameworks that differ, such as {mxnet: cpu}."
@@ -154,6 +160,17 @@ class Config(Model):
     def accelerator_of(self, framework: Framework) -> Accelerator:
         """Return the kind of device that a framework trains on."""
         return self.accelerators.get(framework, self.accelerator)
+
+    def nodes(self, devices: int) -> int:
+        """Return how many nodes of a cluster a run of so many devices spans.
+
+        Raises:
+            ValueError: if they do not fill them.
+        """
+        each = min(self.devices_per_node or devices, devices)
+        if devices % each:
+            raise ValueError(f"devices={devices} do not fill nodes of devices_per_node={each}")
+        return devices // each
 
 
 class CorpusFile(Model):

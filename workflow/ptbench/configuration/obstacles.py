@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from ptbench.backends import FRAMEWORKS, Framework
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ptbench.backends import FRAMEWORKS, Framework, one_node
 from ptbench.configuration.config import Config
+from ptbench.configuration.specification import Cell
 
 # The newest CUDA compute capability that a framework's last build has kernels for. MXNet 1.9.1 was
 # built with CUDA 11.7, which ends with Ampere (8.0 to 8.7).
 NEWEST_CAPABILITY: dict[Framework, float] = {"mxnet": 8.7}
 
 
-def cannot_run(config: Config) -> dict[Framework, str]:
-    """Return the frameworks of a configuration that cannot run on its GPUs, and why each cannot."""
+class Obstacle(NamedTuple):
+    """Why runs of a framework cannot be."""
+
+    devices: int  # of the smallest of them
+    why: str
+
+
+Obstacles = Mapping[Framework, Obstacle]
+
+
+def obstacle(obstacles: Obstacles, cell: Cell) -> str | None:
+    """Return why a run cannot be; None if it can."""
+    found = obstacles.get(cell.framework)
+    return found.why if found and cell.devices >= found.devices else None
+
+
+def cannot_run(config: Config) -> dict[Framework, Obstacle]:
+    """Return the frameworks of a configuration of which runs cannot be, and why."""
     found = {}
+    if config.devices_per_node:
+        for framework in config.frameworks:
+            if not FRAMEWORKS[framework].spans_nodes:
+                found[framework] = Obstacle(config.devices_per_node + 1, one_node(framework))
     for framework, newest in NEWEST_CAPABILITY.items():
         if framework in config.frameworks and config.accelerator_of(framework) == "cuda":
             capability = config.cuda_capability or capability_here()
             if capability is not None and capability > newest:
-                found[framework] = (
+                found[framework] = Obstacle(
+                    1,
                     f"the last build of {FRAMEWORKS[framework].title} knows no GPU of a compute "
                     f"capability above {newest}, and these have {capability}; "
-                    f"`accelerators: {{{framework}: cpu}}` trains it on CPUs"
+                    f"`accelerators: {{{framework}: cpu}}` trains it on CPUs",
                 )
     return found
 

@@ -34,7 +34,7 @@ from ptbench.configuration.experiments import (
     load_library,
     published_files,
 )
-from ptbench.configuration.obstacles import cannot_run
+from ptbench.configuration.obstacles import Obstacle, Obstacles, cannot_run, obstacle
 from ptbench.configuration.papers import answering, paper_files, paper_folders
 from ptbench.configuration.requests import Request, Used, request, used_by
 from ptbench.configuration.search import (
@@ -90,7 +90,7 @@ class PlannedExperiment:
             for run in itertools.product(variants, self.frameworks, self.devices, self.seeds)
         )
 
-    def plan(self, config: Config, cannot_run: Mapping[Framework, str]) -> str:
+    def plan(self, config: Config, cannot_run: Obstacles) -> str:
         """Return what the analysis has to know, as JSON (`ptbench.analysis.plan` reads it)."""
         # What a search finds is no parameter of the analysis: its page says it.
         recipes = [] if self.found else [each.recipe for each in self.specifications]
@@ -107,7 +107,7 @@ class PlannedExperiment:
                 each: config.prices.of(config.accelerator_of(each))[0] for each in self.frameworks
             },
             "currency": config.prices.currency,
-            "cannot_run": {k: why for k, why in cannot_run.items() if k in self.frameworks},
+            "cannot_run": {k: each for k, each in cannot_run.items() if k in self.frameworks},
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {
                 each.variant: {
@@ -234,7 +234,7 @@ class Study:
     experiments: Mapping[str, PlannedExperiment]
     code: str  # of the package that trains: `code_digest`
     searches: Mapping[str, PlannedSearch] = field(default_factory=dict)
-    cannot_run: Mapping[Framework, str] = field(default_factory=dict)  # here, and why
+    cannot_run: Mapping[Framework, Obstacle] = field(default_factory=dict)  # here, and why
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -243,16 +243,20 @@ class Study:
 
     def runnable(self, cells: Iterable[Cell]) -> list[Cell]:
         """Return the cells that can run here."""
-        return [cell for cell in cells if cell.framework not in self.cannot_run]
+        return [cell for cell in cells if not self.obstacle(cell)]
+
+    def obstacle(self, cell: Cell) -> str | None:
+        """Return why a cell cannot run here; None if it can."""
+        return obstacle(self.cannot_run, cell)
 
     @property
     def obstacles(self) -> list[str]:
         """Say how many cells cannot run here, and why."""
-        counts = Counter(cell.framework for cell in self.cells)
+        counts = Counter(map(self.obstacle, self.cells))
         return [
-            f"{counts[framework]:,} of {len(self.cells):,} runs cannot run here: {why}"
-            for framework, why in self.cannot_run.items()
-            if counts[framework]
+            f"{counts[why]:,} of {len(self.cells):,} runs cannot run here: {why}"
+            for _, why in self.cannot_run.values()
+            if counts[why]
         ]
 
     @cached_property
@@ -349,7 +353,7 @@ class Study:
             raise ConfigurationError(f"{where}: {error}") from error
         if cell.path != path:
             raise ConfigurationError(f"{where}: is written results/cells/{cell.path}")
-        check_devices(specification, cell.devices, f"{where}: devices")
+        check_devices(specification, cell.devices, f"{where}: devices", self.config)
         check_kernel(specification, cell.framework, f"{where}: framework")
         return specification.recipe.corpus_folder
 
@@ -591,17 +595,22 @@ def read_study(path: Path) -> Study:
         ) from error
 
 
-def load_study(config: Mapping[str, Any], source: str = "config.yaml") -> Study:
+def load_study(
+    config: Mapping[str, Any], source: str = "config.yaml", on_cluster: bool = True
+) -> Study:
     """Validate a merged configuration and resolve all that it names.
 
     Args:
         config: see `read_configuration`.
         source: what errors call it where `config` does not know the place.
+        on_cluster: whether there may be several nodes.
 
     Raises:
         ConfigurationError: for anything that cannot be run.
     """
     settings = parse(Config, config, source)
+    if not on_cluster:
+        settings = settings.model_copy(update={"devices_per_node": None})
 
     def place(key: str) -> str:
         return f"{getattr(config, 'places', {}).get(key, source)}: {key}"
@@ -672,7 +681,7 @@ def plan_experiment(
     asked = f"{where}: devices" if settings.devices is None else place("devices")
     for specification in variants.values():
         for count in devices:
-            check_devices(specification, count, asked)
+            check_devices(specification, count, asked, settings)
         for framework in frameworks:
             check_kernel(specification, framework, f"{where}: frameworks")
     baseline = next(iter(variants))
@@ -772,7 +781,7 @@ def plan_search(
     kernels = asked.space["kernel"].choices if "kernel" in asked.space else None
     for specification in (*trials, *winners, *beside):
         for count in devices:
-            check_devices(specification, count, f"{where}: devices")
+            check_devices(specification, count, f"{where}: devices", settings)
         for kernel in kernels or [specification.recipe.kernel]:
             tried = specification.recipe.model_copy(update={"kernel": kernel})
             for framework in frameworks:
@@ -861,9 +870,10 @@ def resolve(
     )
 
 
-def check_devices(specification: Specification, devices: int, where: str) -> None:
-    """Raise ConfigurationError if a batch cannot be shared out to so many devices."""
+def check_devices(specification: Specification, devices: int, where: str, settings: Config) -> None:
+    """Raise ConfigurationError if a batch, or nodes, cannot be shared out to so many devices."""
     try:
+        settings.nodes(devices)
         specification.recipe.global_batch_size(devices)
     except ValueError as error:
         raise ConfigurationError(f"{where}: {specification.variant}: {error}") from error

@@ -141,6 +141,7 @@ def profile_row(
     output: Path,
     threads: int,
     say: Callable[[str], None] = print,
+    nodes: int = 1,
 ) -> Profile:
     """Profile a variant in a framework, and write `profile.json`.
 
@@ -151,11 +152,12 @@ def profile_row(
         output: the file.
         threads: CPU threads, shared by all replicas.
         say: called with a line about each part.
+        nodes: of its Slurm job, which the devices are shared out to.
 
     Raises:
         PtbenchError: if specification, corpus or devices do not allow it.
     """
-    check_devices(cell.devices, specification.accelerator)
+    check_devices(cell.devices // nodes, specification.accelerator)
     recipe = specification.recipe.within_budget()
     unaided = recipe.model_copy(update={"prefetch": 0})
     loading = measure_loading(corpus, unaided, cell.devices)
@@ -163,9 +165,11 @@ def profile_row(
     splits = feed(opened, recipe, cell.devices)
     split = splits.train
     on_gpus = specification.accelerator == "cuda"
-    sampler = Sampler(threads, gpus=cell.devices if on_gpus else 0)
+    sampler = Sampler(threads, gpus=cell.devices // nodes if on_gpus else 0)
     with (
-        closing(create_backend(cell, specification, opened.vocabulary_size, threads)) as backend,
+        closing(
+            create_backend(cell, specification, opened.vocabulary_size, threads, nodes)
+        ) as backend,
         sampler,
     ):
         phases = measure_phases(backend, split)

@@ -122,7 +122,7 @@ def time_left(
     rows: dict[tuple[str, str, int], RunCost] = {}  # seeds of a row are estimated alike
     runs, busy = [], 0
     for status in cells:
-        never = status.state == "missing" and status.cell.framework in estimator.study.cannot_run
+        never = status.state == "missing" and estimator.study.obstacle(status.cell)
         if status.state in ("done", "diverged") or never:
             continue
         cell = status.cell

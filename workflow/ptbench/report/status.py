@@ -170,13 +170,13 @@ def study_status(study: Study, results: Path) -> dict[str, list[CellStatus]]:
             if status.state not in ("done", "diverged")
         }
     for path, status in known.items() if study.cannot_run else ():
-        why = study.cannot_run.get(status.cell.framework)
+        why = study.obstacle(status.cell)
         if why and status.state == "missing":
             known[path] = status._replace(reason=f"{CANNOT_RUN}: {why}")
     failed = failed_corpora(study, results)
     for path, status in known.items() if failed else ():
         corpus = study.recipe(path).corpus_folder
-        cannot = status.cell.framework in study.cannot_run
+        cannot = study.obstacle(status.cell)
         if corpus in failed and status.state == "missing" and not cannot:
             known[path] = status._replace(reason=f"corpus {corpus} failed: {failed[corpus][0]}")
     return {

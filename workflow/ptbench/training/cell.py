@@ -74,6 +74,7 @@ def run_cell(
     signals: Signals | None = None,
     keep: Keep = "best",
     asked: tuple[int, int] | None = None,
+    nodes: int = 1,
 ) -> Metrics:
     """Train and score one cell and write its files, from its last checkpoint if it has one.
 
@@ -92,6 +93,7 @@ def run_cell(
         signals: whether the process has been told to end.
         keep: which parameters of a finished cell stay.
         asked: memory [MB] and time [minutes] that its job asked for; None: unknown.
+        nodes: of its Slurm job, which the devices are shared out to; this process is on the first.
 
     Raises:
         InterruptionError: if it has been, and had not finished.
@@ -105,7 +107,7 @@ def run_cell(
             write_atomically(paths.metrics, done.model_dump_json(indent=2) + "\n")
         say(f"[{cell.path}] had finished already; to train it again, remove its metrics.json")
         return done
-    trainer = CellTrainer(cell, specification, paths, threads, attempt, say)
+    trainer = CellTrainer(cell, specification, paths, threads, attempt, say, nodes)
     trainer.start()
     if asked:
         trainer.facts["asked_megabytes"], trainer.facts["asked_minutes"] = asked
@@ -124,23 +126,24 @@ class CellTrainer:
         threads: int,
         attempt: Attempt,
         say: Callable[[str], None],
+        nodes: int,
     ) -> None:
         """Take what `run_cell` is given; the attempt is open.
 
         Raises:
             PtbenchError: if the specification is another cell's, or the devices are not there.
         """
-        check_devices(cell.devices, specification.accelerator)
+        check_devices(cell.devices // nodes, specification.accelerator)
         if specification.variant != cell.variant:
             raise PtbenchError(
                 f"the specification is of {specification.variant}, not {cell.variant}"
             )
         self.cell, self.specification, self.paths = cell, specification, paths
         self.recipe = specification.recipe.within_budget()
-        self.threads, self.attempt, self.say = threads, attempt, say
+        self.threads, self.nodes, self.attempt, self.say = threads, nodes, attempt, say
         self.clocks = Clocks()
         on_gpus = specification.accelerator == "cuda"
-        self.sampler = Sampler(threads, gpus=cell.devices if on_gpus else 0)
+        self.sampler = Sampler(threads, gpus=cell.devices // nodes if on_gpus else 0)
         self.began = now()
 
     def start(self) -> None:
@@ -150,7 +153,11 @@ class CellTrainer:
             self.splits = feed(self.corpus, self.recipe, self.cell.devices, self.cell.seed)
         with self.clocks("start_up"):
             self.backend = create_backend(
-                self.cell, self.specification, self.corpus.vocabulary_size, self.threads
+                self.cell,
+                self.specification,
+                self.corpus.vocabulary_size,
+                self.threads,
+                self.nodes,
             )
             self.clocks.synchronize = self.backend.synchronize
         self.facts: dict[str, Any] = provenance(self.backend.package) | {
@@ -160,6 +167,7 @@ class CellTrainer:
                 **self.backend.settings(),
             },
             "threads": self.threads,
+            "nodes": self.nodes,
             "corpus": self.corpus.description,
             "cells_at_once": cells_at_once(),
             "started": self.began,
@@ -416,11 +424,11 @@ def feed_split(
 
 
 def create_backend(
-    cell: Cell, specification: Specification, vocabulary_size: int, threads: int
+    cell: Cell, specification: Specification, vocabulary_size: int, threads: int, nodes: int = 1
 ) -> Backend:
     """Return the cell's model with its initial parameters, on its devices."""
     recipe, accelerator = specification.recipe.within_budget(), specification.accelerator
-    setup = Setup(recipe, vocabulary_size, cell.devices, cell.seed, accelerator, threads)
+    setup = Setup(recipe, vocabulary_size, cell.devices, cell.seed, accelerator, threads, nodes)
     return create(cell.framework, setup)
 
 

@@ -25,7 +25,7 @@ def check_devices(
     a job that asked for GPUs. Elsewhere it may have more: the cell takes the first ones.
 
     Args:
-        devices: data-parallel replicas of the cell.
+        devices: data-parallel replicas of the cell on this node.
         accelerator: kind of device that is to train.
         environment: environment variables.
 

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax._src import distributed
+from jax.experimental.multihost_utils import process_allgather
 from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -21,7 +24,6 @@ from ptbench.backends.allocator import keep_memory
 from ptbench.backends.base import (
     PARAMETER,
     Arrays,
-    Backend,
     EvaluateStep,
     Operator,
     Scalar,
@@ -31,6 +33,14 @@ from ptbench.backends.base import (
 )
 from ptbench.backends.jax import model, tuned
 from ptbench.backends.jax.model import DATA, Array, Dropout, LanguageModel, Tree
+from ptbench.backends.replicas import (
+    Group,
+    Replicated,
+    ReplicatedBackend,
+    meet,
+    on_every_replica,
+    other_replicas,
+)
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
@@ -50,9 +60,36 @@ CONFIGURATION: dict[str, Any] = {
     "jax_disable_most_optimizations": False,
     "jax_debug_nans": False,
     "jax_debug_infs": False,
+    "jax_cpu_collectives_implementation": "gloo",  # between nodes
+    "jax_enable_preemption_service": False,  # it would take SIGTERM, which is the trainer's
 }
 
 CONTAINERS = ("while", "call", "conditional")  # XLA's operators that have others in them
+
+
+def configure(accelerator: Accelerator) -> None:
+    """Set what JAX would read from the environment."""
+    platforms = "cpu" if accelerator == "cpu" else "cuda,cpu"
+    for name, value in (CONFIGURATION | {"jax_platforms": platforms}).items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+
+
+def join_processes(rendezvous: str, rank: int, group: Group) -> None:
+    """Meet the other nodes' processes; `jax.devices` then has the devices of all."""
+    configure(group.accelerator)
+    jax.distributed.initialize(
+        urlsplit(rendezvous).netloc,
+        group.size,
+        rank,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=24 * 3600,  # as in `compiler_options`; `Replicas` sees who ends
+    )
+
+
+def leave_processes() -> None:
+    """Forget the other processes, which have ended; JAX would wait for them when Python ends."""
+    distributed.global_state.client = distributed.global_state.service = None
 
 
 def claim_devices(setup: Setup) -> list[Any]:
@@ -66,13 +103,10 @@ def claim_devices(setup: Setup) -> list[Any]:
     """
     os.environ["NPROC"] = str(pool_threads(setup))
     on_cpu = setup.accelerator == "cpu"
-    settings = CONFIGURATION | {"jax_platforms": "cpu" if on_cpu else "cuda,cpu"}
-    for name, value in settings.items():
-        if jax.config.values[name] != value:
-            jax.config.update(name, value)
-    if on_cpu and jax.config.jax_num_cpu_devices < setup.devices:
+    configure(setup.accelerator)
+    if on_cpu and jax.config.jax_num_cpu_devices < setup.devices_here:
         clear_backends()  # JAX may be in use already, with fewer devices
-        jax.config.update("jax_num_cpu_devices", setup.devices)
+        jax.config.update("jax_num_cpu_devices", setup.devices_here)
     found = jax.devices("cpu") if on_cpu else gpus()
     if len(found) < setup.devices:
         raise PtbenchError(
@@ -98,7 +132,8 @@ def pool_threads(setup: Setup) -> int:
     A replica that waits for the others' gradients holds a thread. With no thread to spare beside
     those of the replicas, two replicas waited for each other for ever.
     """
-    return setup.threads if setup.devices == 1 else setup.threads + 2 * setup.devices
+    threads = setup.threads // setup.nodes
+    return threads if setup.devices == 1 else threads + 2 * setup.devices_here
 
 
 def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
@@ -109,8 +144,12 @@ def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
     return {"xla_cpu_collective_call_terminate_timeout_seconds": 24 * 3600}
 
 
-class JAXBackend(Backend):
-    """The contract in JAX."""
+class TrainingState(Replicated, dict[str, Array]):
+    """A training state whose arrays are spread over several nodes."""
+
+
+class JAXBackend(ReplicatedBackend):
+    """The contract in JAX. One process has all devices of a node."""
 
     name = "jax"
     package = "jax"
@@ -127,6 +166,14 @@ class JAXBackend(Backend):
         nll = model.nll if on_gpu else means.nll  # in chunks, it is slower on GPUs
         self._model = LanguageModel(recipe, layer, nll)
 
+        if setup.nodes > 1:
+            group = Group(
+                self.name, self.accelerator, setup.nodes, 1, join_processes, leave_processes
+            )
+            self.replicas = other_replicas(group)
+            if self.replicas is not None:
+                self.replicas.call(JAXBackend, setup)
+            self.replicate()
         claimed = claim_devices(setup)
         self._first = claimed[0]
         mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
@@ -158,12 +205,14 @@ class JAXBackend(Backend):
             for name, kept in self.kept.items()
             if self.layouts[name].packed
         }
-        self._places = jax.device_put(places, self._everywhere)
-        self._masks = jax.device_put(self.gradient_masks(), self._everywhere)
+        self._places = self._put(places, self._everywhere)
+        self._masks = self._put(self.gradient_masks(), self._everywhere)
         self._arrays: dict[str, Tree] = {}  # by kind
         zeros = {name: np.zeros(shape) for name, shape in self.shapes.items()}
         for kind in (PARAMETER, *self.slots):
-            self.write(kind, self._stored(zeros))
+            self._arrays[kind] = self._put(self._stored(zeros), self._everywhere)
+        if setup.nodes > 1:
+            meet(self.replicas)
 
     # ---------------------------------------------------------------------------- what is compiled
 
@@ -209,44 +258,72 @@ class JAXBackend(Backend):
     def read(self, kind: str) -> Arrays:
         return {name: np.asarray(array) for name, array in self._arrays[kind].items()}
 
+    def _put(self, tree: Any, place: Any) -> Any:
+        """Return NumPy arrays as arrays on one device, or on all as a sharding has it."""
+        if self.setup.nodes == 1 or place is self._first:
+            return jax.device_put(tree, place)
+        # `device_put` would make all processes compare their arrays
+        return jax.tree.map(
+            lambda array: jax.make_array_from_callback(array.shape, place, array.__getitem__), tree
+        )
+
+    @on_every_replica
     def write(self, kind: str, arrays: Parameters) -> None:
         # JAX may share the memory of a NumPy array, which a step would then donate. That is fine
         # here and in `make_state`, because nobody else has these arrays.
-        self._arrays[kind] = jax.device_put(arrays, self._everywhere)
+        self._arrays[kind] = self._put(arrays, self._everywhere)
 
+    @on_every_replica
     def read_state(self, state: State) -> Arrays:
-        return {name: np.asarray(array) for name, array in state.items()}
+        whole = state if self.setup.nodes == 1 else process_allgather(dict(state), tiled=True)
+        return {name: np.asarray(array) for name, array in whole.items()}
 
     def make_state(self, arrays: Parameters, training: bool) -> State:
-        return jax.device_put(arrays, self._of_state if training else self._first)
+        return self._make_training_state(arrays) if training else self._put(arrays, self._first)
+
+    @on_every_replica
+    def _make_training_state(self, arrays: Parameters) -> State:
+        return self._training_state(self._put(arrays, self._of_state))
+
+    def _training_state(self, arrays: Tree) -> State:
+        if self.setup.nodes == 1:
+            return arrays
+        state = TrainingState(arrays)
+        state.replicate()
+        return state
 
     def _arguments(self, batch: Batch, state: State) -> tuple[Any, ...]:
         """Return the arguments of `_objective_gradients` for the next step."""
         divisor = np.float32(self.objective_divisor(batch))
         batch = self._on_devices(batch, self._of_batch)
         kept = self._places, self._masks
-        return self._arrays[PARAMETER], kept, batch, divisor, state, np.uint32(self.step)
+        return self._arrays[PARAMETER], kept, batch, divisor, dict(state), np.uint32(self.step)
 
-    @staticmethod
-    def _on_devices(batch: Batch, place: Any) -> Batch:
+    def _on_devices(self, batch: Batch, place: Any) -> Batch:
         # copies, because JAX reads NumPy arrays after the call, or even shares their memory
-        return jax.device_put(jax.tree.map(np.copy, batch), place)
+        return self._put(jax.tree.map(np.copy, batch), place)
 
+    @on_every_replica
     def read_gradients(self, batch: Batch, state: State) -> Arrays:
         gradients, _, _ = self._gradients(*self._arguments(batch, state))
         return {name: np.asarray(array) for name, array in gradients.items()}
 
+    @on_every_replica
     def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
         gradients, nll, final = self._gradients(*self._arguments(batch, state))
         rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
         numbers = np.array((*rates, self.averaged), np.float32)
         self._arrays, norm = self._update(self._arrays, gradients, *numbers)
         self.step += 1
-        return TrainStep(nll, norm, final)
+        if self.setup.nodes > 1:
+            jax.block_until_ready(nll)  # so that the end of another node's process shows here
+        return TrainStep(nll, norm, self._training_state(final))
 
+    @on_every_replica
     def forward_pass(self, batch: Batch, state: State) -> Scalar:
         return self._forward(*self._arguments(batch, state))
 
+    @on_every_replica
     def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
         return self._gradients(*self._arguments(batch, state))[1]
 
@@ -273,7 +350,7 @@ class JAXBackend(Backend):
         return [device.device_kind for device in self._everywhere.mesh.devices.flat]
 
     def peak_device_memory(self) -> int | None:
-        counts = [device.memory_stats() for device in self._everywhere.mesh.devices.flat]
+        counts = [device.memory_stats() for device in self._everywhere.mesh.local_devices]
         return max((c["peak_bytes_in_use"] for c in counts if c), default=None)  # CPUs have none
 
     def operators(self, work: Callable[[], None]) -> list[Operator]:

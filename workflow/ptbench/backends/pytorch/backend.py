@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +15,23 @@ from ptbench.backends.allocator import keep_memory
 from ptbench.backends.base import (
     PARAMETER,
     Arrays,
-    Backend,
     EvaluateStep,
     Operator,
     Setup,
     State,
     TrainStep,
 )
-from ptbench.backends.pytorch import model, replicas, tuned
+from ptbench.backends.pytorch import model, tuned
 from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
-from ptbench.backends.pytorch.replicas import Replicated, on_every_replica
+from ptbench.backends.pytorch.replicas import gathered, join_group, leave_group
+from ptbench.backends.replicas import (
+    Group,
+    Replicated,
+    ReplicatedBackend,
+    meet,
+    on_every_replica,
+    other_replicas,
+)
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Parameters
@@ -35,7 +41,7 @@ class TrainingState(Replicated, list[LayerState]):
     """Every layer's state, of this replica's share of the batch."""
 
 
-class PyTorchBackend(Backend, Replicated):
+class PyTorchBackend(ReplicatedBackend):
     """One replica of the model; with several devices, there is one in each replica's process."""
 
     name = "pytorch"
@@ -46,9 +52,10 @@ class PyTorchBackend(Backend, Replicated):
         super().__init__(setup)
         self.on_gpu = setup.accelerator == "cuda"
         self.threads = max(setup.threads // self.devices, 1)  # of each replica
-        if self.on_gpu and torch.cuda.device_count() < self.devices:
+        if self.on_gpu and torch.cuda.device_count() < setup.devices_here:
             raise PtbenchError(
-                f"pytorch was asked for {self.devices} GPUs and sees {torch.cuda.device_count()}"
+                f"pytorch was asked for {setup.devices_here} GPUs and sees "
+                f"{torch.cuda.device_count()}"
             )
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing
@@ -59,14 +66,19 @@ class PyTorchBackend(Backend, Replicated):
         self.keeps_memory = tuned_cpu and keep_memory()
         self.apply_settings()
 
-        self.rank, self.replicas = 0, None
+        self.rank = 0
         if self.devices > 1:
-            self.replicas = replicas.other_replicas(self.devices, setup.accelerator)
+            accelerator, nodes, each = setup.accelerator, setup.nodes, setup.devices_here
+            self.replicas = other_replicas(
+                Group(self.name, accelerator, nodes, each, join_group, leave_group)
+            )
             self.rank = dist.get_rank()
             if self.replicas is not None:
                 self.replicas.call(PyTorchBackend, setup)
             self.replicate()
-        self.device = torch.device("cuda", self.rank) if self.on_gpu else torch.device("cpu")
+        self.device = torch.device("cpu")
+        if self.on_gpu:
+            self.device = torch.device("cuda", self.rank % setup.devices_here)
         self.clip = means.clip
         nll = tuned.nll if tuned_cpu else model.nll
         self.model = LanguageModel(self.recipe, setup.vocabulary_size, self.kept, nll)
@@ -82,7 +94,7 @@ class PyTorchBackend(Backend, Replicated):
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         self.parallel: nn.Module = self.model
         if self.devices > 1:
-            replicas.meet(self.replicas)
+            meet(self.replicas)
             device_ids = [self.device] if self.on_gpu else None
             self.parallel = DistributedDataParallel(  # buffers never change
                 self.model, device_ids=device_ids, forward_sync_buffers=False
@@ -92,10 +104,6 @@ class PyTorchBackend(Backend, Replicated):
         """Set what another backend in this process may have set otherwise."""
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("medium" if self.fast_products else "highest")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Have what replica 0 alone is told take effect on the replica that this is sent to."""
-        return *super().__reduce__(), {"step": self.step, "average_from": self.average_from}
 
     # ------------------------------------------------------------------- parameters, slots, states
 
@@ -116,7 +124,7 @@ class PyTorchBackend(Backend, Replicated):
     @on_every_replica
     def read_state(self, state: State) -> Arrays:
         parts = [part.contiguous() for layer in state for part in layer]
-        whole = [replicas.gathered(part) for part in parts] if self.devices > 1 else parts
+        whole = [gathered(part) for part in parts] if self.devices > 1 else parts
         return {n: t.cpu().numpy() for n, t in zip(self.state_widths, whole, strict=True)}
 
     @on_every_replica
@@ -217,20 +225,25 @@ class PyTorchBackend(Backend, Replicated):
     # -------------------------------------------------------------------------------------- devices
 
     def synchronize(self) -> None:
-        for device in range(self.devices if self.on_gpu else 0):
+        for device in range(self.setup.devices_here if self.on_gpu else 0):
             torch.cuda.synchronize(device)
 
+    @on_every_replica
     def device_names(self) -> list[str]:
-        if self.on_gpu:
+        if not self.on_gpu:
+            return [f"cpu:{r}" for r in range(self.devices)]
+        if self.setup.nodes == 1:
             return [torch.cuda.get_device_name(r) for r in range(self.devices)]
-        return [f"cpu:{r}" for r in range(self.devices)]
+        name = torch.cuda.get_device_name(self.device).encode()[:80].ljust(80)
+        names = gathered(torch.tensor([list(name)], dtype=torch.uint8, device=self.device))
+        return [bytes(each).decode().rstrip() for each in names.tolist()]
 
     @on_every_replica
     def peak_device_memory(self) -> int | None:
         if not self.on_gpu:
             return None
         peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
-        return int((replicas.gathered(peak) if self.devices > 1 else peak).max())
+        return int((gathered(peak) if self.devices > 1 else peak).max())
 
     def operators(self, work: Callable[[], None]) -> list[Operator]:
         """Return this replica's, by torch.profiler: time of its own, without operators called."""

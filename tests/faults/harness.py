@@ -43,7 +43,7 @@ RECIPE = Recipe(
     patience=2, epochs=15,
 )  # fmt: skip
 
-# In the place of Slurm's: it runs the replicas of the other node here, and writes down their numbers.
+# In the place of Slurm's: it runs the other node's replicas here, and writes down their numbers.
 SRUN = """#!/bin/sh
 for argument; do
     case $argument in --ntasks=*) tasks=${argument#*=};; --*|-*) ;; *) break;; esac

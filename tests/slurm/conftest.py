@@ -15,6 +15,9 @@ import pytest
 from tests.slurm.testbed import Testbed, UnavailableError
 from tests.workflow.conftest import Project
 
+from ptbench.training.records import read_history
+
+CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}
 EXPERIMENT = """
 recipes:
   tiny:
@@ -114,6 +117,16 @@ class Study(Project):
         """The provenance of a finished cell."""
         facts: dict[str, Any] = json.loads(self.file(cell, "provenance.json").read_text())
         return facts
+
+    def histories(self) -> list[list[dict[str, float]]]:
+        """What every cell went through, without the columns that a clock wrote."""
+        return [
+            [
+                row.model_dump(exclude=CLOCKED)
+                for row in read_history(self.file(cell, "history.csv"))
+            ]
+            for cell in self.cells
+        ]
 
     def finished(self) -> dict[str, tuple[int, bytes]]:
         """Time and content of the metrics of every finished cell."""

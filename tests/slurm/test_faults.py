@@ -20,12 +20,11 @@ from tests.slurm.conftest import Study
 from tests.slurm.testbed import GPUS, SPARE, Testbed, wait_until
 
 from ptbench.files import write_atomically
-from ptbench.training.records import read_history, read_metrics
+from ptbench.training.records import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 EPOCHS = 10
-CLOCKED = {"tokens_per_second", "training_seconds", "validation_seconds"}
 PATIENCE = 600  # seconds for anything that is waited for; on a quiet machine some take two minutes
 
 Fault = Callable[[Testbed, Path], "Faulty"]
@@ -142,16 +141,6 @@ class Faulty(Study):
         for cell in self.cells:
             metrics = read_metrics(self.file(cell))
             assert (metrics.status, metrics.epochs) == ("ok", EPOCHS)
-
-    def histories(self) -> list[list[dict[str, float]]]:
-        """What every cell went through, without the columns that a clock wrote."""
-        return [
-            [
-                row.model_dump(exclude=CLOCKED)
-                for row in read_history(self.file(cell, "history.csv"))
-            ]
-            for cell in self.cells
-        ]
 
 
 def jobs_are_disturbed(testbed: Testbed, folder: Path) -> Faulty:

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 from tests.slurm.conftest import Study
-from tests.slurm.testbed import GPUS, NODES, Testbed
+from tests.slurm.testbed import GPUS, NODES, Testbed, wait_until
 
 from ptbench.training.records import read_metrics
 
@@ -87,3 +87,34 @@ def test_one_cell_by_its_path_refuses_other_devices_and_runs_alone_with_its_own(
     assert "\n1 of 1  " in said  # one job, for this cell alone
     assert len(study.facts(cell)["cuda_visible_devices"].split(",")) == 2
     assert {other: study.finished()[other] for other in before} == before
+
+
+def test_a_run_on_two_nodes_ends_as_on_one_machine_though_it_was_cancelled(
+    testbed: Testbed, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    frameworks = ["pytorch", "jax", "mxnet"]
+    study = Study(tmp_path_factory.mktemp("nodes"), frameworks, [4], [1], epochs=40)
+    with (study.folder / "slurm/reproduction.yaml").open("a") as configuration:
+        configuration.write("devices_per_node: 2\n")
+    impossible = study.cells.pop()
+    targets = [f"results/cells/{cell}/metrics.json" for cell in study.cells]
+    cancelled, *_ = study.cells
+    with study.start(*targets) as snakemake:
+        checkpoint = study.folder / "results/checkpoints" / cancelled / "last.safetensors"
+        wait_until(checkpoint.exists, "a checkpoint", 300)
+        queue = [line.split() for line in testbed.ask("squeue", "-h", "-o", "%k %i").splitlines()]
+        testbed.ask("scancel", *(job for comment, job in queue if "pytorch" in comment))
+        assert snakemake.wait(300) == 0, study.said()
+    said = study.said()
+    assert "1 of 3 runs cannot run here: a run in MXNet is on one node here" in said
+    assert not study.file(impossible).exists()
+    for cell in study.cells:
+        facts = study.facts(cell)
+        assert (facts["nodes"], facts["attempts"]) == (2, 1 + (cell == cancelled))
+        assert len(facts["cuda_visible_devices"].split(",")) == 2  # of the first node
+
+    on_two = study.histories()
+    shutil.rmtree(study.folder / "results/cells")
+    study.snakemake("--cores", "2", "--configfile", "slurm/reproduction.yaml", "--", *targets)
+    assert {study.facts(cell)["nodes"] for cell in study.cells} == {1}
+    assert study.histories() == on_two

@@ -36,8 +36,10 @@ class Counted(NamedTuple):
 # Names that say what a line is there for, in every framework and in each.
 REPLICAS = r"devices|rank|replicas?|replicated?|all_?reduce"
 COUNTED = {
-    "pytorch": Counted(("torch",), ("replicas.py",), "dist|DistributedDataParallel|parallel|meet|gathered|"
-                       "on_every_replica|over_replicas|training_state|Replicated|TrainingState"),
+    "pytorch": Counted(("torch",), ("replicas.py",),
+                       "dist|DistributedDataParallel|parallel|meet|gathered|on_every_replica|"
+                       "over_replicas|training_state|Replicated|TrainingState|other_replicas|"
+                       "ReplicatedBackend|Group|join_group|leave_group"),
     "tensorflow": Counted(("tensorflow",), ("tensorflow/runtime.py",),
                           "strategy|distribute|mirrored_strategy|local|_distribute|LOGICAL_CPUS|"
                           "PerReplica"),

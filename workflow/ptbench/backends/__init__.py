@@ -95,6 +95,8 @@ def create(framework: str, setup: Setup) -> Backend:
     """
     if setup.nodes > 1 and not FRAMEWORKS[framework].spans_nodes:
         raise PtbenchError(one_node(framework))
+    if setup.devices % setup.nodes:
+        raise PtbenchError(f"{setup.devices} devices do not fill {setup.nodes} nodes")
     backend = backend_class(framework, setup.threads, setup.devices)(setup)
 
     from ptbench.model.initialization import initial_parameters  # loads NumPy: after the isolation

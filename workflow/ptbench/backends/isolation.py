@@ -96,7 +96,7 @@ _TENSORFLOW = (
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "pytorch": (
-        Rule("GLOO_SOCKET_IFNAME", "lo", "all replicas are on this machine"),
+        Rule("GLOO_SOCKET_IFNAME", "lo", "all are on this machine; else `join_group` sets it"),
         Rule("TORCH_NCCL_*", LEAVE, "time limits and what is printed"),
         Rule("TORCH_LOGS*", LEAVE, "what is printed"),
         Rule("TORCH_SHOW_*", LEAVE, "what is printed"),

@@ -209,7 +209,7 @@ def profile_row(
         prediction=prediction,
         loading=loading,
         bound_tokens_per_second=limit,
-        hardware=sampler.hardware(),
+        hardware=sampler.hardware() if nodes == 1 else None,
         facts=facts,
     )
     write_atomically(output, profile.model_dump_json(indent=1) + "\n")

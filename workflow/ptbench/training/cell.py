@@ -314,7 +314,8 @@ class CellTrainer:
             attempts=self.facts["attempts"],
             peak_memory_bytes=peak,
             peak_device_memory_bytes=peak_on_devices,
-            hardware=self.sampler.hardware(),
+            # what is sampled is this node alone
+            hardware=self.sampler.hardware() if self.nodes == 1 else None,
         )
 
 

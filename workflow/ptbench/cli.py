@@ -256,14 +256,9 @@ def train(
     LOG,
 )
 def profile(
-    row: str,
-    specification: str,
-    corpus: Path,
-    output: Path,
-    threads: int,
-    nodes: int,
+    row: str, specification: str, corpus: Path, output: Path, threads: int, nodes: int,
     log: Path | None,
-) -> None:
+) -> None:  # fmt: skip
     which = parsed_cell(f"{row}/seed-1", "--row", row, "variant/framework/devices-N")
     threads = max(threads, which.devices)
     isolate(which.framework, threads, which.devices)  # before NumPy starts its threads

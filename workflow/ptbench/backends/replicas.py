@@ -32,6 +32,8 @@ from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Accelerator
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+# Called in each process, with the address of a meeting point, its rank, and its group.
+Join = Callable[[str, int, "Group"], None]
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -43,8 +45,7 @@ class Group:
     accelerator: Accelerator
     nodes: int
     each: int  # processes on each node
-    # Called in each process, with the address of a meeting point, its rank, and this group.
-    join: Callable[[str, int, Group], None]
+    join: Join
     leave: Callable[[], None]  # called in the first process when the others have ended
 
     @property
@@ -86,6 +87,15 @@ class ReplicatedBackend(Backend, Replicated):
 
     replicas: Replicas | None = None
 
+    def take_part(self, each: int, join: Join, leave: Callable[[], None]) -> None:
+        """Start the other processes, each with its part of the backend, or be one of them."""
+        setup = self.setup
+        group = Group(self.name, setup.accelerator, setup.nodes, each, join, leave)
+        self.replicas = other_replicas(group)
+        if self.replicas is not None:
+            self.replicas.call(type(self), setup)
+        self.replicate()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Have what the first process alone is told take effect in the one this is sent to."""
         return *super().__reduce__(), {"step": self.step, "average_from": self.average_from}
@@ -118,7 +128,7 @@ class Replicas:
         for rank in range(1, group.each):
             ours, theirs = context.Pipe()
             arguments = theirs, rendezvous, rank, group
-            process = context.Process(target=follow_here, args=arguments, daemon=True)
+            process = context.Process(target=follow, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that the connection breaks when the replica ends
             self.connections.append(ours)
@@ -215,16 +225,12 @@ def meet(others: Replicas | None) -> None:
                 connection.recv()
 
 
-def follow_here(connection: Connection, *arguments: Any) -> None:
-    """Be a process on the first one's machine; see `follow`."""
-    end_with_parent()
-    follow(connection, *arguments)
-
-
 def follow(connection: Connection, rendezvous: str, rank: int, group: Group) -> None:
     """Be another process: call what the first one calls, until it closes the connection or dies."""
     global _to_first
     _to_first = connection
+    if (parent := multiprocessing.parent_process()) is not None:  # on the first one's machine
+        end_with(parent)
     meet(None)
     group.join(rendezvous, rank, group)
     with contextlib.suppress(EOFError):
@@ -238,10 +244,9 @@ def follow(connection: Connection, rendezvous: str, rank: int, group: Group) -> 
     os._exit(0)  # to destroy what PyTorch has loaded would take a second more
 
 
-def end_with_parent() -> None:
+def end_with(parent: Any) -> None:
     """Be killed when the first process dies, which would else be waited for (prctl(2))."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():  # it died before
+    if not parent.is_alive():  # it died before
         os._exit(1)

@@ -166,10 +166,9 @@ def profile_row(
     split = splits.train
     on_gpus = specification.accelerator == "cuda"
     sampler = Sampler(threads, gpus=cell.devices // nodes if on_gpus else 0)
+    size = opened.vocabulary_size
     with (
-        closing(
-            create_backend(cell, specification, opened.vocabulary_size, threads, nodes)
-        ) as backend,
+        closing(create_backend(cell, specification, size, threads, nodes)) as backend,
         sampler,
     ):
         phases = measure_phases(backend, split)

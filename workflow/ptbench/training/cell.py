@@ -152,12 +152,9 @@ class CellTrainer:
             self.corpus = open_corpus(self.paths.corpus, self.recipe.source)
             self.splits = feed(self.corpus, self.recipe, self.cell.devices, self.cell.seed)
         with self.clocks("start_up"):
+            size = self.corpus.vocabulary_size
             self.backend = create_backend(
-                self.cell,
-                self.specification,
-                self.corpus.vocabulary_size,
-                self.threads,
-                self.nodes,
+                self.cell, self.specification, size, self.threads, self.nodes
             )
             self.clocks.synchronize = self.backend.synchronize
         self.facts: dict[str, Any] = provenance(self.backend.package) | {

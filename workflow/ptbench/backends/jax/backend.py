@@ -33,14 +33,7 @@ from ptbench.backends.base import (
 )
 from ptbench.backends.jax import model, tuned
 from ptbench.backends.jax.model import DATA, Array, Dropout, LanguageModel, Tree
-from ptbench.backends.replicas import (
-    Group,
-    Replicated,
-    ReplicatedBackend,
-    meet,
-    on_every_replica,
-    other_replicas,
-)
+from ptbench.backends.replicas import Group, Replicated, ReplicatedBackend, meet, on_every_replica
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
@@ -167,13 +160,7 @@ class JAXBackend(ReplicatedBackend):
         self._model = LanguageModel(recipe, layer, nll)
 
         if setup.nodes > 1:
-            group = Group(
-                self.name, self.accelerator, setup.nodes, 1, join_processes, leave_processes
-            )
-            self.replicas = other_replicas(group)
-            if self.replicas is not None:
-                self.replicas.call(JAXBackend, setup)
-            self.replicate()
+            self.take_part(1, join_processes, leave_processes)
         claimed = claim_devices(setup)
         self._first = claimed[0]
         mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))

@@ -24,14 +24,7 @@ from ptbench.backends.base import (
 from ptbench.backends.pytorch import model, tuned
 from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
 from ptbench.backends.pytorch.replicas import gathered, join_group, leave_group
-from ptbench.backends.replicas import (
-    Group,
-    Replicated,
-    ReplicatedBackend,
-    meet,
-    on_every_replica,
-    other_replicas,
-)
+from ptbench.backends.replicas import Replicated, ReplicatedBackend, meet, on_every_replica
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Parameters
@@ -68,17 +61,10 @@ class PyTorchBackend(ReplicatedBackend):
 
         self.rank = 0
         if self.devices > 1:
-            accelerator, nodes, each = setup.accelerator, setup.nodes, setup.devices_here
-            self.replicas = other_replicas(
-                Group(self.name, accelerator, nodes, each, join_group, leave_group)
-            )
+            self.take_part(setup.devices_here, join_group, leave_group)
             self.rank = dist.get_rank()
-            if self.replicas is not None:
-                self.replicas.call(PyTorchBackend, setup)
-            self.replicate()
-        self.device = torch.device("cpu")
-        if self.on_gpu:
-            self.device = torch.device("cuda", self.rank % setup.devices_here)
+        here = self.rank % setup.devices_here
+        self.device = torch.device("cuda", here) if self.on_gpu else torch.device("cpu")
         self.clip = means.clip
         nll = tuned.nll if tuned_cpu else model.nll
         self.model = LanguageModel(self.recipe, setup.vocabulary_size, self.kept, nll)

@@ -88,8 +88,8 @@ def start(nodes: int, each: int) -> list[Elsewhere]:
         os.close(writer)
         found: list[Elsewhere] = []
         while len(found) < (nodes - 1) * each:
-            ready, _, _ = select.select([server, ended], [], [])
-            if server not in ready:
+            ready, _, _ = select.select([server.fileno(), ended.fileno()], [], [])
+            if server.fileno() not in ready:
                 raise PtbenchError(
                     "srun ended before the replicas on the other nodes had begun; the reason is in "
                     "what it printed"
@@ -100,7 +100,8 @@ def start(nodes: int, each: int) -> list[Elsewhere]:
                 connection = Connection(accepted.detach())
                 deliver_challenge(connection, secret)
                 answer_challenge(connection, secret)
-                found.append(Elsewhere(*connection.recv(), connection, address))
+                number, node = connection.recv()
+                found.append(Elsewhere(number, node, connection, address))
     return sorted(found, key=lambda process: process.number)
 
 

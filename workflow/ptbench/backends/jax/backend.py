@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax._src import distributed
 from jax.experimental.multihost_utils import process_allgather
 from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -55,6 +54,7 @@ CONFIGURATION: dict[str, Any] = {
     "jax_debug_infs": False,
     "jax_cpu_collectives_implementation": "gloo",  # between nodes
     "jax_enable_preemption_service": False,  # it would take SIGTERM, which is the trainer's
+    "jax_enable_recoverability": True,  # or the end of one process would abort the first
 }
 
 CONTAINERS = ("while", "call", "conditional")  # XLA's operators that have others in them
@@ -78,11 +78,6 @@ def join_processes(rendezvous: str, rank: int, group: Group) -> None:
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=24 * 3600,  # as in `compiler_options`; `Replicas` sees who ends
     )
-
-
-def leave_processes() -> None:
-    """Forget the other processes, which have ended; JAX would wait for them when Python ends."""
-    distributed.global_state.client = distributed.global_state.service = None
 
 
 def claim_devices(setup: Setup) -> list[Any]:
@@ -160,7 +155,7 @@ class JAXBackend(ReplicatedBackend):
         self._model = LanguageModel(recipe, layer, nll)
 
         if setup.nodes > 1:
-            self.take_part(1, join_processes, leave_processes)
+            self.take_part(1, join_processes, jax.distributed.shutdown)
         claimed = claim_devices(setup)
         self._first = claimed[0]
         mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))

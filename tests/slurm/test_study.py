@@ -101,7 +101,8 @@ def test_a_run_on_two_nodes_ends_as_on_one_machine_though_it_was_cancelled(
     cancelled, *_ = study.cells
     with study.start(*targets) as snakemake:
         checkpoint = study.folder / "results/checkpoints" / cancelled / "last.safetensors"
-        wait_until(checkpoint.exists, "a checkpoint", 300)
+        wait_until(lambda: checkpoint.exists() or snakemake.poll() is not None, "training", 300)
+        assert checkpoint.exists(), study.said()
         queue = [line.split() for line in testbed.ask("squeue", "-h", "-o", "%k %i").splitlines()]
         testbed.ask("scancel", *(job for comment, job in queue if "pytorch" in comment))
         assert snakemake.wait(300) == 0, study.said()

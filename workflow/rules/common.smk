@@ -85,11 +85,9 @@ def nodes_of(wildcards):
 
 # A job's step has all that its job has on its node. The plugin would ask for `gpu` again, for all nodes.
 if workflow.remote_exec:
-    resource_settings = workflow.resource_settings
-    resource_settings.overwrite_resources = {
-        who: {name: value for name, value in asked.items() if name != "gpu"}
-        for who, asked in resource_settings.overwrite_resources.items()
-    }
+    for asked in workflow.resource_settings.overwrite_resources.values():
+        if "gpu" in asked:
+            asked["gpu"] = 0
 
 
 # Cores that a cell claims on each of its nodes: all of this machine's if its recipe says that it runs

@@ -47,10 +47,7 @@ class Toy(Oracle):
 
 
 def create_backend(
-    cell: Cell,
-    specification: Specification,
-    vocabulary_size: int,
-    threads: int,  # noqa: ARG001
+    cell: Cell, specification: Specification, vocabulary_size: int, *_: int
 ) -> Backend:
     # As a replica: a process that must not end before this one, and does once this one has.
     subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)

@@ -56,7 +56,7 @@ def test_a_run_takes_the_steps_of_its_budget(
     )  # fmt: skip
     specification = Specification(variant="mine", recipe=recipe, corpus_definition={})
 
-    def create(_: Cell, given: Specification, size: int, __: int) -> Oracle:
+    def create(_: Cell, given: Specification, size: int, *__: int) -> Oracle:
         return new_oracle(given.recipe.within_budget(), seed=1, vocabulary_size=size)
 
     monkeypatch.setattr("ptbench.training.cell.create_backend", create)

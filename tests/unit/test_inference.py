@@ -79,7 +79,7 @@ def test_the_best_model_of_a_run_scores_what_the_run_said(
 ) -> None:
     """Through the files alone: the corpus is found beside the checkpoints."""
 
-    def create(cell: Cell, specification: Specification, size: int, _: int) -> Oracle:
+    def create(cell: Cell, specification: Specification, size: int, *_: int) -> Oracle:
         return new_oracle(specification.recipe, seed=cell.seed, vocabulary_size=size)
 
     monkeypatch.setattr("ptbench.training.cell.create_backend", create)

@@ -48,7 +48,7 @@ def meaning(folder: Path) -> dict[str, Any]:
     specification = Specification(variant="mine", recipe=RECIPE, corpus_definition={})
     paths = Paths(corpus, *(folder / name for name in ("cell", "attempts", "checkpoints")))
 
-    def create(_: Cell, given: Specification, size: int, __: int) -> Oracle:
+    def create(_: Cell, given: Specification, size: int, *__: int) -> Oracle:
         return new_oracle(given.recipe, seed=3, vocabulary_size=size)
 
     with mock.patch("ptbench.training.cell.create_backend", create):

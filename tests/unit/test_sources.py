@@ -421,7 +421,7 @@ def trained(
     corpus = FolderCorpus(kind="folder", folder=raw)
     prepare("mine", corpus, None, tmp_path / "downloads", tmp_path / "corpus")
 
-    def create(cell: Cell, specification: Specification, size: int, _: int) -> Oracle:
+    def create(cell: Cell, specification: Specification, size: int, *_: int) -> Oracle:
         return new_oracle(specification.recipe, seed=cell.seed, vocabulary_size=size)
 
     monkeypatch.setattr("ptbench.training.cell.create_backend", create)

@@ -60,7 +60,7 @@ class Dropout(keras.layers.Layer):
         if not training or not self.of_words.rate:
             return x
         rows = self.of_words(ops.ones((self.vocabulary_size, 1)), training=True)
-        return x * ops.take(rows, tokens, axis=0)
+        return float32(x) * ops.take(rows, tokens, axis=0)
 
     @property
     def alike_on_all_replicas(self) -> list[keras.Variable]:

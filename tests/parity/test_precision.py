@@ -157,7 +157,7 @@ def test_what_is_kept_is_float32_and_a_hundred_steps_lower_the_loss_and_can_be_r
     snapshot = backend.snapshot(state)
     last = train(backend, batches[50:], rates[50:], state)
     after = backend.parameters()
-    assert np.mean(last[0][-10:]) < 0.5 * np.mean(first[:10])
+    assert np.mean(last[0][-10:]) < 0.8 * np.mean(first[:10])
 
     for name, array in snapshot.items():
         if name == "step":

@@ -786,8 +786,9 @@ def plan_search(
     for specification in (*trials, *winners, *beside):
         for count in devices:
             check_devices(specification, count, f"{where}: devices", settings)
-        for values in itertools.product(*searched.values()):
-            changes = dict(zip(searched, values, strict=True))
+        for choices in itertools.product(*searched.values()):
+            changes = dict(zip(searched, choices, strict=True))
+            tried = specification.recipe.model_copy(update=changes)
             tried = specification.recipe.model_copy(update=changes)
             for framework in frameworks:
                 check_framework(

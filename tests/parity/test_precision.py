@@ -132,6 +132,33 @@ def test_no_product_sees_more_of_a_weight_than_bfloat16_holds(
         assert evaluated(oracle, batch) != pytest.approx(oracle_before, rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("model", "devices"), [each for each in MODELS.values() if not each[0].mixtures]
+)
+def test_products_give_numbers_of_bfloat16(
+    backends: Backends, framework: str, model: Recipe, devices: int
+) -> None:
+    """A word whose logit is 0 shows the logits of the others."""
+    parameters = random_parameters(model, seed=1)
+    parameters["embedding" if model.tie_weights else "softmax.weight"][0] = 0
+    parameters["softmax.bias"][:] = 0
+    backend, oracle = pair(backends, framework, model, devices, parameters)
+    inputs = random_batch(3).inputs
+    state = backend.initial_state(BATCH, training=False)
+    log_p, _ = backend.next_token_log_probabilities(inputs, state)
+    logits = log_p - log_p[..., :1]
+    np.testing.assert_allclose(logits, nearest_bfloat16(logits), rtol=0, atol=1e-5)
+    exact, _ = oracle.next_token_log_probabilities(
+        inputs, oracle.initial_state(BATCH, training=False)
+    )
+    exact -= exact[..., :1]
+    assert np.abs(exact - nearest_bfloat16(exact)).max() > 1e-3
+
+
+def nearest_bfloat16(array: Any) -> Any:
+    return in_bfloat16((array.view(np.uint32) + np.uint32(0x8000)).view(np.float32))
+
+
 def evaluated(oracle: Oracle, batch: Batch) -> float:
     return float(oracle.evaluate_step(batch, oracle.initial_state(BATCH, training=False)).nll)
 
@@ -181,6 +208,14 @@ def test_mxnet_says_that_it_has_no_bfloat16(backends: Backends, framework: str) 
     sentence = "precision=bfloat16, which mxnet does not have; it is in pytorch, tensorflow, keras"
     with pytest.raises(PtbenchError, match=sentence):
         backends.new(framework, low())
+
+
+@pytest.mark.frameworks("mxnet")
+def test_mxnet_s_recurrent_operator_still_has_no_bfloat16(
+    backends: Backends, framework: str
+) -> None:
+    anyone = backends.get(framework, recipe())  # a process in the framework's environment
+    assert "Unknown type" in probe(probes.error_of_an_mxnet_lstm_in_bfloat16, anyone)
 
 
 @pytest.mark.frameworks("mxnet")

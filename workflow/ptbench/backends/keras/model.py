@@ -384,7 +384,7 @@ class LanguageModel(keras.Model):
         self.recipe, self._nll = recipe, nll
         self.dropout = Dropout(recipe, shapes["embedding"][0])
         if recipe.tie_weights:
-            # without a dtype, its product in reverse would be of float32 whatever the policy
+            # without a dtype, its product in reverse would take features as they are, in float32
             self.embedding = keras.layers.ReversibleEmbedding(
                 *shapes["embedding"], reverse_dtype=self.compute_dtype
             )

@@ -55,7 +55,7 @@ def low(**changes: Any) -> Recipe:
 
 # Each kernel with and without a mixture, and among them all layers and all kinds of output.
 MODELS = {
-    "fused lstm, tied, projected": (low(tie_weights=True), 1),
+    "fused lstm, tied": (low(tie_weights=True, last_hidden_size=12), 1),
     "fused gru, two biases, mixture, factorised, two devices": (
         low(rnn="gru", recurrent_bias=True, output_rank=5, **MOS), 2
     ),
@@ -152,7 +152,7 @@ def test_products_give_numbers_of_bfloat16(
         inputs, oracle.initial_state(BATCH, training=False)
     )
     exact -= exact[..., :1]
-    assert np.abs(exact - nearest_bfloat16(exact)).max() > 1e-3
+    assert np.abs(exact - nearest_bfloat16(exact)).max() > 1e-4
 
 
 def nearest_bfloat16(array: Any) -> Any:

@@ -789,7 +789,6 @@ def plan_search(
         for choices in itertools.product(*searched.values()):
             changes = dict(zip(searched, choices, strict=True))
             tried = specification.recipe.model_copy(update=changes)
-            tried = specification.recipe.model_copy(update=changes)
             for framework in frameworks:
                 check_framework(
                     specification.model_copy(update={"recipe": tried}), framework,

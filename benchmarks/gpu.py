@@ -5,8 +5,8 @@
 It needs a Python with torch, jax, pydantic, ruamel.yaml and what else `workflow/ptbench` imports,
 and no environments of ours. Parts, each of which writes its files as soon as it has them:
 
-- speed: training speed of stock, tuned and PyTorch's own example, beside what the GPU's products
-  allow (speed.csv, speed.json, limits.json);
+- speed: training speed of stock, tuned, stock in bfloat16, and PyTorch's own example, beside what
+  the GPU's float32 products allow (speed.csv, speed.json, limits.json);
 - tests: the contract and parity tests on the GPU (tests.txt, tests.xml);
 - runs: whole trainings on the corpus (cells/), several at a time. They give perplexities; their
   speeds are of a shared GPU, as their provenance says (`cells_at_once`).
@@ -37,7 +37,7 @@ from ptbench.configuration.specification import (
     parse_cell_path,
 )
 from ptbench.configuration.study import load_study, resolve
-from ptbench.measurement.benchmark import Benchmark, all_competitors, show
+from ptbench.measurement.benchmark import OWN, Benchmark, all_competitors, show
 from ptbench.training.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--implementations", nargs="+", choices=OWN, default=list(OWN))
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each competitor")
     parser.add_argument("--seconds", type=float, default=0.5, help="least length of a turn")
@@ -81,7 +82,7 @@ def measure_speed(asked: argparse.Namespace) -> None:
         environments=ROOT, accelerator=asked.accelerator, threads=2, rounds=asked.rounds,
         seconds=asked.seconds, output=asked.output, interpreter=Path(sys.executable),
     )  # fmt: skip
-    show(benchmark.run(asked.models, all_competitors(asked.frameworks, ("stock", "tuned"))))
+    show(benchmark.run(asked.models, all_competitors(asked.frameworks, asked.implementations)))
     if benchmark.failures:
         raise RuntimeError("; ".join(benchmark.failures))
 

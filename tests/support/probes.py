@@ -276,6 +276,25 @@ def aligned(array: Any) -> Any:
     return copy
 
 
+def error_of_an_mxnet_lstm_in_bfloat16(backend: Backend) -> str:  # noqa: ARG001
+    """Return what the RNN operator says to bfloat16, after FullyConnected has computed with it."""
+    mx = importlib.import_module("mxnet")
+
+    def low(*shape: int) -> Any:
+        # what MXNet has for the type, which NumPy lacks
+        return mx.nd.amp_cast(mx.nd.ones(shape), dtype=np.dtype([("bfloat16", np.uint16)]))
+
+    mx.nd.FullyConnected(low(2, 3), low(4, 3), low(4), num_hidden=4).wait_to_read()
+    state = [low(1, 2, 4), low(1, 2, 4)]
+    weights = low(4 * 4 * (3 + 4 + 2))
+    try:
+        mx.nd.RNN(low(5, 2, 3), weights, *state, state_size=4, num_layers=1, mode="lstm")
+        mx.nd.waitall()
+    except mx.MXNetError as error:
+        return str(error)
+    return ""
+
+
 def said_to_mistakes(backend: Backend) -> dict[str, dict[str, Any]]:
     """Return what the framework says to each classic mistake."""
     from ptbench.measurement.mistakes import mistakes

@@ -92,6 +92,13 @@ def test_a_peer_is_left_out_where_it_has_no_such_model(peer: Competitor) -> None
     assert all(Competitor("keras", "tuned").can_train(recipes[name]) for name in MODELS.values())
 
 
+def test_bfloat16_is_every_model_s_stock_implementation_in_that_precision() -> None:
+    for name in MODELS.values():
+        task = Competitor("jax", "bfloat16").task(load_library().recipes[name], "cpu")
+        recipe = Recipe.model_validate(task["recipe"])  # as the worker does
+        assert (recipe.implementation, recipe.precision) == ("stock", "bfloat16")
+
+
 def test_a_worker_trains_for_as_long_as_it_is_told_and_says_how_many_tokens(tmp_path: Path) -> None:
     task = {
         "class": BACKEND, "framework": "oracle", "accelerator": "cpu", "threads": 1,

@@ -159,6 +159,19 @@ BAD_RECIPES: list[tuple[str, str]] = [
         r"experiment e: frameworks: r has kernel=block, which pytorch does not have; "
         "it is in tensorflow",
     ),
+    (
+        "precision: bfloat16",
+        r"experiment e: frameworks: r has precision=bfloat16, which mxnet does not have; "
+        "it is in pytorch, tensorflow, keras, jax",
+    ),
+    (
+        "{precision: bfloat16, kernel: block}",
+        r"own.yaml, line \d+: r: precision=bfloat16 is for kernel=fused or stepwise, not block",
+    ),
+    (
+        "{precision: bfloat16, implementation: tuned}",
+        r"own.yaml, line \d+: r: precision=bfloat16 is for implementation=stock, not tuned",
+    ),
     ("extends: nothing", r"own.yaml, line \d+: r: extends: there is no recipe \"nothing\""),
     ("extends: [r]", r"own.yaml, line \d+: r: extends: \[\"r\"\] must be the name of one recipe"),
     ("extends: r", r"own.yaml, line \d+: r: extends: r → r goes in a circle"),
@@ -546,6 +559,10 @@ def test_any_variant_can_be_specified_but_only_by_its_own_name() -> None:
         ("demo-lstm/jax/devices-1/seed-2147483648", r"seed: 2147483648 is not allowed"),
         ("demo-lstm/jax/devices-1/seed-01", r"is written results/cells/demo-lstm/.*/seed-1$"),
         ("demo-lstm+kernel=block/jax/devices-1/seed-1", r"kernel=block, which jax does not have"),
+        (
+            "demo-lstm+precision=bfloat16/mxnet/devices-1/seed-1",
+            r"precision=bfloat16, which mxnet does not have",
+        ),
     ],
 )
 def test_a_cell_that_cannot_be_is_refused_by_its_path(path: str, message: str) -> None:

@@ -216,6 +216,7 @@ class Estimator:
             for other, measured in self.finished.items()
             if (other.framework, other.devices) == (cell.framework, cell.devices)
             and measured.recipe.implementation == recipe.implementation
+            and measured.recipe.precision == recipe.precision
             and other.variant != cell.variant
         ]
         if alike:

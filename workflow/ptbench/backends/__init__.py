@@ -16,6 +16,7 @@ from ptbench.errors import PtbenchError
 
 if TYPE_CHECKING:
     from ptbench.backends.base import Backend, Setup
+    from ptbench.model.recipe import Recipe
 
 
 class Row(NamedTuple):
@@ -24,6 +25,7 @@ class Row(NamedTuple):
     title: str  # as its authors write it
     backend: str  # module and class
     kernels: tuple[str, ...]  # of its LSTM; other recurrent layers have fused and stepwise alone
+    precisions: tuple[str, ...]
     colour: str  # on white
     dark_colour: str  # on black
     marker: str  # as matplotlib names it
@@ -32,22 +34,33 @@ class Row(NamedTuple):
     memory_megabytes: int
     spans_nodes: bool  # whether a run may have devices on several nodes of a cluster
 
+    def lacks(self, recipe: Recipe) -> list[str]:
+        """Return the keys of a recipe whose value the framework does not have."""
+        has = {"kernel": self.kernels, "precision": self.precisions}
+        return [key for key, values in has.items() if getattr(recipe, key) not in values]
+
 
 def _row(
-    title: str, *look: str, memory: int, kernels: tuple[str, ...] = (), spans_nodes: bool = False
+    title: str,
+    *look: str,
+    memory: int,
+    kernels: tuple[str, ...] = (),
+    precisions: tuple[str, ...] = ("float32", "bfloat16"),
+    spans_nodes: bool = False,
 ) -> Row:
     module, colour, dark_colour, marker = f"ptbench.backends.{title.lower()}.backend", *look
-    every = ("fused", "stepwise", "sparse", *kernels)
     return Row(
-        title, f"{module}:{title}Backend", every, colour, dark_colour, marker, memory, spans_nodes
-    )
+        title, f"{module}:{title}Backend", ("fused", "stepwise", "sparse", *kernels), precisions,
+        colour, dark_colour, marker, memory, spans_nodes,
+    )  # fmt: skip
 
 
 FRAMEWORKS: dict[str, Row] = {
     "pytorch": _row("PyTorch", "#c0392b", "#d55e00", "o", memory=2700, spans_nodes=True),
     "tensorflow": _row("TensorFlow", "#c28100", "#ffc94d", "s", memory=2800, kernels=("block",)),
     "keras": _row("Keras", "#8e2a7d", "#ee99cc", "D", memory=2800),
-    "mxnet": _row("MXNet", "#2a5fbf", "#5b8ff9", "^", memory=900),
+    # its recurrent layers do not compute in bfloat16
+    "mxnet": _row("MXNet", "#2a5fbf", "#5b8ff9", "^", memory=900, precisions=("float32",)),
     "jax": _row("JAX", "#10967c", "#2f8f5b", "v", memory=1500, spans_nodes=True),
 }
 ORACLE = "oracle"  # the name under which the tests and `ptbench evaluate` reach the float64 oracle
@@ -86,13 +99,23 @@ def backend_class(framework: str, threads: int, devices: int = 1) -> type[Backen
     return found
 
 
+def lack(framework: str, recipe: Recipe, key: str) -> str:
+    """Return that a framework does not have a recipe's value of a key, and which frameworks do."""
+    having = ", ".join(name for name, row in FRAMEWORKS.items() if key not in row.lacks(recipe))
+    return f"{key}={getattr(recipe, key)}, which {framework} does not have; it is in {having}"
+
+
 def create(framework: str, setup: Setup) -> Backend:
     """Return a framework's backend with the setup's initial parameters on its devices.
 
     Raises:
-        PtbenchError: if this is not the framework's environment, if there are not exactly as many
-            devices as the setup asks for, or if they are on several nodes and may not.
+        PtbenchError: if this is not the framework's environment, if it does not have the recipe's
+            kernel or precision, if there are not exactly as many devices as the setup asks for, or
+            if they are on several nodes and may not.
     """
+    if framework != ORACLE:
+        for key in FRAMEWORKS[framework].lacks(setup.recipe):
+            raise PtbenchError(lack(framework, setup.recipe, key))
     if setup.nodes > 1 and not FRAMEWORKS[framework].spans_nodes:
         raise PtbenchError(one_node(framework))
     if setup.devices % setup.nodes:

@@ -117,6 +117,9 @@ class Backend(abc.ABC):
     are drawn anew for every training step; with `dropout_kind: locked` those of units and latents
     are the same at all time steps of the window.
 
+    With `precision: bfloat16`, recurrent layers and products compute with operands that are rounded
+    to it. Parameters, slots, states that are read, gradients and losses are float32 all the same.
+
     Weights that `kept_weights` leaves out are zero from the start and stay so: their gradients
     are zero, and are no part of any norm.
 

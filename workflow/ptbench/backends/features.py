@@ -19,6 +19,7 @@ class Feature(Model):
     symbols: list[str] = Field([], description="Public names of the framework that are used.")
     code: list[str] = Field([], description="Where it is written here: module.object.")
     note: str | None = Field(None, description="What else a reader should know.")
+    absent: str | None = Field(None, description="Why it is not here at all.")
 
 
 def read_features() -> dict[str, dict[str, Feature]]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from ptbench.backends import FRAMEWORKS, Framework
+from ptbench.backends import FRAMEWORKS, Framework, lack
 from ptbench.configuration.config import Config, Place, load_corpora
 from ptbench.configuration.errors import known, parse, sentence
 from ptbench.configuration.experiments import (
@@ -354,7 +354,7 @@ class Study:
         if cell.path != path:
             raise ConfigurationError(f"{where}: is written results/cells/{cell.path}")
         check_devices(specification, cell.devices, f"{where}: devices", self.config)
-        check_kernel(specification, cell.framework, f"{where}: framework")
+        check_framework(specification, cell.framework, f"{where}: framework")
         return specification.recipe.corpus_folder
 
     def result(self, path: str) -> Literal["counts", "other", "none"]:
@@ -683,7 +683,7 @@ def plan_experiment(
         for count in devices:
             check_devices(specification, count, asked, settings)
         for framework in frameworks:
-            check_kernel(specification, framework, f"{where}: frameworks")
+            check_framework(specification, framework, f"{where}: frameworks")
     baseline = next(iter(variants))
     if experiment.baseline is not None:
         [(base, overrides)] = expand(experiment.baseline, f"{where}: baseline")
@@ -778,14 +778,19 @@ def plan_search(
             variant=beside[1].variant,
             point={key: getattr(beside[1].recipe, key) for key in asked.space},
         )
-    kernels = asked.space["kernel"].choices if "kernel" in asked.space else None
+    searched = {
+        key: dimension.choices
+        for key, dimension in asked.space.items()
+        if key in ("kernel", "precision") and dimension.choices
+    }
     for specification in (*trials, *winners, *beside):
         for count in devices:
             check_devices(specification, count, f"{where}: devices", settings)
-        for kernel in kernels or [specification.recipe.kernel]:
-            tried = specification.recipe.model_copy(update={"kernel": kernel})
+        for choices in itertools.product(*searched.values()):
+            changes = dict(zip(searched, choices, strict=True))
+            tried = specification.recipe.model_copy(update=changes)
             for framework in frameworks:
-                check_kernel(
+                check_framework(
                     specification.model_copy(update={"recipe": tried}), framework,
                     f"{where}: frameworks",
                 )  # fmt: skip
@@ -879,12 +884,9 @@ def check_devices(specification: Specification, devices: int, where: str, settin
         raise ConfigurationError(f"{where}: {specification.variant}: {error}") from error
 
 
-def check_kernel(specification: Specification, framework: Framework, where: str) -> None:
-    """Raise ConfigurationError if a framework does not have the recipe's kernel."""
-    kernel = specification.recipe.kernel
-    if kernel not in FRAMEWORKS[framework].kernels:
-        having = ", ".join(f for f in FRAMEWORKS if kernel in FRAMEWORKS[f].kernels)
+def check_framework(specification: Specification, framework: Framework, where: str) -> None:
+    """Raise ConfigurationError if a framework does not have the recipe's kernel or precision."""
+    for key in FRAMEWORKS[framework].lacks(specification.recipe):
         raise ConfigurationError(
-            f"{where}: {specification.variant} has kernel={kernel}, "
-            f"which {framework} does not have; it is in {having}"
+            f"{where}: {specification.variant} has {lack(framework, specification.recipe, key)}"
         )

@@ -47,6 +47,13 @@ PRODUCTS = {
     "PyTorch": ("pytorch", "ptbench.measurement.products:PyTorchProducts"),
 }
 BACKEND = "ptbench.measurement.backend_speed:BackendSpeed"
+# What our own backends are measured as, and the recipe's keys that say so. The bound is that of
+# float32 products, so the share of it can be above 1 in bfloat16.
+OWN: dict[str, dict[str, str]] = {
+    "stock": {"implementation": "stock"},
+    "tuned": {"implementation": "tuned"},
+    "bfloat16": {"implementation": "stock", "precision": "bfloat16"},
+}
 # What users of a framework write without us: its name, and the class that measures it.
 PEERS = {
     "keras": ("fit", "ptbench.measurement.keras_fit:KerasFit"),
@@ -59,7 +66,7 @@ class Competitor:
     """Something whose training speed is measured."""
 
     framework: Framework
-    implementation: str  # stock, tuned, or a peer's name
+    implementation: str  # a key of `OWN`, or a peer's name
 
     @property
     def label(self) -> str:
@@ -69,7 +76,7 @@ class Competitor:
     def can_train(self, recipe: Recipe) -> bool:
         """Return whether it has the model: peers have LSTMs of one width alone."""
         is_plain = not recipe.mixtures and not recipe.tie_weights
-        return is_plain or self.implementation in ("stock", "tuned")
+        return is_plain or self.implementation in OWN
 
     def task(self, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
         """Return what its worker is asked to make."""
@@ -82,7 +89,7 @@ class Competitor:
         name, peer = PEERS.get(self.framework, ("", ""))
         if self.implementation == name:
             return task | {"class": peer}
-        task["recipe"]["implementation"] = self.implementation
+        task["recipe"] |= OWN[self.implementation]
         return task | {"class": BACKEND}
 
 

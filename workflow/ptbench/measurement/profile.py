@@ -189,7 +189,8 @@ def profile_row(
             "threads": threads,
         }
     limit = None
-    if not on_gpus and cell.devices == 1 and recipe.kernel != "sparse":
+    dense = recipe.kernel != "sparse" and recipe.precision == "float32"  # as NumPy's products
+    if not on_gpus and cell.devices == 1 and dense:
         limit = measure_bound(recipe, opened.vocabulary_size)
     steps = phases.pop("steps")
     largest = sorted(operators, key=lambda each: -each.seconds)

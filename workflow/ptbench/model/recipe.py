@@ -15,6 +15,7 @@ Accelerator = Literal["cpu", "cuda"]
 Keep = Literal["none", "best", "all"]  # which parameters of a finished cell stay
 Kernel = Literal["fused", "stepwise", "block", "sparse"]
 Implementation = Literal["stock", "tuned"]
+Precision = Literal["float32", "bfloat16"]
 TokenSource = Literal["memory", "memory_map", "stream"]
 NAME_PATTERN = r"^[a-z0-9][a-z0-9.-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
@@ -108,6 +109,12 @@ class Recipe(Model):
         "stock",
         description="stock: the framework's layers as its documentation would have them written; "
         "tuned: the fastest that its public means allow.",
+    )
+    precision: Precision = Field(
+        "float32",
+        description="bfloat16: mixed precision. Recurrent layers and the other matrix products "
+        "compute in bfloat16; parameters, their update and the loss are float32. For kernel: fused "
+        "and stepwise, implementation: stock, and not in MXNet.",
     )
     alone: bool = Field(
         False,
@@ -349,6 +356,12 @@ class Recipe(Model):
             raise ValueError(f"kernel={self.kernel} is for rnn=lstm, not {self.rnn}")
         if self.kernel == "sparse" and self.kept_weights == 1:
             raise ValueError("kernel=sparse needs kept_weights below 1")
+        if self.precision == "bfloat16" and self.kernel in ("block", "sparse"):
+            raise ValueError(
+                f"precision=bfloat16 is for kernel=fused or stepwise, not {self.kernel}"
+            )
+        if self.precision == "bfloat16" and self.implementation == "tuned":
+            raise ValueError("precision=bfloat16 is for implementation=stock, not tuned")
         if self.tie_weights and self.output_rank is not None:
             raise ValueError(
                 "tie_weights and output_rank exclude each other: a tied output matrix is the "

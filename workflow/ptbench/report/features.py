@@ -33,20 +33,29 @@ def features_markdown() -> str:
 
 def describe(feature: Feature) -> str:
     """Return one feature of one framework in a line of Markdown."""
+    if feature.absent:
+        return f"*not here*: {feature.absent}"
     kind = "**built in**" if feature.built_in else "*written here*"
     names = ", ".join(f"`{name}`" for name in [*feature.symbols, *feature.code])
     return "; ".join(part for part in (f"{kind}: {names}" if names else kind, feature.note) if part)
 
 
 def overview(every: dict[str, dict[str, Feature]], names: list[str]) -> str:
-    """Return a table with ● where a feature is built in and ○ where it is written here."""
+    """Return a table with ● where a feature is built in, ○ where it is written here, else –."""
     titles = [framework_name(framework) for framework in every]
     rows = [["Feature", *titles], ["---", *[":-:"] * len(titles)]]
-    rows += [[name, *("●" if f[name].built_in else "○" for f in every.values())] for name in names]
+    rows += [[name, *(sign(features[name]) for features in every.values())] for name in names]
     counts = [str(sum(f.built_in for f in features.values())) for features in every.values()]
     rows.append([f"**built in, of {len(names)}**", *counts])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"● built in, ○ written here\n\n{table}\n"
+    return f"● built in, ○ written here, – not here\n\n{table}\n"
+
+
+def sign(feature: Feature) -> str:
+    """Return what a feature is in a table."""
+    if feature.absent:
+        return "–"
+    return "●" if feature.built_in else "○"
 
 
 def kernels() -> str:

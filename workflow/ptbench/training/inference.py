@@ -134,12 +134,14 @@ def build(
     """Build the model in a framework, whichever trained it.
 
     Its layers are the framework's own (`kernel: fused`) where it lacks the kernel that the model
-    was trained with; they compute the same. `changes` are of keys that concern training alone.
+    was trained with; they compute the same. Where it lacks the precision, it computes in float32,
+    so that results differ by the rounding. `changes` are of keys that concern training alone.
     """
     recipe = checkpoint.recipe.model_copy(update=changes)
     row = FRAMEWORKS.get(framework)
-    if row is None or recipe.kernel not in row.kernels:
-        recipe = recipe.model_copy(update={"kernel": "fused"})
+    lacking = ["kernel", "precision"] if row is None else row.lacks(recipe)
+    usual = {key: Recipe.model_fields[key].default for key in lacking}
+    recipe = recipe.model_copy(update=usual)
     seed = checkpoint.cell.seed  # which weights a sparse model has depends on it
     size = checkpoint.vocabulary_size
     backend = create(framework, Setup(recipe, size, 1, seed, accelerator, threads))

@@ -37,7 +37,7 @@ from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
-from ptbench.model.recipe import Accelerator
+from ptbench.model.recipe import Accelerator, Precision
 
 # JAX's configuration, as far as it could change numbers. `isolation.py` removes the environment
 # variables that JAX would take it from; `claim_devices` sets what depends on the setup.
@@ -124,12 +124,17 @@ def pool_threads(setup: Setup) -> int:
     return threads if setup.devices == 1 else threads + 2 * setup.devices_here
 
 
-def compiler_options(accelerator: Accelerator) -> dict[str, Any]:
+def compiler_options(accelerator: Accelerator, precision: Precision) -> dict[str, Any]:
     """Return the options of XLA that differ from its defaults."""
+    options: dict[str, Any] = {}
+    if precision == "bfloat16":
+        # XLA would leave out what rounds to bfloat16 where it computes in float32 afterwards.
+        options["xla_allow_excess_precision"] = False
     if accelerator == "cuda":
-        return {"xla_gpu_deterministic_ops": True}  # gradients are scattered in a fixed order
+        # gradients are scattered in a fixed order
+        return options | {"xla_gpu_deterministic_ops": True}
     # Replicas wait for one another however busy the machine is; by default XLA aborts after 40 s.
-    return {"xla_cpu_collective_call_terminate_timeout_seconds": 24 * 3600}
+    return options | {"xla_cpu_collective_call_terminate_timeout_seconds": 24 * 3600}
 
 
 class TrainingState(Replicated, dict[str, Array]):
@@ -165,7 +170,8 @@ class JAXBackend(ReplicatedBackend):
         shardings = self._everywhere, self._of_batch, self._of_state
         everywhere, of_batch, of_state = (sharding.spec for sharding in shardings)
 
-        compile_ = partial(jax.jit, compiler_options=compiler_options(self.accelerator))
+        self._options = compiler_options(self.accelerator, recipe.precision)
+        compile_ = partial(jax.jit, compiler_options=self._options)
         on_replicas = partial(
             jax.shard_map,
             mesh=mesh,
@@ -356,8 +362,10 @@ class JAXBackend(ReplicatedBackend):
             allocator += ", memory kept between steps"
         return {
             "threads": str(pool_threads(self.setup)),
-            "matmul_precision": "highest (float32; no TF32)",
+            "matmul_precision": "bfloat16"
+            if self.recipe.precision == "bfloat16"
+            else "highest (float32; no TF32)",
             "random_generator": self._generator,
             "allocator": allocator,
-            **{name: str(value) for name, value in compiler_options(self.accelerator).items()},
+            **{name: str(value) for name, value in self._options.items()},
         }

@@ -26,6 +26,21 @@ DATA = "data"  # the mesh axis of the replicas, which share the batch
 RANDOM_GENERATOR = "threefry2x32"  # JAX's default
 
 
+# ------------------------------------------------------------------------------------ precision
+
+
+def lowered(recipe: Recipe, arrays: Any) -> Any:
+    """Return a tree of arrays and numbers, rounded to bfloat16 if that is the precision."""
+    if recipe.precision == "float32":
+        return arrays
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), arrays)
+
+
+def product(x: Array, w: Array) -> Array:
+    """Return x [rows, inputs], float32, times w [inputs, outputs], in the precision of w."""
+    return (x.astype(w.dtype) @ w).astype(x.dtype)
+
+
 # -------------------------------------------------------------------------------------- dropout
 
 WEIGHTS_STREAM = 2  # jax.random.split of the same key gives streams 0 and 1
@@ -193,7 +208,8 @@ def recurrent_layer(
 ) -> tuple[Array, LayerState]:
     """Run a layer with the recipe's kernel; `stepwise_layer` has the arguments and results."""
     layer = fused_layer if recipe.kernel == "fused" else stepwise_layer
-    return layer(RNNS[recipe.rnn], x, weights, state, mask)
+    results = layer(RNNS[recipe.rnn], *lowered(recipe, (x, weights, state, mask)))
+    return jax.tree.map(lambda array: array.astype(x.dtype), results)
 
 
 # ------------------------------------------------------------------------------ head and losses
@@ -209,18 +225,22 @@ class Head(NamedTuple):
 
     @classmethod
     def on_top(cls, recipe: Recipe, parameters: Tree, v: Array, dropout: Dropout) -> Head:
-        """Form the features from the last layer's output v [time, batch, width], after dropout."""
+        """Form the features from the last layer's output v [time, batch, width], after dropout.
+
+        The parameters are `lowered`; what is computed from them is float32.
+        """
         mixtures = max(recipe.mixtures, 1)
         tokens = v.reshape(-1, v.shape[-1])
         log_prior = jnp.zeros((len(tokens), 1), v.dtype)
         if recipe.mixtures:
-            log_prior = jax.nn.log_softmax(tokens @ parameters["prior.weight"])
-            latents = jnp.tanh(tokens @ parameters["latent.weight"] + parameters["latent.bias"])
+            log_prior = jax.nn.log_softmax(product(tokens, parameters["prior.weight"]))
+            latents = product(tokens, parameters["latent.weight"]) + parameters["latent.bias"]
+            latents = jnp.tanh(latents)
             latents = latents.reshape(*v.shape[:2], -1)
             v = latents * dropout.latents(latents)
         components = v.reshape(-1, v.shape[-1] // mixtures)
         if "softmax.projection" in parameters:
-            components = components @ parameters["softmax.projection"]
+            components = product(components, parameters["softmax.projection"])
         components = components.reshape(len(tokens), mixtures, -1)
         matrix = parameters["embedding" if recipe.tie_weights else "softmax.weight"]
         return cls(components, log_prior, matrix, parameters.get("softmax.bias", 0.0))
@@ -229,7 +249,7 @@ class Head(NamedTuple):
         """Return the logits [tokens, K, vocabulary]."""
         tokens, mixtures, width = self.components.shape
         # XLA multiplies three-dimensional arrays a tenth slower than matrices.
-        logits = self.components.reshape(-1, width) @ self.matrix.T + self.bias
+        logits = product(self.components.reshape(-1, width), self.matrix.T) + self.bias
         return logits.reshape(tokens, mixtures, -1)
 
 
@@ -316,6 +336,10 @@ class LanguageModel:
             x = h * dropout.units(layer + 1, h)
         return h, x, final
 
+    def head(self, parameters: Tree, v: Array, dropout: Dropout) -> Head:
+        """Return the output layer on the last layer's output, in the recipe's precision."""
+        return Head.on_top(self.recipe, lowered(self.recipe, parameters), v, dropout)
+
     def objective(
         self, parameters: Tree, batch: Batch, state: Tree, dropout: Dropout
     ) -> tuple[Array, tuple[Array, Tree]]:
@@ -324,7 +348,7 @@ class LanguageModel:
         Each token's loss is multiplied by its entry of the batch's mask.
         """
         h, v, final = self.run(parameters, batch.inputs, state, dropout)
-        head = Head.on_top(self.recipe, parameters, v, dropout)
+        head = self.head(parameters, v, dropout)
         loss = self.nll(head, batch.targets.ravel(), batch.mask.ravel())
         if not self.recipe.penalizes:
             return loss, (loss, final)
@@ -334,7 +358,7 @@ class LanguageModel:
         """Return log-probabilities [time, batch, vocabulary] without dropout, and the state."""
         nothing = Dropout(self.recipe)
         _, v, final = self.run(parameters, inputs, state, nothing)
-        log_p = log_probabilities(Head.on_top(self.recipe, parameters, v, nothing))
+        log_p = log_probabilities(self.head(parameters, v, nothing))
         return log_p.reshape(*inputs.shape, -1), final
 
 

@@ -41,6 +41,8 @@ class KerasBackend(TensorFlowRuntimeBackend):
 
     def build(self) -> None:
         means = tuned if self.recipe.implementation == "tuned" else model
+        # that of the layers made from now on
+        keras.config.set_dtype_policy(model.POLICIES[self.recipe.precision])
         self.model = model.LanguageModel(
             self.recipe,
             self.shapes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -22,6 +23,16 @@ Tensor = Any  # of Keras' backend
 Kept = dict[str, npt.NDArray[np.bool_]]  # of a sparse model's `input` and `recurrent`
 
 
+# Keras' dtype policy for each precision. With the mixed one, a layer that is called rounds what it
+# is given and its variables to bfloat16, and returns bfloat16.
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
+
+
+def float32(tensors: Any) -> Any:
+    """Return nested tensors as float32."""
+    return keras.tree.map_structure(lambda tensor: ops.cast(tensor, "float32"), tensors)
+
+
 # ----------------------------------------------------------------------------------------- dropout
 
 
@@ -32,23 +43,24 @@ class Dropout(keras.layers.Layer):
         super().__init__()
         self.vocabulary_size = vocabulary_size
         time = 1 if recipe.dropout_kind == "locked" else None
+        # bfloat16 would round the rate, because random numbers of it are multiples of 1/128.
+        layer = partial(keras.layers.Dropout, dtype="float32")
         # The rate of keras.layers.Dropout is per time step and unit. The `dropout` of
         # keras.layers.LSTM, whose one mask serves all time steps, would drop its input alone.
         self.of_units = [
-            keras.layers.Dropout(rate, noise_shape=(None, time, None))
-            for rate in recipe.unit_dropout
+            layer(rate, noise_shape=(None, time, None)) for rate in recipe.unit_dropout
         ]
         rate = recipe.latent_dropout if recipe.mixtures else 0.0
-        self.of_latents = keras.layers.Dropout(rate, noise_shape=(None, time, None, None))
-        self.of_words = keras.layers.Dropout(recipe.word_dropout)
-        self.of_weights = [keras.layers.Dropout(recipe.weight_dropout) for _ in recipe.widths]
+        self.of_latents = layer(rate, noise_shape=(None, time, None, None))
+        self.of_words = layer(recipe.word_dropout)
+        self.of_weights = [layer(recipe.weight_dropout) for _ in recipe.widths]
 
     def words(self, x: Tensor, tokens: Tensor, training: bool) -> Tensor:
         """Drop all rows [batch, time, embedding] of some words."""
         if not training or not self.of_words.rate:
             return x
         rows = self.of_words(ops.ones((self.vocabulary_size, 1)), training=True)
-        return x * ops.take(rows, tokens, axis=0)
+        return float32(x) * ops.take(rows, tokens, axis=0)
 
     @property
     def alike_on_all_replicas(self) -> list[keras.Variable]:
@@ -61,11 +73,18 @@ class Dropout(keras.layers.Layer):
 
 
 class OneMask:
-    """Recurrent dropout with one mask for all gates, where Keras draws one for each."""
+    """Recurrent dropout with one mask for all gates, where Keras draws one for each.
+
+    It is drawn in float32, as `Dropout` draws.
+    """
 
     def get_recurrent_dropout_mask(self, step_input: Tensor) -> Any:
-        masks = super().get_recurrent_dropout_mask(step_input)  # type: ignore[misc]
-        return None if masks is None else [masks[0]] * len(masks)
+        masks = super().get_recurrent_dropout_mask(float32(step_input))  # type: ignore[misc]
+        if masks is None:
+            return None
+        several = isinstance(masks, list)
+        one = ops.cast(masks[0] if several else masks, step_input.dtype)
+        return [one] * len(masks) if several else one
 
 
 class LSTMCell(OneMask, keras.layers.LSTMCell):
@@ -73,6 +92,10 @@ class LSTMCell(OneMask, keras.layers.LSTMCell):
 
 
 class GRUCell(OneMask, keras.layers.GRUCell):
+    """Keras' cell with that dropout."""
+
+
+class SimpleRNNCell(OneMask, keras.layers.SimpleRNNCell):
     """Keras' cell with that dropout."""
 
 
@@ -139,8 +162,8 @@ def sparse_product(x: Tensor, values: Tensor, places: Places, width: int) -> Ten
 LAYERS: dict[str, Any] = {
     "lstm": (keras.layers.LSTM, LSTMCell),
     "gru": (keras.layers.GRU, GRUCell),
-    "rnn_tanh": (keras.layers.SimpleRNN, keras.layers.SimpleRNNCell),
-    "rnn_relu": (keras.layers.SimpleRNN, keras.layers.SimpleRNNCell),
+    "rnn_tanh": (keras.layers.SimpleRNN, SimpleRNNCell),
+    "rnn_relu": (keras.layers.SimpleRNN, SimpleRNNCell),
 }
 
 
@@ -293,13 +316,13 @@ class Head(keras.layers.Layer):
 
     def log_prior(self, v: Tensor) -> Tensor:
         """Return the mixtures' log-probabilities [batch, time, mixtures]."""
-        return ops.log_softmax(self.prior(v))
+        return ops.log_softmax(float32(self.prior(v)))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the logits [..., vocabulary] of features [..., features]."""
+        """Return the logits [..., vocabulary] of features [..., features], float32."""
         if self.output_layer is not None:
-            return self.output_layer(features)
-        logits = self.embedding(features, reverse=True)
+            return float32(self.output_layer(features))
+        logits = float32(self.embedding(features, reverse=True))
         return logits if self.bias is None else logits + self.bias
 
 
@@ -360,8 +383,13 @@ class LanguageModel(keras.Model):
         super().__init__()
         self.recipe, self._nll = recipe, nll
         self.dropout = Dropout(recipe, shapes["embedding"][0])
-        kind = keras.layers.ReversibleEmbedding if recipe.tie_weights else keras.layers.Embedding
-        self.embedding = kind(*shapes["embedding"])
+        if recipe.tie_weights:
+            # without a dtype, its product in reverse would take features as they are, in float32
+            self.embedding = keras.layers.ReversibleEmbedding(
+                *shapes["embedding"], reverse_dtype=self.compute_dtype
+            )
+        else:
+            self.embedding = keras.layers.Embedding(*shapes["embedding"])
         self.embedding.build()
         by_name = {"embedding": self.embedding.embeddings}
         self.recurrent_layers = []
@@ -401,7 +429,7 @@ class LanguageModel(keras.Model):
             h, *state = layer(x, initial_state=state, dropout=weights, training=training)
             final |= zip(of_layer, state, strict=True)
             x = self.dropout.of_units[index + 1](h, training=training)
-        return h, x, final
+        return float32((h, x, final))
 
     def objective(
         self, tokens: Tensor, targets: Tensor, mask: Tensor, states: dict[str, Tensor]

@@ -53,6 +53,7 @@ class PyTorchBackend(ReplicatedBackend):
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         means = tuned if self.recipe.implementation == "tuned" else model
         tuned_cpu = means is tuned and not self.on_gpu
         self.fast_products = tuned_cpu and tuned.onednn_products_are_float32()
@@ -252,6 +253,8 @@ class PyTorchBackend(ReplicatedBackend):
         else:
             products = "oneDNN float32" if self.fast_products else "default float32"
             allocator = "glibc" + (", memory kept between steps" if self.keeps_memory else "")
+        if self.recipe.precision == "bfloat16":
+            products = "bfloat16, sums in float32"
         settings = {
             "matmul": products,
             "threads per replica": str(self.threads),

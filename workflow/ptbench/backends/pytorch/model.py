@@ -256,6 +256,25 @@ def recurrent_layer(
     return layer
 
 
+def in_bfloat16(
+    layer: nn.Module, weights: dict[str, Tensor], x: Tensor, state: LayerState, mask: Tensor | None
+) -> LayerOutputs:
+    """Call a recurrent layer on what is rounded to bfloat16; return its results as float32.
+
+    Without torch.autocast, to which each kind of layer is another case: it rounds what nn.LSTM
+    carries on a CPU, and not what nn.LSTMCell does.
+
+    Args:
+        weights: those that take the place of the layer's own, by name.
+    """
+    weights = dict(layer.named_parameters()) | weights
+    given = {name: weight.bfloat16() for name, weight in weights.items()}
+    first = tuple(each.bfloat16() for each in state)
+    mask = None if mask is None else mask.bfloat16()
+    outputs, last = functional_call(layer, given, (x.bfloat16(), first, mask))
+    return outputs.float(), tuple(each.float() for each in last)
+
+
 class Head(nn.Module):
     """From the last layer's output to features, log-prior and logits.
 
@@ -284,8 +303,8 @@ class Head(nn.Module):
         """
         if not self.mixtures:
             return self.projection(v)[:, :, None], v.new_zeros((*v.shape[:2], 1))
-        latents = torch.tanh(self.latent(v)).unflatten(-1, (self.mixtures, -1))
-        log_prior = functional.log_softmax(self.prior(v), dim=-1)
+        latents = torch.tanh(self.latent(v).float()).unflatten(-1, (self.mixtures, -1))
+        log_prior = functional.log_softmax(self.prior(v).float(), dim=-1)
         return self.projection(dropout.units(latents, self.latent_dropout)), log_prior
 
 
@@ -301,7 +320,7 @@ def nll(
         targets: [time, batch].
         weights: [time, batch].
     """
-    logits = softmax(features)
+    logits = softmax(features).float()
     each = targets[..., None].expand(log_prior.shape)
     nll_of_components = functional.cross_entropy(
         logits.flatten(0, 2), each.flatten(), reduction="none"
@@ -314,7 +333,7 @@ def log_probabilities(features: Tensor, log_prior: Tensor, softmax: nn.Linear) -
     """Return log-probabilities [time, batch, vocabulary], for arguments as in `nll`."""
     steps = []
     for x, log_prior_t in zip(features, log_prior, strict=True):  # all at once would be too large
-        log_components = functional.log_softmax(softmax(x), dim=-1)
+        log_components = functional.log_softmax(softmax(x).float(), dim=-1)
         steps.append(torch.logsumexp(log_prior_t[..., None] + log_components, dim=1))
     return torch.stack(steps)
 
@@ -373,8 +392,9 @@ class LanguageModel(nn.Module):
             state: of every layer.
         """
         dropped, undropped, last = self.outputs(inputs, state)
-        features, log_prior = self.head(dropped, self.dropout)
-        loss = self.nll(features, log_prior, self.head.softmax, targets, weights)
+        with self.autocast(inputs.device):
+            features, log_prior = self.head(dropped, self.dropout)
+            loss = self.nll(features, log_prior, self.head.softmax, targets, weights)
         return loss, penalty(self.recipe, dropped, undropped, weights), last
 
     def log_probabilities(
@@ -382,8 +402,13 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[LayerState]]:
         """Return log-probabilities [time, batch, vocabulary] of next words, and the last state."""
         dropped, _, last = self.outputs(inputs, state)
-        features, log_prior = self.head(dropped, self.dropout)
-        return log_probabilities(features, log_prior, self.head.softmax), last
+        with self.autocast(inputs.device):
+            features, log_prior = self.head(dropped, self.dropout)
+            return log_probabilities(features, log_prior, self.head.softmax), last
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context in which linear layers compute in the recipe's precision."""
+        return torch.autocast(device.type, torch.bfloat16, self.recipe.precision == "bfloat16")
 
     def outputs(
         self, inputs: Tensor, state: list[LayerState]
@@ -394,8 +419,11 @@ class LanguageModel(nn.Module):
         x = self.dropout.units(rows, rates[0])
         last = []
         for layer, before, rate in zip(self.layers, state, rates[1:], strict=True):
-            masks = self.dropout.weights(layer), self.dropout.recurrent(before[0])
-            outputs, after = functional_call(layer, masks[0], (x, before, masks[1]))
+            weights, mask = self.dropout.weights(layer), self.dropout.recurrent(before[0])
+            if self.recipe.precision == "bfloat16":
+                outputs, after = in_bfloat16(layer, weights, x, before, mask)
+            else:
+                outputs, after = functional_call(layer, weights, (x, before, mask))
             last.append(tuple(each.detach() for each in after))
             x = self.dropout.units(outputs, rate)
         return x, outputs, last

@@ -23,6 +23,28 @@ Kept = dict[str, npt.NDArray[np.bool_]]  # of a sparse model's `input` and `recu
 RANDOM_GENERATOR = "philox"  # named, because the default depends on the kind of device
 
 
+# --------------------------------------------------------------------------------------- precision
+
+
+def lowered(recipe: Recipe, tensors: Any) -> Any:
+    """Return nested tensors, or None, in the precision that products and layers compute in."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return None if tensor is None else tf.cast(tensor, recipe.precision)
+
+    return tf.nest.map_structure(cast, tensors)
+
+
+def raised(tensors: Any) -> Any:
+    """Return what was computed from them as float32."""
+    return tf.nest.map_structure(lambda tensor: tf.cast(tensor, tf.float32), tensors)
+
+
+def product(x: Tensor, w: Tensor, transpose_b: bool = False) -> Tensor:
+    """Return x [rows, inputs], float32, times w [inputs, outputs], in the precision of w."""
+    return raised(tf.matmul(tf.cast(x, w.dtype), w, transpose_b=transpose_b))
+
+
 # ----------------------------------------------------------------------------------------- dropout
 
 
@@ -116,6 +138,8 @@ class KerasLayer(tf.Module):
         layers = tf.keras.layers
         settings: dict[str, Any] = {"return_sequences": True, "return_state": True}
         settings["recurrent_initializer"] = "zeros"  # by default orthogonal, which takes seconds
+        if recipe.precision == "bfloat16":
+            settings["dtype"] = "mixed_bfloat16"
         if recipe.rnn == "rnn_relu":
             settings["activation"] = "relu"
         kinds = {"lstm": layers.LSTM, "gru": layers.GRU}
@@ -286,16 +310,17 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, v: Tensor, p: Tensors, dropout: Dropout) -> Head:
-        """Args: v: the last layer's output, [time, batch, width]; p: all parameters."""
+        """Args: v: the last layer's output, [time, batch, width]; p: all parameters, lowered."""
         rows, log_prior, mixtures = tf.reshape(v, (-1, v.shape[-1])), None, 1
         if "prior.weight" in p:
-            log_prior = tf.nn.log_softmax(rows @ p["prior.weight"])
+            log_prior = tf.nn.log_softmax(product(rows, p["prior.weight"]))
             mixtures = log_prior.shape[-1]
-            latents = tf.tanh(tf.nn.bias_add(rows @ p["latent.weight"], p["latent.bias"]))
+            latents = product(rows, p["latent.weight"])
+            latents = tf.tanh(tf.nn.bias_add(latents, raised(p["latent.bias"])))
             latents = dropout.latents(tf.reshape(latents, (*v.shape[:2], mixtures, -1)))
             rows = tf.reshape(latents, (-1, latents.shape[-1]))
         if "softmax.projection" in p:
-            rows = rows @ p["softmax.projection"]
+            rows = product(rows, p["softmax.projection"])
         features = tf.reshape(rows, (-1, mixtures, rows.shape[-1]))
         matrix = p.get("softmax.weight", p["embedding"])
         return cls(features, log_prior, matrix, p.get("softmax.bias"))
@@ -307,8 +332,8 @@ class Head(NamedTuple):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Return logits [rows, V] of features [rows, F]."""
-        logits = tf.matmul(rows, self.matrix, transpose_b=not self.transposed)
-        return logits if self.bias is None else tf.nn.bias_add(logits, self.bias)
+        logits = product(rows, self.matrix, transpose_b=not self.transposed)
+        return logits if self.bias is None else tf.nn.bias_add(logits, raised(self.bias))
 
 
 def nll(head: Head, targets: Tensor, weights: Tensor, training: bool) -> Tensor:  # noqa: ARG001
@@ -411,10 +436,11 @@ class LanguageModel(tf.Module):
                 dropout.recurrent(inputs.shape[1], width, index),
             )
             of_layer = names[index * each : (index + 1) * each]
-            top, last = layer(x, [state[name] for name in of_layer], weights)
+            given = lowered(self.recipe, (x, [state[name] for name in of_layer], weights))
+            top, last = raised(layer(*given))
             after |= zip(of_layer, last, strict=True)
             x = dropout.units(top, index + 1)
-        return Head.of(x, p, dropout), top, x, after
+        return Head.of(x, lowered(self.recipe, p), dropout), top, x, after
 
     def objective(
         self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors, dropout: Dropout

@@ -327,6 +327,8 @@ class TensorFlowRuntimeBackend(Backend):
             "tensorflow": tf.__version__,
             "intra_op_threads": str(tf.config.threading.get_intra_op_parallelism_threads()),
             "inter_op_threads": str(tf.config.threading.get_inter_op_parallelism_threads()),
-            "matmul_precision": "float32 (TF32 off)",
+            "matmul_precision": "bfloat16"
+            if self.recipe.precision == "bfloat16"
+            else "float32 (TF32 off)",
             "op_determinism": "on" if on_gpu else "off: a CPU's kernels are deterministic anyway",
         }

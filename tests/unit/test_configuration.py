@@ -485,7 +485,7 @@ def test_speed_is_measured_with_penn_treebank_s_number_of_words_and_alone() -> N
     assert all(study.recipe(cell.path).alone for cell in study.cells)
     # slurm/profile.yaml knows the name of a recipe alone
     alone = {name for name, recipe in LIBRARY.recipes.items() if recipe.alone}
-    assert alone == {name for name in LIBRARY.recipes if name.startswith("speed-")}
+    assert alone == {name for name in LIBRARY.recipes if name.startswith(("speed-", "criteria-"))}
     assert len(study.cells) == 3 * 5 * 2 * 2 * 3
 
 

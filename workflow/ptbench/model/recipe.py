@@ -119,7 +119,8 @@ class Recipe(Model):
     alone: bool = Field(
         False,
         description="Whether a run has its machine to itself, for measuring speed: no other run of "
-        "the study beside it, and under Slurm, if its recipe is called speed-..., its node.",
+        "the study beside it, and under Slurm, if its recipe is called speed-... or criteria-..., "
+        "its node.",
     )
     layers: int = Field(2, ge=1, le=64, description="Recurrent layers.")
     embedding_size: int = Field(200, ge=1, description="Width of the word embedding [units].")

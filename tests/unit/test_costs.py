@@ -25,7 +25,7 @@ from ptbench.training.records import Seconds, score
 PTB = {"train": 929_589, "valid": 73_760, "test": 82_430}
 SECONDS = Seconds(
     load=1, start_up=9, compile=10, training=1000, validation=130, test=50, checkpointing=10,
-    total=1220,
+    total=1270,
 )  # fmt: skip
 
 
@@ -65,8 +65,8 @@ def test_nothing_finished_leaves_the_bound_of_the_job(study: Study, tmp_path: Pa
 def test_finished_runs_and_other_seeds_take_what_was_measured(study: Study, tmp_path: Path) -> None:
     cell = finish(study, tmp_path, "zaremba-small", 1)
     estimator = Estimator(study, tmp_path)
-    assert estimator.run(cell)[1:3] == (1220, "finished")
-    assert estimator.run(cell_of("zaremba-small", 2))[1:3] == (1220, "other seeds")
+    assert estimator.run(cell)[1:3] == (1270, "finished")
+    assert estimator.run(cell_of("zaremba-small", 2))[1:3] == (1270, "other seeds")
     total = costs_of(study.experiment("zaremba-small").cells, estimator)
     assert len(total.left.runs) == len(total.runs) - 1
 
@@ -79,7 +79,8 @@ def test_another_model_takes_longer_by_its_products(study: Study, tmp_path: Path
     medium = 2 * 8 * 650**2 + 650 * 10_000
     assert run.source == "speeds"
     # 39 epochs for 13, and one token more in each split than can be predicted.
-    expected = 40 - 10 + medium / small * (3 * (1000 + 130) + 50)
+    # What is left: loading, start-up, compiling and checkpointing. The test split is read twice.
+    expected = 40 - 10 + medium / small * (3 * (1000 + 130) + 2 * 50)
     assert run.seconds == pytest.approx(expected, rel=1e-3)
 
 
@@ -96,7 +97,7 @@ def test_a_smoke_run_of_the_same_row_tells_what_the_whole_takes(
     run = Estimator(study, tmp_path).run(cell_of("zaremba-small", 2))
     assert run.source == "smoke"
     epoch = PTB["train"] / 1000 + 2 * PTB["valid"] / 400
-    assert run.seconds == pytest.approx(9 + 13 * epoch + PTB["test"] / 40)
+    assert run.seconds == pytest.approx(8 + 13 * epoch + 2 * PTB["test"] / 40)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_the_error_is_that_of_the_speeds_of_other_models(study: Study, tmp_path:
     estimator = Estimator(study, tmp_path)
     recipe = study.specification("zaremba-medium").recipe
     seconds, _ = estimator.without_its_row(medium, recipe, estimator.size(recipe))
-    assert 1220 / seconds in estimator.error()
+    assert 1270 / seconds in estimator.error()
     assert len(estimator.error()) == 2
 
 
@@ -138,7 +139,7 @@ def test_runs_that_may_need_more_memory_than_there_is_are_named(
 ) -> None:
     total = costs_of(study.cells, Estimator(study, tmp_path))
     sizes = sorted({run.memory_bytes for run in total.runs})
-    assert too_large(total, None if sizes[-1] < 8e9 else 10**6) == []
+    assert too_large(total, 10**6) == []
     between = (sizes[-1] + sizes[-2]) // 2 // 10**6
     (sentence,) = too_large(total, between)
     most = [run for run in total.runs if run.memory_bytes == sizes[-1]]

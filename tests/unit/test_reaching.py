@@ -11,7 +11,7 @@ from tests.support.fake_results import metrics, plan, write_cell
 from ptbench.analysis.collect import collect_rows
 from ptbench.analysis.reaching import compare_reaching
 from ptbench.configuration.specification import Cell
-from ptbench.training.records import Epoch, perplexity
+from ptbench.training.records import Epoch, Hardware, perplexity
 
 
 def epoch(number: int, nll: float, seconds: float) -> Epoch:
@@ -30,7 +30,11 @@ HISTORIES = {
 
 def write(folder: Path, cell: Cell) -> None:
     history = [epoch(n + 1, *each) for n, each in enumerate(HISTORIES[cell.framework])]
-    write_cell(folder, metrics(cell, 4.0, epochs=3), history)
+    machine = Hardware(
+        seconds=9, cores=4, threads=5, own_cores=4, other_cores=0, memory_bytes=1,
+        sampling_seconds=0,
+    )  # fmt: skip
+    write_cell(folder, metrics(cell, 4.0, epochs=3, hardware=machine), history)
 
 
 def test_time_and_rent_are_those_until_every_run_has_reached_the_perplexity(tmp_path: Path) -> None:
@@ -51,7 +55,7 @@ def test_time_and_rent_are_those_until_every_run_has_reached_the_perplexity(tmp_
     assert jax.rent is not None
     assert jax.rent.value == pytest.approx(19 * 2 * 36 / 3600)  # two GPUs
     assert mxnet.rent is not None
-    assert mxnet.rent.value == pytest.approx(100 * 5 * 7.2 / 3600)  # five cores
+    assert mxnet.rent.value == pytest.approx(100 * 4 * 7.2 / 3600)  # five threads on four cores
     total = rows[1].results()[1].metrics.seconds.total
     assert rows[1].values("rent") == {1: pytest.approx(total * 2 * 36 / 3600)}
 

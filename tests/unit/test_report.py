@@ -390,7 +390,7 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
         "Efficiency on 2 devices 75% 75%",
         "Test perplexity on 2 devices 109.95 109.95",
         "Accuracy of the next word 25.00% 25.00%",
-        "Speed, of what its products alone allow 25% –",
+        "Share of NumPy's products 25% –",
         "Features built in, of",
         "Mistakes whose cause is named, of 5 4",
     ):

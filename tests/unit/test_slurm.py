@@ -81,6 +81,7 @@ def test_only_cells_on_gpus_ask_for_gpus(tmp_path: Path, monkeypatch: pytest.Mon
     )
     executor = Executor.__new__(Executor)
     executor.ends, executor.told, executor.refused = threading.Event(), threading.local(), []
+    executor.refusing = threading.Lock()
     for framework in ("jax", "mxnet"):
         for asked in ({"gpu": 2}, {"gres": "gpu:2"}):
             wildcards = SimpleNamespace(framework=framework)

@@ -89,7 +89,8 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
             super().run_job(job)
             words = self.told.words
             if words is None:
-                self.refused.clear()
+                with self.refusing:
+                    self.refused.clear()
                 return
             if not slurm.passes(words):
                 self.refuse(words)
@@ -111,8 +112,9 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         with self.refusing:
             self.refused = [*(each for each in self.refused if each == words), words]
             enough = len(self.refused) >= REFUSALS and not self.ends.is_set()
+            if enough:
+                self.ends.set()
         if enough:
-            self.ends.set()
             self.logger.error(
                 f"sbatch refused {REFUSALS} jobs in a row: {words}\n"
                 "No more are submitted; those that run will finish. Mend slurm/profile.yaml "

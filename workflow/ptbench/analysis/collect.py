@@ -238,6 +238,8 @@ def _with_rent(found: CellResult, plan: ExperimentPlan) -> CellResult:
         return found
     else:
         units = max(threads, devices)
+        if hardware := found.result.metrics.hardware:
+            units = min(units, hardware.cores)  # more replicas than cores share them
     return replace(found, result=found.result._replace(rent_per_second=units * hour / 3600))
 
 

@@ -53,7 +53,7 @@ class ExperimentPlan(Model):
     )
     currency: str = Field("USD", description="Of the rents.")
     cannot_run: dict[Framework, Obstacle] = Field(
-        {}, description="Frameworks of which runs cannot be where the study runs, and why."
+        {}, description="Frameworks with runs that are not possible where the study runs, and why."
     )
     baseline: str | None = Field(
         None, description="Variant that the others are compared with; null: the first."

@@ -1,7 +1,7 @@
 """What the frameworks take to the same perplexity: epochs, time and rent.
 
-The perplexity is on the validation split, and is the highest of the lowest ones that the group's
-runs ended with, so that each of them has reached it.
+The perplexity is on the validation split, and is the highest of the lowest ones of the group's
+runs, so that each of them has reached it.
 """
 
 from __future__ import annotations

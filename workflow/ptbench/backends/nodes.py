@@ -12,6 +12,7 @@ import secrets
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -25,8 +26,10 @@ import psutil
 from ptbench.errors import PtbenchError
 
 MEETING = "PTBENCH_MEETING"  # port of the first process, and the secret
-# What srun is left of its environment: the rest describes the step that it is called in.
+# Variables of Slurm that srun keeps: the others describe the step that it is called in.
 KEPT = ("SLURM_CLUSTER_NAME", "SLURM_CONF", "SLURM_JOB_ID")
+# How long a process that connects may take to prove itself: struct timeval, 60 s.
+PATIENCE, NO_LIMIT = struct.pack("ll", 60, 0), struct.pack("ll", 0, 0)
 START = "from ptbench.backends.nodes import take_part; take_part()"
 
 
@@ -59,11 +62,12 @@ def start(nodes: int, each: int) -> list[Elsewhere]:
         The processes, by node.
 
     Raises:
-        PtbenchError: if this is no Slurm job, or srun ends before all have begun.
+        PtbenchError: if this runs on no node of a Slurm job, or srun ends before all have begun.
     """
-    if "SLURM_JOB_ID" not in os.environ:
+    if not {"SLURM_JOB_ID", "SLURMD_NODENAME"} <= set(os.environ):
         raise PtbenchError(
-            f"a run on {nodes} nodes starts its replicas with Slurm, and this is no Slurm job"
+            f"a run on {nodes} nodes starts its replicas with Slurm, and this is on no node of a "
+            "Slurm job"
         )
     secret = secrets.token_bytes(32)
     reader, writer = os.pipe()  # srun keeps it open as long as it runs
@@ -96,11 +100,14 @@ def start(nodes: int, each: int) -> list[Elsewhere]:
                 )
             with contextlib.suppress(AuthenticationError, EOFError, OSError):  # a stranger
                 accepted, _ = server.accept()
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, PATIENCE)
                 address = accepted.getsockname()[0]
                 connection = Connection(accepted.detach())
                 deliver_challenge(connection, secret)
                 answer_challenge(connection, secret)
                 number, node = connection.recv()
+                with socket.socket(fileno=os.dup(connection.fileno())) as accepted:
+                    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, NO_LIMIT)
                 found.append(Elsewhere(number, node, connection, address))
     return sorted(found, key=lambda process: process.number)
 

@@ -103,8 +103,8 @@ class Config(Model):
     devices_per_node: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="Devices that a run has on one node of a cluster, of which a run of more spans "
-        "several, in the frameworks that can; null: all are on one node. On one machine it has no "
-        "effect.",
+        "several, in the frameworks that can; null: all are on one node. A study on one machine "
+        "runs as if it were null.",
     )
     accelerator: Accelerator = Field("cpu", description="Kind of device that trains.")
     accelerators: dict[Framework, Accelerator] = Field(

@@ -17,7 +17,7 @@ NEWEST_CAPABILITY: dict[Framework, float] = {"mxnet": 8.7}
 class Obstacle(NamedTuple):
     """Why runs of a framework cannot be."""
 
-    devices: int  # of the smallest of them
+    devices: int  # runs of at least so many cannot be
     why: str
 
 

@@ -52,8 +52,9 @@ class Used(NamedTuple):
             of[clock] * size.tokens[split] / self.tokens[split]
             for clock, split in (("validation", "valid"), ("test", "test"))
         )
-        rest = of["total"] - of["training"] - of["validation"] - of["test"]
-        return rest + epochs * (train + valid) + test
+        # the test split is read twice: for its perplexity, on the clock, and for its accuracy
+        rest = of["total"] - of["training"] - of["validation"] - 2 * of["test"]
+        return max(rest, 0.0) + epochs * (train + valid) + 2 * test
 
 
 def used_by(folder: Path, fingerprint: str) -> Iterator[Used]:

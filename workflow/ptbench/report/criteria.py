@@ -119,7 +119,7 @@ def _table(
                 for line in _scaling(base, own, fewest, devices)
             ],
             "Hardware": [
-                of_profile("Speed, of what its products alone allow", _share_of_bound),
+                of_profile("Share of NumPy's products", _share_of_bound),
                 *metrics(
                     "peak_memory_bytes", "peak_device_memory_bytes", "own_cores",
                     "gpu_utilization", "flops_per_second", "gpu_joules", "cpu_joules",

@@ -42,7 +42,7 @@ class Faulty(Study):
             ' -m tests.support.toy_trainer train"',
         )
         # tests/slurm/test_study.py goes on to the report
-        self.replace("Snakefile", '        "results/report/index.html",\n', "")
+        self.replace("workflow/rules/common.smk", '        "results/report/index.html",\n', "")
         self.testbed = testbed
         self.takes(0.0, *self.cells)
         self.extra("'--signal=USR1@120 --nodelist=node1'")

@@ -466,12 +466,13 @@ def test_tokenising_a_stream_is_timed_where_the_batches_are_used(
     seconds = trained(source="stream")[0].seconds
     assert all(pauses.values())
     assert seconds.compile + seconds.training >= pauses["train"]
-    assert seconds.validation + seconds.test >= pauses["valid"] + pauses["test"]
+    # the test split is read twice, the second time for the accuracy, off the clocks
+    assert seconds.validation + seconds.test >= pauses["valid"] + pauses["test"] / 2
     assert seconds.load < min(pauses.values())
-    # Sentences are counted beforehand: half of all chunks are read then.
+    # Sentences are counted beforehand: every chunk is read once then.
     pauses.update(dict.fromkeys(pauses, 0.0))
     seconds = trained(source="stream", feeding="sentences")[0].seconds
-    assert seconds.load >= sum(pauses.values()) / 2
+    assert seconds.load >= pauses["train"] / 2 + pauses["valid"] / 2 + pauses["test"] / 3
     assert seconds.compile + seconds.training >= pauses["train"] / 2
 
 

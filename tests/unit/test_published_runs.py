@@ -148,5 +148,9 @@ def test_the_runs_on_cpus_are_those_that_the_documents_count() -> None:
             json.loads(file.with_name("provenance.json").read_text())["git_commit"][:7] == "f7769ea"
         )
     test = [run["test"]["perplexity"] for run in runs]
-    assert f"between {min(test):.2f} and {max(test):.2f}" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"between {min(test):.2f} and {max(test):.2f}" in readme
+    own = [r["test"]["perplexity"] for r in runs if r["cell"]["framework"] == "pytorch"]
+    assert len(own) == 3
+    assert f"three seeds at {statistics.mean(own):.2f} ± {statistics.stdev(own):.2f}" in readme
     assert f"{len(runs)} of the 15 runs" in (PUBLISHED / "README.md").read_text()

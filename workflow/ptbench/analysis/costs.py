@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.config import Prices
-from ptbench.configuration.requests import Used
+from ptbench.configuration.requests import Used, used
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study, smoke_row
 from ptbench.corpus import CorpusError
@@ -221,7 +221,8 @@ class Estimator:
         ]
         if alike:
             nearest = min(alike, key=lambda m: abs(math.log(m.flops / flops)))
-            return scaled(nearest, recipe, size, flops), "speeds"
+            run, ratio = used(nearest.metrics.model_dump()), flops / nearest.flops
+            return run.scaled_seconds(recipe.epochs, size, ratio), "speeds"
         accelerator = self.study.config.accelerator_of(cell.framework)
         return 60.0 * work.runtime_minutes(recipe, accelerator, cell.devices, size), "bound"
 
@@ -235,31 +236,6 @@ class Estimator:
             if source == "speeds":
                 ratios.append(measured.metrics.seconds.total / seconds)
         return ratios
-
-
-def scaled(measured: Measured, recipe: Recipe, size: CorpusSize, flops: float) -> float:
-    """Return the seconds of a run whose products take as long as those of a finished run.
-
-    Args:
-        measured: the finished run.
-        recipe: of the run to estimate.
-        size: of its corpus.
-        flops: of its products of a training step for each token.
-    """
-    metrics, seconds = measured.metrics, measured.metrics.seconds
-    ratio = flops / measured.flops
-    assert metrics.train is not None  # the run ended well
-    assert metrics.valid is not None
-    assert metrics.test is not None
-    assert metrics.tokens_per_second is not None
-    train = ratio * size.tokens["train"] / metrics.tokens_per_second
-    valid = (
-        ratio * seconds.validation / metrics.epochs * size.tokens["valid"] / metrics.valid.tokens
-    )
-    test = ratio * seconds.test * size.tokens["test"] / metrics.test.tokens
-    # the test split is read twice: for its perplexity, on the clock, and for its accuracy
-    rest = seconds.total - seconds.training - seconds.validation - 2 * seconds.test
-    return max(rest, 0.0) + recipe.epochs * (train + valid) + 2 * test
 
 
 def planned_size(name: str, definition: CorpusDefinition) -> CorpusSize:

@@ -44,17 +44,23 @@ class Used(NamedTuple):
         each = self.seconds["training"] + self.seconds["validation"]
         return self.seconds["total"] + each * (epochs / self.epochs - 1)
 
-    def scaled_seconds(self, epochs: int, size: CorpusSize) -> float:
-        """Return the same on a whole corpus, by the tokens of each split [s]."""
+    def scaled_seconds(self, epochs: int, size: CorpusSize, ratio: float = 1.0) -> float:
+        """Return the same on a whole corpus, by the tokens of each split [s].
+
+        Args:
+            epochs: of the run to estimate.
+            size: of its corpus.
+            ratio: operations that its products take for a token, over those of this run.
+        """
         of = self.seconds
-        train = size.tokens["train"] / self.tokens_per_second
+        train = ratio * size.tokens["train"] / self.tokens_per_second
         valid, test = (
-            of[clock] * size.tokens[split] / self.tokens[split]
+            ratio * of[clock] * size.tokens[split] / self.tokens[split]
             for clock, split in (("validation", "valid"), ("test", "test"))
         )
         # the test split is read twice: for its perplexity, on the clock, and for its accuracy
         rest = of["total"] - of["training"] - of["validation"] - 2 * of["test"]
-        return max(rest, 0.0) + epochs * (train + valid) + 2 * test
+        return max(rest, 0.0) + epochs * (train + valid / self.epochs) + 2 * test
 
 
 def used_by(folder: Path, fingerprint: str) -> Iterator[Used]:
@@ -68,12 +74,13 @@ def used_by(folder: Path, fingerprint: str) -> Iterator[Used]:
         try:
             found = json.loads(path.read_bytes())
             if found["status"] == "ok" and found["fingerprint"] == fingerprint:
-                yield _used(found)
+                yield used(found)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # what cannot be read is no measurement
 
 
-def _used(found: Mapping[str, Any]) -> Used:
+def used(found: Mapping[str, Any]) -> Used:
+    """Return what a run used that ended well, from its `metrics.json`."""
     return Used(
         memory_bytes=found["peak_memory_bytes"],
         epochs=found["epochs"],

@@ -203,7 +203,8 @@ class Metric:
 
 def write_money(value: float) -> str:
     """Write two decimals, or two significant digits below 0.1; the currency is the study's."""
-    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:#.2g}"
+    digits = 2 if value >= 0.1 or value == 0 else 1 - math.floor(math.log10(value))
+    return f"{value:,.{digits}f}"
 
 
 def nll_of(score: Score | None) -> float | None:

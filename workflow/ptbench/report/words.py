@@ -76,7 +76,8 @@ def _apart(speeds: Comparison) -> str:
     if not speeds.apart:
         return ""
     names = listed([framework_name(name) for name in speeds.apart])
-    return f" Not compared with these, for want of runs on the same kind of machine: {names}."
+    why = "for want of runs with as little beside them on the same kind of machine"
+    return f" Not compared with these, {why}: {names}."
 
 
 def speed_warning(speeds: Comparison | None) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+
+import pytest
 
 from ptbench.configuration.start import take_sigterm
 
@@ -25,3 +29,58 @@ def test_sigterm_that_interrupts_the_holder_of_a_lock_does_not_stop_the_run() ->
         assert handled.wait(30)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+SNAKEMAKE = """
+import signal, subprocess, sys
+from ptbench.configuration.start import pass_on_signals
+pass_on_signals()
+signal.signal(signal.SIGTERM, lambda *_: None)
+print("passing on", flush=True)
+sys.exit(subprocess.call([sys.executable, "-c", sys.argv[1]]))
+"""
+TRAINER = """
+import sys, time
+{first}
+from ptbench.training.signals import ProcessSignals
+signals = ProcessSignals()
+signals.losable = True
+signals.say = lambda _: None
+print("training", flush=True)
+while not signals.interrupted():
+    time.sleep(0.01)
+sys.exit(signals.received.name)
+"""
+NOT_READY = 'print("starting", flush=True); sys.stdin.readline()'
+
+
+def started(trainer: str) -> subprocess.Popen[str]:
+    """A stand-in for Snakemake that has started a trainer."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SNAKEMAKE, trainer], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "passing on\n"
+    return process
+
+
+@pytest.mark.parametrize("sent", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_snakemake_in_a_job_reaches_its_trainer(sent: str) -> None:
+    with started(TRAINER.format(first="")) as snakemake:
+        assert snakemake.stdout.readline() == "training\n"
+        snakemake.send_signal(signal.Signals[sent])
+        _, said = snakemake.communicate(timeout=60)
+    assert (said, snakemake.returncode) == (f"{sent}\n", 1)
+
+
+@pytest.mark.parametrize("all_of_the_step", [True, False])
+def test_a_warning_before_the_trainer_is_ready_is_not_lost(all_of_the_step: bool) -> None:
+    with started(TRAINER.format(first=NOT_READY)) as snakemake:
+        assert snakemake.stdout.readline() == "starting\n"
+        if all_of_the_step:
+            os.killpg(snakemake.pid, signal.SIGUSR1)
+        else:
+            snakemake.send_signal(signal.SIGUSR1)
+        _, said = snakemake.communicate("go on\n", timeout=60)
+    assert (said, snakemake.returncode) == ("SIGUSR1\n", 1)

@@ -1,7 +1,6 @@
 # The validated study, and what several rules need of it. No logic: that is in workflow/ptbench.
 import inspect
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from snakemake.settings.types import DeploymentMethod
 from ptbench import environments
 from ptbench.configuration.config import read_configuration
 from ptbench.configuration.specification import parse_cell_path
-from ptbench.configuration.start import take_sigterm
+from ptbench.configuration.start import pass_on_signals, take_sigterm
 from ptbench.configuration.study import load_study, read_study
 from ptbench.errors import or_exit
 from ptbench.report.commands import command_without_targets
@@ -253,11 +252,9 @@ def modified(file):
     return Path(file).stat().st_mtime_ns if Path(file).exists() else None
 
 
-# Before a time limit Slurm sends USR1 to every process of the job's step, so to Snakemake too, which it
-# would end. It is meant for the trainer, which handles it; a child process starts with what its parent
-# ignores.
+# Slurm signals a job's step before a time limit, and when it cancels the job. The trainer must get it.
 if workflow.remote_exec:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    pass_on_signals()
 
 
 # A dry run of thousands of jobs is summed up, unless how to print it was asked for.

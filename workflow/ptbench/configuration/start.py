@@ -2,11 +2,12 @@
 
 Snakemake reads every `--configfile` and makes a folder in the user's home before it reads the
 Snakefile. Before both it reads `profiles/default/config.yaml`, which calls `check`. When the run
-begins, the Snakefile calls `take_sigterm`.
+begins, the Snakefile calls `take_sigterm`, and `pass_on_signals` inside a job.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from snakemake.common import get_appdirs
 
 from ptbench.errors import PtbenchError, or_exit
@@ -78,3 +80,28 @@ def take_sigterm() -> None:
         signal.signal(
             signal.SIGTERM, lambda *what: threading.Thread(target=handler, args=what).start()
         )
+
+
+def pass_on_signals() -> None:
+    """Pass SIGTERM and SIGUSR1 on to the processes that this one has started, from now on.
+
+    A Slurm that follows processes by cgroups signals the first process of a job's step alone. That
+    is Snakemake; the trainer is a child of it. SIGUSR1 does nothing else, and waits in a process
+    that is not ready for it: what this process starts inherits that it is blocked.
+    """
+    received, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written)  # gets the number of each signal, whichever thread takes it
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    threading.Thread(target=_pass_on, args=(received,), name="signals", daemon=True).start()
+
+
+def _pass_on(received: int) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    while True:
+        [number] = os.read(received, 1)
+        if number in (signal.SIGTERM, signal.SIGUSR1):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(number)

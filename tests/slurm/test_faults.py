@@ -37,8 +37,8 @@ class Faulty(Study):
         super().__init__(folder, ["pytorch"], [1], [*range(1, seeds + 1)], epochs=EPOCHS)
         self.replace(
             "workflow/rules/training.smk",
-            'f"{FRAMEWORK_PYTHON} -m ptbench train"',
-            'f"TOY_PACE=toy-{{wildcards.seed}} {FRAMEWORK_PYTHON}'
+            'f"exec {FRAMEWORK_PYTHON} -m ptbench train"',
+            'f"TOY_PACE=toy-{{wildcards.seed}} exec {FRAMEWORK_PYTHON}'
             ' -m tests.support.toy_trainer train"',
         )
         # tests/slurm/test_study.py goes on to the report

@@ -8,7 +8,8 @@
 Needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge, whose daemons need not
 run: this starts its own. A fake GPU is a character device; Slurm hands it out and sets
 CUDA_VISIBLE_DEVICES as it would for a real one. Time limits, node failures and preemption are real,
-and quicker than on a cluster. Limits of memory and CPUs are not enforced, for lack of cgroups.
+and quicker than on a cluster. Processes are followed by cgroups, as on most clusters, where this
+machine has cgroups of version 1. Limits of memory and CPUs are not enforced.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import psutil
 
 # Nowhere else: the executor plugin drops SLURM_CONF, with all of SLURM_*, before its inner srun.
 ETC = Path("/etc/slurm")
+CGROUPS = Path("/sys/fs/cgroup")  # of version 1
 MARK = "# Written by ptbench's tests, in "
 OWNER = "# for process "  # on the second line; without it somebody started the testbed by hand
 PROGRAMS = ("munged", "slurmctld", "slurmd", "squeue", "srun")
@@ -89,6 +91,17 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def has_cgroups() -> bool:
+    """Whether Slurm can follow processes by cgroups here, as it does on most clusters."""
+    probe = CGROUPS / "freezer" / f"ptbench-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 class Testbed:
@@ -158,6 +171,7 @@ class Testbed:
         except FileExistsError:
             raise UnavailableError("another testbed has just been started") from None
         (ETC / "gres.conf").write_text(self._gres_conf())
+        (ETC / "cgroup.conf").write_text(f"{MARK}{self.folder}\nCgroupPlugin=cgroup/v1\n")
         munge = self.folder / "munge"
         self._daemon(
             "munged", "--force", f"--key-file={key}", f"--socket={munge}/socket",
@@ -184,7 +198,7 @@ AuthType=auth/munge
 # A requeued job waits until the credential of its last start is void: two minutes by default.
 AuthInfo=socket={self.folder}/munge/socket,cred_expire=5
 MpiDefault=none
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{"cgroup" if has_cgroups() else "linuxproc"}
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
@@ -283,10 +297,14 @@ SlurmdLogFile={self.folder}/log/slurmd-%n.log
                         process.wait(10)
                     except psutil.TimeoutExpired:
                         process.kill()
-        for name in ("slurm.conf", "gres.conf"):
+        for name in ("slurm.conf", "gres.conf", "cgroup.conf"):
             with contextlib.suppress(OSError):
                 if (ETC / name).read_text().startswith(f"{MARK}{self.folder}\n"):
                     (ETC / name).unlink()
+        for node in ALL:  # what cgroups Slurm leaves; the innermost first
+            for group in sorted((CGROUPS / "freezer").glob(f"slurm_{node}/**/"), reverse=True):
+                with contextlib.suppress(OSError):
+                    group.rmdir()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def ask(self, *command: str, timeout: float = 60) -> str:

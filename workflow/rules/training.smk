@@ -22,7 +22,8 @@ rule train:
         specification=specification_of,
         checkpoints=f"results/checkpoints/{CELL}",
     shell:
-        f"{FRAMEWORK_PYTHON} -m ptbench train"
+        # exec, so that the trainer is a child of Snakemake, which passes signals on to it
+        f"exec {FRAMEWORK_PYTHON} -m ptbench train"
         " --cell {params.cell:q}"
         " --specification {params.specification:q} --corpus {input.corpus:q}"
         " --output results/cells/{params.cell:q} --checkpoints {params.checkpoints:q}"

@@ -249,8 +249,8 @@ class Recipe(Model):
     averaging_interval: int | None = Field(
         5,
         ge=1,
-        description="asgd's mean begins after the first epoch whose validation nll is above the "
-        "lowest of those that are more than so many epochs older (NT-ASGD); null: at once.",
+        description="asgd's mean begins once the validation nll is above the lowest of all epochs "
+        "but the last so many (NT-ASGD); null: at once.",
     )
     learning_rate: float = Field(1.0, gt=0, le=1e6, description="Initial learning rate.")
     clip_norm: float | None = Field(

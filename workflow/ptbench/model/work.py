@@ -21,7 +21,7 @@ from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.shapes import GATES, kept_count, parameter_shapes
 
 # Multiplications and additions a second that a cell reaches at least. On one thread of a busy
-# processor zaremba-small reached 20e9 to 50e9 (README); a GTX 1060 of 2016 has a peak of 4e12.
+# processor zaremba-small reached 20e9 to 50e9; a GTX 1060 of 2016 has a peak of 4e12.
 FLOPS: dict[Accelerator, float] = {"cpu": 10e9, "cuda": 1e12}
 # Seconds for one time step of one layer, forwards and backwards, in which a small model does little
 # but start kernels: some fifty, at 10 microseconds each, and Python around them.

@@ -157,8 +157,8 @@ def jobs_are_disturbed(testbed: Testbed, folder: Path) -> Faulty:
     study.replace("workflow/ptbench/model/work.py", "START_UP = 900.0", "START_UP = 100.0")
     study.replace(
         "workflow/rules/common.smk",
-        '1 + ran_out[path, "time"])',
-        '1 + ran_out[path, "time"]) + 9 * (wildcards.seed != "3")',
+        'times(output, "time"))',
+        'times(output, "time")) + 9 * (wildcards.seed != "3")',
     )
     in_the_way = study.folder / "results/checkpoints" / failing
     in_the_way.parent.mkdir(parents=True)

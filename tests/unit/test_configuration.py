@@ -483,9 +483,6 @@ def test_speed_is_measured_with_penn_treebank_s_number_of_words_and_alone() -> N
     [corpus] = {study.recipe(cell.path).corpus for cell in study.cells}
     assert study.corpora[corpus].words + 1 == 10_000
     assert all(study.recipe(cell.path).alone for cell in study.cells)
-    # slurm/profile.yaml knows the name of a recipe alone
-    alone = {name for name, recipe in LIBRARY.recipes.items() if recipe.alone}
-    assert alone == {name for name in LIBRARY.recipes if name.startswith(("speed-", "criteria-"))}
     assert len(study.cells) == 3 * 5 * 2 * 2 * 3
 
 
@@ -711,3 +708,20 @@ def test_sparselang_s_second_experiment_keeps_as_many_weights_at_every_width() -
     assert list(kept) == [0.01, 0.005, 0.002, 0.001, 0.0005, 0.0001]
     for count in kept.values():
         assert count == pytest.approx(810_000, abs=50)
+
+
+def test_a_run_on_two_nodes_asks_each_for_the_parameters_of_its_own_devices(
+    tmp_path: Path,
+) -> None:
+    corpus = tmp_path / "corpus.json"
+    tokens = {"train": 929_589, "valid": 73_760, "test": 82_430}
+    corpus.write_text(json.dumps({"tokens": tokens, "vocabulary_size": 10_000}))
+    settings = {"experiments": ["zaremba-large"], "accelerator": "cuda", "devices": [2, 4]}
+    whole, halves = load_study(settings), load_study(settings | {"devices_per_node": 2})
+    of_two, of_four = (f"zaremba-large/jax/devices-{count}/seed-1" for count in (2, 4))
+    assert halves.memory_megabytes(of_two, str(corpus)) == whole.memory_megabytes(
+        of_two, str(corpus)
+    )
+    assert halves.memory_megabytes(of_four, str(corpus)) < whole.memory_megabytes(
+        of_four, str(corpus)
+    )

@@ -80,18 +80,39 @@ def test_a_job_that_ran_out_asks_for_the_bound_at_least(study: Study) -> None:
 
 
 def test_a_smoke_run_is_scaled_to_the_epochs_and_the_corpus(study: Study) -> None:
-    used = {"total": 30.0, "training": 2.0, "validation": 1.0, "test": 0.5}
+    used = {"total": 30.0, "training": 2.0, "validation": 1.0, "test": 0.5, "accuracy": 0.3}
     finish(
         study, seed=1, budget="+budget=smoke", seconds=Seconds(**used), epochs=1, best_epoch=1,
         valid=score_of(5, 1000), test=score_of(5, 100), tokens_per_second=2000.0,
         peak_memory_bytes=600_000_000,
     )  # fmt: skip
     epoch = TOKENS["train"] / 2000 + TOKENS["valid"] / 1000 * 1.0
-    seconds = 26.0 + 13 * epoch + 2 * 0.5 * TOKENS["test"] / 100
+    seconds = 26.2 + 13 * epoch + (0.5 + 0.3) * TOKENS["test"] / 100
     expected = SMOKE.memory * 600, math.ceil((START_UP + SMOKE.time * seconds) / 60)
     assert asked(study) == expected
     finish(study)  # a whole run knows better
     assert asked(study) != expected
+
+
+@pytest.mark.parametrize("budget", ["quick", "smoke"])
+def test_a_smoke_run_tells_nothing_of_other_budgets(study: Study, budget: str) -> None:
+    finish(study, seed=1, budget="+budget=smoke")
+    reduced = load_study({"experiments": ["zaremba-small"], "budget": budget, "seeds": [2]})
+    path = f"zaremba-small+budget={budget}/jax/devices-1/seed-2"
+    minutes = reduced.runtime_minutes(path, "corpus.json")
+    if budget == "smoke":  # it is its own row
+        assert minutes == math.ceil((START_UP + SEEDS.time * 1220 / 13) / 60)
+    else:
+        Path("results/cells").rename("elsewhere")
+        again = load_study({"experiments": ["zaremba-small"], "budget": budget, "seeds": [2]})
+        assert again.runtime_minutes(path, "corpus.json") == minutes
+
+
+def test_a_smoke_run_of_what_a_search_has_yet_to_find_is_left_aside(study: Study) -> None:
+    """A study knows the winner of a search under its name once there is one."""
+    row = "singh-search-lstm2-winner-1+budget=smoke/keras/devices-1"
+    Path("results/cells", row, "seed-1").mkdir(parents=True)
+    assert study.used_by(row) == []
 
 
 def test_no_job_asks_for_more_than_the_configuration_allows(study: Study) -> None:

@@ -84,9 +84,46 @@ def test_only_cells_on_gpus_ask_for_gpus(tmp_path: Path, monkeypatch: pytest.Mon
     executor.refusing = threading.Lock()
     for framework in ("jax", "mxnet"):
         for asked in ({"gpu": 2}, {"gres": "gpu:2"}):
-            wildcards = SimpleNamespace(framework=framework)
-            executor.run_job(SimpleNamespace(wildcards=wildcards, resources=Resources(asked)))
+            executor.run_job(job_of("demo-lstm", framework, asked))
     assert submitted == ["--gpus=2", "--gres=gpu:2", "", ""]
+
+
+def job_of(variant: str, framework: str, asked: dict[str, Any]) -> SimpleNamespace:
+    """A job of the rule `train`, as Snakemake hands it to the executor."""
+    return SimpleNamespace(
+        rule=SimpleNamespace(name="train"), resources=Resources(asked),
+        wildcards=SimpleNamespace(variant=variant, framework=framework),
+    )  # fmt: skip
+
+
+def test_cells_that_run_alone_ask_for_a_node_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_study({"experiments": ["speed", "demo"]}).write(Path("results/study.json"), [], "")
+    executor = Executor.__new__(Executor)
+    for variant, expected in (
+        ("speed-small", "--signal=USR1@120 --exclusive"),
+        ("speed-small+alone=False", "--signal=USR1@120"),
+        ("demo-lstm", "--signal=USR1@120"),
+    ):
+        job = job_of(variant, "jax", {"slurm_extra": "--signal=USR1@120"})
+        executor.fit(job)
+        assert job.resources.slurm_extra == expected
+
+
+def test_a_job_whose_study_cannot_be_read_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr(
+        plugin.Executor, "_report_job_error_threadsafe", lambda _, __, msg: said.append(msg)
+    )
+    Executor.__new__(Executor).run_job(job_of("demo-lstm", "jax", {}))
+    assert said == [
+        "not submitted: results/study.json: cannot be read: No such file or directory. "
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +132,7 @@ def test_only_cells_on_gpus_ask_for_gpus(tmp_path: Path, monkeypatch: pytest.Mon
         ({"gpu": 8}, "--gres=gpu:4"),
         ({"gpu": 8, "gpu_model": "a100"}, "--gres=gpu:a100:4"),
         ({"gres": "gpu:a100:8"}, "--gres=gpu:a100:4"),
+        ({"gres": "gpu:a100:8,ssd:1"}, "--gres=gpu:a100:4,ssd:1"),
         ({}, "--ntasks=2"),  # sbatch would give one task one node
     ],
 )

@@ -119,13 +119,6 @@ def test_before_the_corpus_is_there_the_sizes_are_yet_to_be_told(
     shutil.move(kept, project.folder / "results")
 
 
-def test_a_cell_that_measures_speed_has_a_node_of_its_own(project: Project, plan: str) -> None:
-    assert "exclusive" not in plan
-    target = "results/cells/speed-small/jax/devices-1/seed-1/metrics.json"
-    [block] = jobs(project.snakemake("--profile", "slurm", "-n", target).stdout).values()
-    assert "slurm_extra=--signal=USR1@120 --exclusive" in block
-
-
 def test_another_configuration_may_be_run_on_the_cluster(project: Project) -> None:
     """As for a quick look before the full study."""
     answer = project.snakemake(

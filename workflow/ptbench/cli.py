@@ -880,14 +880,14 @@ def generate(output: Path) -> None:
 
 
 MODELS = ("small", "medium", "large", "mos", "bmlg", "awd-lstm")
-IMPLEMENTATIONS = ("stock", "tuned")
+IMPLEMENTATIONS = ("stock", "tuned", "bfloat16")
 
 
 @command(
     "Measure the training speed of every framework side by side.",
     argument("--models", nargs="+", choices=MODELS, default=("small", "medium", "mos")),
     argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS),
-    argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS),
+    argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[:2]),
     ACCELERATOR,
     argument("--threads", type=positive, default=2, help="CPU threads of each"),
     argument("--rounds", type=positive, default=5, help="turns of each"),

@@ -48,7 +48,7 @@ OUT_OF_MEMORY = re.compile(
     r"|annot allocate memory"
 )
 
-# How often the jobs of this Snakemake have run out of something, by cell and what.
+# How often the jobs of this Snakemake have run out of something, by their output and what it was.
 ran_out: Counter[tuple[str, Scarce]] = Counter()
 
 

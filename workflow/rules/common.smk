@@ -110,17 +110,24 @@ def python_of(wildcards):
     return f"results/environments/{wildcards.framework}-{accelerator}/bin/python"
 
 
-# What a cell's job asks for: more of what it has run out of.
+# How many times as much a job asks for: more of what it has run out of.
+def times(output, what):
+    return 1 + ran_out[output, what]
+
+
+# What a cell's job asks for.
 @noted
 def memory_of(wildcards, input):
     path = CELL.format(**wildcards)
-    return study.memory_megabytes(path, input.corpus, 1 + ran_out[path, "memory"])
+    output = f"results/cells/{path}/metrics.json"
+    return study.memory_megabytes(path, input.corpus, times(output, "memory"))
 
 
 @noted
 def runtime_of(wildcards, input):
     path = CELL.format(**wildcards)
-    return study.runtime_minutes(path, input.corpus, 1 + ran_out[path, "time"])
+    output = f"results/cells/{path}/metrics.json"
+    return study.runtime_minutes(path, input.corpus, times(output, "time"))
 
 
 # Of a variant that a search has yet to find, Snakemake asks again when its file is there.
@@ -214,6 +221,19 @@ def cores_of_profile(wildcards):
     here = workflow.nodes is None and not workflow.remote_exec
     threads = max(study.config.threads, int(wildcards.devices))
     return workflow.cores if here else -(-threads // nodes_of(wildcards))
+
+
+# What its job asks for: the memory that a cell does, and 30 minutes.
+@noted
+def memory_of_profile(wildcards, input, output):
+    path = profiled_cell(wildcards)
+    return study.memory_megabytes(path, input.corpus, times(str(output), "memory"))
+
+
+@noted
+def runtime_of_profile(wildcards, output):
+    asked = 30 * times(str(output), "time")
+    return min(asked, study.config.max_runtime or asked)
 
 
 # The results of a search's trials, without those that have failed.

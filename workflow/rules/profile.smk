@@ -17,10 +17,8 @@ rule profile:
     threads: cores_of_profile
     resources:
         nodes=nodes_of,
-        mem_mb=lambda wildcards, input: study.memory_megabytes(
-            profiled_cell(wildcards), input.corpus
-        ),
-        runtime=30,
+        mem_mb=memory_of_profile,
+        runtime=runtime_of_profile,
         python=python_of,
     params:
         row=ROW,

@@ -9,6 +9,7 @@ It differs from snakemake-executor-plugin-slurm in this (docs/slurm-upstream.md)
 - What a job ran out of is remembered, and `ptbench.slurm.ran_out` tells it to the next attempt.
 - Cells of frameworks that `accelerators` puts on CPUs ask for no GPU, whatever the profile says.
 - GPUs of a cell that spans several nodes are shared out to them.
+- Cells whose recipe says `alone` ask for a node of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import snakemake_executor_plugin_slurm as plugin
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 
 from ptbench import slurm
-from ptbench.configuration.study import read_study
+from ptbench.configuration.study import Study, read_study
+from ptbench.errors import PtbenchError
 
 REFUSALS = 3  # in a row, in the same words, after which no more jobs are submitted
 GPU_RESOURCES = ("gpu", "gpu_model", "gres")  # that the plugin asks sbatch for
@@ -54,12 +56,24 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         super().__post_init__(test_mode)
 
     @cached_property
-    def on_cpus(self) -> set[str]:
-        """The frameworks of the study that train on CPUs beside others on GPUs."""
-        config = read_study(Path("results/study.json")).config
-        if not config.accelerators:  # the profile says what all ask for
-            return set()
-        return {name for name in config.frameworks if config.accelerator_of(name) == "cpu"}
+    def study(self) -> Study:
+        """What is run."""
+        return read_study(Path("results/study.json"))
+
+    def fit(self, job: Any) -> None:
+        """Let a job ask for what its cell needs, beyond what the profile says.
+
+        Raises:
+            ConfigurationError: if the study cannot be read.
+        """
+        config, framework = self.study.config, getattr(job.wildcards, "framework", None)
+        # Without `accelerators` the profile says what all ask for.
+        if framework and config.accelerators and config.accelerator_of(framework) == "cpu":
+            for name in GPU_RESOURCES:
+                setattr(job.resources, name, "")
+        if job.rule.name == "train" and self.study.recipe(job.wildcards.variant).alone:
+            job.resources.slurm_extra = f"{job.resources.get('slurm_extra') or ''} --exclusive"
+        share_out(job.resources)
 
     def shutdown(self) -> None:
         self.ends.set()
@@ -79,10 +93,11 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
 
     def run_job(self, job: Any) -> None:
         """Submit a job, patiently; called in a thread of its own."""
-        if getattr(job.wildcards, "framework", None) in self.on_cpus:
-            for name in GPU_RESOURCES:
-                setattr(job.resources, name, "")
-        share_out(job.resources)
+        try:
+            self.fit(job)
+        except PtbenchError as error:
+            super()._report_job_error_threadsafe(SubmittedJobInfo(job), f"not submitted: {error}. ")
+            return
         waits = 0
         while not self.ends.is_set():
             self.told.words = None
@@ -167,8 +182,7 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         lacking = slurm.scarce(state, "".join(map(end_of, (log, *info.job.log))))
         if lacking:
             [output] = info.job.output
-            cell = str(output).removeprefix("results/cells/").removesuffix("/metrics.json")
-            slurm.ran_out[cell, lacking] += 1
+            slurm.ran_out[str(output), lacking] += 1
         how = f"it ended as {state}" if state else "it left the queue without a result"
         more = f"; it ran out of {lacking}" if lacking else ""
         self.report_job_error(
@@ -187,9 +201,15 @@ def share_out(resources: Any) -> None:
     if not gres:
         resources.tasks = nodes  # sbatch gives a job of one task one node
         return
-    kind, _, count = gres.rpartition(":")
     resources.gpu = resources.gpu_model = ""
-    resources.gres = f"{kind}:{int(count) // nodes}" if count.isdecimal() else gres
+    resources.gres = ",".join(shared(each, nodes) for each in gres.split(","))
+
+
+def shared(gres: str, nodes: int) -> str:
+    """Return what each node gives of one kind of thing, of which only GPUs are counted in all."""
+    kind, _, count = gres.rpartition(":")
+    counted = kind.startswith("gpu") and count.isdecimal()
+    return f"{kind}:{int(count) // nodes}" if counted else gres
 
 
 def end_of(log: str) -> str:

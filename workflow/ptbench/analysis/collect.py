@@ -24,7 +24,7 @@ from ptbench.configuration.obstacles import obstacle
 from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Accelerator, Implementation, Recipe
-from ptbench.model.work import flops_per_token
+from ptbench.model.work import flops_per_token, units_held
 from ptbench.training.records import Metrics, perplexity, read_history, read_metrics
 
 State = Literal["ok", "diverged", "missing"]
@@ -231,15 +231,12 @@ def _with_rent(found: CellResult, plan: ExperimentPlan) -> CellResult:
     hour = plan.rents.get(found.cell.framework)
     if found.result is None or hour is None:
         return found
-    devices, threads = found.cell.devices, found.provenance.threads
-    if plan.accelerators.get(found.cell.framework) == "cuda":
-        units = devices
-    elif threads is None:
+    accelerator, threads = plan.accelerators.get(found.cell.framework), found.provenance.threads
+    if accelerator != "cuda" and threads is None:
         return found
-    else:
-        units = max(threads, devices)
-        if hardware := found.result.metrics.hardware:
-            units = min(units, hardware.cores)  # more replicas than cores share them
+    hardware = found.result.metrics.hardware
+    cores = hardware.cores if hardware else None
+    units = units_held(accelerator or "cpu", found.cell.devices, threads or 1, cores)
     return replace(found, result=found.result._replace(rent_per_second=units * hour / 3600))
 
 

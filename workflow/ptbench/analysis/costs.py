@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.config import Prices
 from ptbench.configuration.requests import Used, used
 from ptbench.configuration.specification import Cell
-from ptbench.configuration.study import Study, smoke_row
+from ptbench.configuration.study import Study
 from ptbench.corpus import CorpusError
 from ptbench.corpus.definitions import (
     SPLITS,
@@ -173,39 +172,39 @@ class Estimator:
         seconds, source = self._seconds(cell, recipe, size)
         config = self.study.config
         accelerator = config.accelerator_of(cell.framework)
-        units = cell.devices if accelerator == "cuda" else max(config.threads, cell.devices)
+        cores = None
+        if cell in self.finished and (hardware := self.finished[cell].metrics.hardware):
+            cores = hardware.cores
+        units = work.units_held(accelerator, cell.devices, config.threads, cores)
         keeps = config.keep_checkpoints != "none"
         disk = stored_bytes(recipe, size.vocabulary_size) if keeps else 0
-        memory = self._memory_bytes(cell, recipe, size)
+        memory = self._memory_bytes(cell, size)
         return RunCost(cell, seconds, source, units, accelerator, disk, memory)
 
     def _row(self, cell: Cell) -> list[Metrics]:
         """Return the finished runs of a cell's row."""
         return self.rows.get((cell.variant, cell.framework, cell.devices), [])
 
-    def _memory_bytes(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> int:
+    def _memory_bytes(self, cell: Cell, size: CorpusSize) -> int:
         if row := self._row(cell):
             return max(metrics.peak_memory_bytes for metrics in row)
-        accelerator = self.study.config.accelerator_of(cell.framework)
-        libraries = FRAMEWORKS[cell.framework].memory_megabytes
-        return 1_000_000 * work.memory_megabytes(recipe, accelerator, libraries, cell.devices, size)
+        return 1_000_000 * self.study.memory_bound(cell, size)
 
     def _seconds(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
         if cell in self.finished:
             return self.finished[cell].metrics.seconds.total, "finished"
         if row := self._row(cell):
             return statistics.median(each.seconds.total for each in row), "other seeds"
-        smoke = self._smoke(cell) if recipe.budget == "full" else []
-        if smoke:
+        if smoke := self._smoke(cell):
             epochs = recipe.epochs
             return statistics.median(u.scaled_seconds(epochs, size) for u in smoke), "smoke"
         return self.without_its_row(cell, recipe, size)
 
     def _smoke(self, cell: Cell) -> list[Used]:
         """Return what the seeds of a cell's row used in the budget `smoke`."""
-        row = smoke_row(cell.path.rpartition("/")[0])
+        row = cell.path.rpartition("/")[0]
         if row not in self.smoke:
-            self.smoke[row] = self.study.used_by(row, self.results)
+            self.smoke[row] = self.study.smoke_used_by(row, self.results)
         return self.smoke[row]
 
     def without_its_row(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
@@ -217,6 +216,7 @@ class Estimator:
             if (other.framework, other.devices) == (cell.framework, cell.devices)
             and measured.recipe.implementation == recipe.implementation
             and measured.recipe.precision == recipe.precision
+            and measured.recipe.kernel == recipe.kernel
             and other.variant != cell.variant
         ]
         if alike:

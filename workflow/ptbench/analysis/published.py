@@ -10,7 +10,6 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -90,11 +89,6 @@ class LeftOut(Model):
     metric: str = Field(min_length=1, description="What was measured.")
     value: str = Field(min_length=1, description="The number, in our units.")
     reason: str = Field(min_length=1, description="Why no row of ours answers it.")
-
-    def covers(self, source: str, locator: str, metric: str, value: str) -> bool:
-        """Return whether a printed number is among those that are left out."""
-        patterns = ((locator, self.locator), (metric, self.metric), (value, self.value))
-        return source == self.source and all(fnmatchcase(*each) for each in patterns)
 
 
 def read_published(folder: Path) -> list[PublishedValue]:

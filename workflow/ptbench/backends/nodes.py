@@ -85,7 +85,8 @@ def start(nodes: int, each: int) -> list[Elsewhere]:
                 "setsid", "--fork", "srun", "--overlap", "--export=ALL", "--input=none",
                 "--cpu-bind=none", f"--exclude={os.environ['SLURMD_NODENAME']}",
                 f"--nodes={nodes - 1}", f"--ntasks={(nodes - 1) * each}",
-                f"--ntasks-per-node={each}", "--distribution=block", sys.executable, "-c", START,
+                f"--ntasks-per-node={each}", "--distribution=block", "--kill-on-bad-exit=1",
+                sys.executable, "-c", START,
             ],
             env=environment, stdin=subprocess.DEVNULL, pass_fds=[writer], check=True,
         )  # fmt: skip
@@ -120,12 +121,12 @@ def take_part() -> None:
     address = os.environ["SLURM_LAUNCH_NODE_IPADDR"], int(port)
     connection = Client(address, authkey=bytes.fromhex(secret))
     connection.send((int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]))
-    threading.Thread(target=end_with, args=(connection.fileno(),), daemon=True).start()
+    threading.Thread(target=exit_on_hangup, args=(connection.fileno(),), daemon=True).start()
     function, arguments = connection.recv()
     function(connection, *arguments)
 
 
-def end_with(other_end: int) -> None:
+def exit_on_hangup(other_end: int) -> None:
     """End this process when the other end of a connection is closed, whatever it is doing."""
     poll = select.poll()
     poll.register(other_end, select.POLLRDHUP)

@@ -230,7 +230,7 @@ def follow(connection: Connection, rendezvous: str, rank: int, group: Group) -> 
     global _to_first
     _to_first = connection
     if (parent := multiprocessing.parent_process()) is not None:  # on the first one's machine
-        end_with(parent)
+        die_with(parent)
     meet(None)
     group.join(rendezvous, rank, group)
     with contextlib.suppress(EOFError):
@@ -244,7 +244,7 @@ def follow(connection: Connection, rendezvous: str, rank: int, group: Group) -> 
     os._exit(0)  # to destroy what PyTorch has loaded would take a second more
 
 
-def end_with(parent: Any) -> None:
+def die_with(parent: Any) -> None:
     """Be killed when the first process dies, which would else be waited for (prctl(2))."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -493,15 +493,22 @@ class Study:
                 self.recipe(path),
                 size,
                 self.used_by(row),
-                self.used_by(smoke_row(row)),
+                self.smoke_used_by(row),
             )
         return self._requests[row]
 
     def used_by(self, row: str, results: Path = Path("results")) -> list[Used]:
         """Return what the finished runs of a row used, those of its present recipe."""
         folder = results / "cells" / row
-        fingerprint = self.fingerprint(f"{row}/seed-0") if folder.exists() else None
-        return list(used_by(folder, fingerprint)) if fingerprint else []
+        if folder.exists():
+            with contextlib.suppress(ConfigurationError):  # the study can have no such row
+                if fingerprint := self.fingerprint(f"{row}/seed-0"):
+                    return list(used_by(folder, fingerprint))
+        return []
+
+    def smoke_used_by(self, row: str, results: Path = Path("results")) -> list[Used]:
+        """Return what the same row used in the budget `smoke`, which tells of whole runs alone."""
+        return self.used_by(smoke_row(row), results) if self.recipe(row).budget == "full" else []
 
     def memory_megabytes(self, path: str, corpus_json: str, times: int = 1) -> int:
         """Return the main memory that a cell's job asks for [MB].
@@ -512,15 +519,20 @@ class Study:
             times: 1; more for a cell that has run out of what was asked for.
         """
         cell, size = parse_cell_path(path), work.corpus_size(corpus_json)
-        measured = self._measured(path, size)
-        libraries = FRAMEWORKS[cell.framework].memory_megabytes
-        asked = work.memory_megabytes(
-            self.recipe(path), self.config.accelerator_of(cell.framework), libraries,
-            cell.devices, size, times,
-        )  # fmt: skip
-        if measured:
+        asked = self.memory_bound(cell, size, times)
+        if measured := self._measured(path, size):
             asked = max(times * measured.megabytes, asked if times > 1 else 0)
         return min(asked, self.config.max_memory or asked)
+
+    def memory_bound(self, cell: Cell, size: CorpusSize, times: int = 1) -> int:
+        """Return the main memory that a cell takes on each of its nodes, at most [MB]."""
+        libraries = FRAMEWORKS[cell.framework].memory_megabytes
+        accelerator = self.config.accelerator_of(cell.framework)
+        here = min(self.config.devices_per_node or cell.devices, cell.devices)
+        recipe = self.recipe(cell.path)
+        return work.memory_megabytes(
+            recipe, accelerator, libraries, cell.devices, size, times, here
+        )
 
     def runtime_minutes(self, path: str, corpus_json: str, times: int = 1) -> int:
         """Return the time limit that a cell's job asks for [minutes], as `memory_megabytes`."""

@@ -119,8 +119,7 @@ class Recipe(Model):
     alone: bool = Field(
         False,
         description="Whether a run has its machine to itself, for measuring speed: no other run of "
-        "the study beside it, and under Slurm, if its recipe is called speed-... or criteria-..., "
-        "its node.",
+        "the study beside it, and under Slurm a node of its own.",
     )
     layers: int = Field(2, ge=1, le=64, description="Recurrent layers.")
     embedding_size: int = Field(200, ge=1, description="Width of the word embedding [units].")

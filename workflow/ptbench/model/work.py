@@ -67,13 +67,16 @@ def memory_megabytes(
     devices: int,
     size: CorpusSize,
     times: int = 1,
+    devices_here: int | None = None,
 ) -> int:
-    """Return the main memory to ask for [MB].
+    """Return the main memory to ask for on each node [MB].
 
     Args:
         libraries: memory of a process that trains a small model, libraries included [MB].
         times: ask for so many times the estimate.
+        devices_here: of one node, each with its copies of the parameters; None: all of them.
     """
+    copies = COPIES * (devices_here or devices)
     libraries += CUDA_LIBRARIES if accelerator == "cuda" else 0
     shapes = parameter_shapes(recipe, size.vocabulary_size)
     parameters = sum(map(math.prod, shapes.values()))  # the zeros of a sparse model too
@@ -81,8 +84,25 @@ def memory_megabytes(
         recipe.global_batch_size(devices), recipe.evaluation_batch_size, recipe.test_batch_size
     )
     logits = batch * recipe.sequence_length * size.vocabulary_size * max(recipe.mixtures, 1)
-    arrays = 4 * (COPIES * parameters * devices + LOGITS * logits + 2 * sum(size.tokens.values()))
+    arrays = 4 * (copies * parameters + LOGITS * logits + 2 * sum(size.tokens.values()))
     return math.ceil((libraries + arrays / 1e6) * times)
+
+
+def units_held(
+    accelerator: Accelerator, devices: int, threads: int, cores: int | None = None
+) -> int:
+    """Return how many GPUs or CPU cores a run holds.
+
+    Args:
+        accelerator: which of the two.
+        devices: that it trains on.
+        threads: that it is given on CPUs.
+        cores: of its machine, where that is known; more replicas than cores share them.
+    """
+    if accelerator == "cuda":
+        return devices
+    held = max(threads, devices)
+    return held if cores is None else min(held, cores)
 
 
 def runtime_minutes(

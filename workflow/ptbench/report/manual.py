@@ -360,8 +360,8 @@ def plan() -> str:
     return (
         f"{table(header, body)}\n"
         f"A GPU is taken to cost {rent:g} {prices.currency} an hour and to use {watts:g} W. On 32 "
-        f"GPUs all of it takes {everything.hours(32) / 24:,.0f} days at most. Disk is for the best "
-        "parameters of every run; `keep_checkpoints: none` keeps none.\n"
+        f"GPUs without a gap, these hours are {everything.hours(32) / 24:,.0f} days. Disk is for "
+        "the best parameters of every run; `keep_checkpoints: none` keeps none.\n"
     )
 
 

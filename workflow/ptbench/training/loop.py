@@ -222,7 +222,8 @@ class Trainer:
         self.backend.load_parameters(self.run.best_parameters)
         with self.clocks("test"):
             self.run.test = evaluate(self.backend, self.splits.test, self.keeper)
-        self.run.test_accuracy = accuracy(self.backend, self.splits.test, self.keeper)
+        with self.clocks("accuracy"):
+            self.run.test_accuracy = accuracy(self.backend, self.splits.test, self.keeper)
 
     def warm_up_evaluation(self) -> None:
         """Let the framework compile its evaluation on a clock of its own; nothing is kept."""

@@ -71,7 +71,10 @@ class Seconds(Model):
     )
     training: float = Field(0.0, description="Training steps after the first [s].")
     validation: float = Field(0.0, description="Scoring the validation split after epochs [s].")
-    test: float = Field(0.0, description="Scoring the test split, once [s].")
+    test: float = Field(0.0, description="Scoring the test split, for its perplexity [s].")
+    accuracy: float = Field(
+        0.0, description="Reading it again for the accuracy of the next word, with compiling [s]."
+    )
     checkpointing: float = Field(0.0, description="Saving parameters and checkpoints [s].")
     total: float = Field(
         0.0,

@@ -99,7 +99,7 @@ def test_a_smoke_run_of_the_same_row_tells_what_the_whole_takes(
     run = Estimator(study, tmp_path).run(cell_of("zaremba-small", 2))
     assert run.source == "smoke"
     epoch = PTB["train"] / 1000 + 2 * PTB["valid"] / 400
-    assert run.seconds == pytest.approx(8 + 13 * epoch + 2 * PTB["test"] / 40)
+    assert run.seconds == pytest.approx(9 + 13 * epoch + 2 * PTB["test"] / 40)
 
 
 @pytest.mark.parametrize(

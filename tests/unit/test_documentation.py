@@ -123,3 +123,11 @@ def test_the_citation_has_what_its_format_asks_for() -> None:
     assert citation["title"]
     assert citation["authors"]
     assert all(author.keys() & {"name", "family-names"} for author in citation["authors"])
+
+
+def test_the_readme_says_what_the_plan_of_the_full_study_says() -> None:
+    plan = (ROOT / "docs" / "manual" / "plan.md").read_text(encoding="utf-8")
+    [row] = [line.split(" | ") for line in plan.splitlines() if "all, each run once" in line]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{row[1]} cells" in readme
+    assert f"{row[2]} GPU-hours" in readme

@@ -104,7 +104,7 @@ def test_cells_that_run_alone_ask_for_a_node_of_their_own(
     executor = Executor.__new__(Executor)
     for variant, expected in (
         ("speed-small", "--signal=USR1@120 --exclusive"),
-        ("speed-small+alone=False", "--signal=USR1@120"),
+        ("speed-small+alone=false", "--signal=USR1@120"),
         ("demo-lstm", "--signal=USR1@120"),
     ):
         job = job_of(variant, "jax", {"slurm_extra": "--signal=USR1@120"})
@@ -132,7 +132,6 @@ def test_a_job_whose_study_cannot_be_read_is_not_submitted(
         ({"gpu": 8}, "--gres=gpu:4"),
         ({"gpu": 8, "gpu_model": "a100"}, "--gres=gpu:a100:4"),
         ({"gres": "gpu:a100:8"}, "--gres=gpu:a100:4"),
-        ({"gres": "gpu:a100:8,ssd:1"}, "--gres=gpu:a100:4,ssd:1"),
         ({}, "--ntasks=2"),  # sbatch would give one task one node
     ],
 )

@@ -201,15 +201,9 @@ def share_out(resources: Any) -> None:
     if not gres:
         resources.tasks = nodes  # sbatch gives a job of one task one node
         return
-    resources.gpu = resources.gpu_model = ""
-    resources.gres = ",".join(shared(each, nodes) for each in gres.split(","))
-
-
-def shared(gres: str, nodes: int) -> str:
-    """Return what each node gives of one kind of thing, of which only GPUs are counted in all."""
     kind, _, count = gres.rpartition(":")
-    counted = kind.startswith("gpu") and count.isdecimal()
-    return f"{kind}:{int(count) // nodes}" if counted else gres
+    resources.gpu = resources.gpu_model = ""
+    resources.gres = f"{kind}:{int(count) // nodes}" if count.isdecimal() else gres
 
 
 def end_of(log: str) -> str:

@@ -287,6 +287,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            MEDIAN, write_seconds, lambda run: training_and_validation(run.metrics.seconds)),
     Metric("test_seconds", "Test time", None, "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.test if run.metrics.test else None),
+    Metric("accuracy_seconds", "Accuracy time", None, "s", "lower", MEDIAN, write_seconds,
+           lambda run: run.metrics.seconds.accuracy or None),
     Metric("checkpointing_seconds", "Checkpointing time", None, "s", "lower", MEDIAN,
            write_seconds, lambda run: run.metrics.seconds.checkpointing),
     Metric("parameters", "Parameters", "Parameters", "", "neither", LARGEST,

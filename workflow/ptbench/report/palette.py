@@ -29,6 +29,7 @@ CLOCKS = {
     "training": ("train", "#3f6690"),
     "validation": ("validate", "#6d9a86"),
     "test": ("test", "#55796a"),
+    "accuracy": ("accuracy", "#a9bf8f"),
     "checkpointing": ("save", "#9b7b8f"),
     "other": ("other", "#c9cdd2"),
 }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
-from ptbench.analysis.collect import AnalysisError, first_line
+from ptbench.analysis.collect import MAXIMUM_FAILED, AnalysisError, first_line
 from ptbench.configuration.experiments import Dimension, Value
 from ptbench.configuration.search import (
     TRIES,
@@ -36,6 +36,7 @@ from ptbench.configuration.search import (
 from ptbench.configuration.specification import Specification
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Model
+from ptbench.training.attempts import look
 from ptbench.training.records import perplexity, read_metrics
 
 if TYPE_CHECKING:
@@ -318,6 +319,7 @@ class FullRuns(Model):
     variant: str = Field(description="Name of the variant.")
     trial: int | None = Field(description="The trial that it was; null: what others found.")
     planned: int = Field(description="Runs planned.")
+    finished: int = Field(description="Runs that ended well, diverged or failed.")
     ok: int = Field(description="Runs that ended well.")
     valid_perplexity: float | None = Field(description="exp of their mean validation nll.")
     test_perplexity: float | None = Field(description="exp of their mean test nll.")
@@ -334,12 +336,33 @@ class SearchResult(Model):
         description="Share of the variance of the trials' nll that each key explains (fANOVA), "
         "of those that every trial has."
     )
-    winner: FullRuns | None = Field(description="The winner with the lowest validation nll.")
+    winner: FullRuns | None = Field(
+        description="Of those of whose full runs at most one diverged or failed, the one with the "
+        "lowest mean validation nll; null until all full runs have finished."
+    )
     recipe: str | None = Field(description="The winner as a recipe that can be pasted.")
 
     def count(self, state: str) -> int:
         """Return the number of trials in a state."""
         return sum(trial.state == state for trial in self.trials)
+
+    @property
+    def candidates(self) -> list[FullRuns]:
+        """The full runs of the trials that went on."""
+        return [runs for runs in self.full if runs.trial is not None]
+
+    @property
+    def undecided(self) -> str:
+        """Why there is no winner; nothing where there is one."""
+        if self.winner:
+            return ""
+        planned = sum(runs.planned for runs in self.candidates)
+        waiting = planned - sum(runs.finished for runs in self.candidates)
+        if not self.candidates:
+            return "not decided yet: no trial has been trained in full"
+        if waiting:
+            return f"not decided yet: {waiting} of {planned} full runs have no result"
+        return "none: of each candidate, two or more full runs diverged or failed"
 
     @property
     def ranked(self) -> list[Trial]:
@@ -374,8 +397,12 @@ def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Pa
     for variant, cells in full.items():
         number = chosen[variant]["number"] if variant in chosen else None
         runs.append(full_runs(variant, number, cells, results))
-    finished = [run for run in runs if run.trial is not None and run.valid_perplexity is not None]
-    winner = min(finished, key=lambda run: run.valid_perplexity or math.inf, default=None)
+    candidates = [run for run in runs if run.trial is not None]
+    winner = None
+    if all(run.finished == run.planned for run in candidates):
+        whole = [run for run in candidates if run.planned - run.ok <= MAXIMUM_FAILED]
+        scored = [run for run in whole if run.valid_perplexity is not None]
+        winner = min(scored, key=lambda run: run.valid_perplexity or math.inf, default=None)
     recipe = None
     if winner is not None:
         point = chosen[winner.variant]["point"]
@@ -392,8 +419,12 @@ def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Pa
 
 
 def full_runs(variant: str, trial: int | None, cells: Sequence[str], results: Path) -> FullRuns:
-    """Return what the full runs of a variant came to."""
+    """Return what the full runs of a variant came to.
+
+    A run without a result has finished if its newest attempt failed.
+    """
     found = []
+    failed = 0
     for cell in cells:
         path = results / "cells" / cell / "metrics.json"
         if path.exists():
@@ -401,12 +432,15 @@ def full_runs(variant: str, trial: int | None, cells: Sequence[str], results: Pa
                 found.append(read_metrics(path))
             except (OSError, ValidationError) as error:
                 raise AnalysisError(f"{path} cannot be read ({first_line(error)})") from error
+        elif (seen := look(results / "attempts" / cell)) and seen.status == "failed":
+            failed += 1
     valid = [each.valid.nll for each in found if each.status == "ok" and each.valid]
     test = [each.test.nll for each in found if each.status == "ok" and each.test]
     return FullRuns(
         variant=variant,
         trial=trial,
         planned=len(cells),
+        finished=len(found) + failed,
         ok=len(valid),
         valid_perplexity=perplexity(fmean(valid)) if valid else None,
         test_perplexity=perplexity(fmean(test)) if test else None,
@@ -416,17 +450,23 @@ def full_runs(variant: str, trial: int | None, cells: Sequence[str], results: Pa
 def importances(space: Space, trials: Sequence[Trial]) -> dict[str, float]:
     """Return how much of the variance of the trials' nll each key explains, the most first.
 
-    Functional ANOVA of a random forest (Hutter et al. 2014), by Optuna. Trials that did not end
-    well have no nll, and are left out.
+    Functional ANOVA of a random forest (Hutter et al. 2014), by Optuna. What is left to 1 is of
+    keys together. Trials that did not end well have no nll, and are left out.
     """
     good = ranked(trials)
     if len(good) < FEWEST_TRIALS or len({trial.nll for trial in good}) == 1:
         return {}
+
+    import warnings
 
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     study = study_of(space, sorted(good, key=lambda trial: trial.number))
-    found: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of normalize
+        found: dict[str, float] = optuna.importance.get_param_importances(
+            study, evaluator=evaluator, normalize=False
+        )
     return found

@@ -53,7 +53,7 @@ def write_search(
             save(draw(), output / "figures" / file.name)
     for name, text in {
         "trials.csv": trials_csv(result),
-        "recipe.yaml": result.recipe or "# No full run has ended well yet.\n",
+        "recipe.yaml": result.recipe or f"# The winner is {result.undecided}.\n",
         "search.json": result.model_dump_json(indent=1) + "\n",
     }.items():
         write_atomically(output / name, text)
@@ -159,8 +159,8 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
                 name="importance",
                 title="Which keys matter",
                 caption="Share of the variance of the validation log-likelihood over trials that a "
-                "key explains (functional ANOVA of a random forest, by Optuna), of keys that all "
-                "trials have.",
+                "key explains alone (functional ANOVA of a random forest, by Optuna), of keys that "
+                "all trials have. What is left to 1 is of keys together.",
                 alternative=", ".join(f"{k} {v:.2f}" for k, v in result.importances.items()) + ".",
             ),
             lambda: draw_importance(result.importances),

@@ -23,8 +23,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ptbench.analysis.agreement import TOLERANCE
 from ptbench.analysis.claims import Claim, ClaimTest, read_claims
-from ptbench.analysis.findings import EXPONENT_TOLERANCE, INTERVAL_TOLERANCE
+from ptbench.analysis.findings import EXPONENT_TOLERANCE
 from ptbench.analysis.metrics import METRICS, PERPLEXITY
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.config import read_configuration
@@ -40,7 +41,7 @@ NOISE = 0.004  # deviation of a seed's log perplexity: what seeds of these model
 OPEN_NOISE = 0.5  # with so much, a few seeds show nothing
 TIMES = 0.02  # deviation of the logarithm of a time or speed
 
-WIDEST = 2 * INTERVAL_TOLERANCE  # an upheld number may be so far from the truth, not farther
+WIDEST = 2 * TOLERANCE  # an upheld number may be so far from the truth, not farther
 STEEPEST = 2 * EXPONENT_TOLERANCE
 ROUNDING = 1e-9
 

@@ -135,6 +135,13 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
     write_atomically(folder / "metrics.json", result.model_dump_json(indent=1))
 
 
+def write_alone(results: Path) -> None:
+    """Say of every run that it had its machine to itself."""
+    for path in results.glob("cells/**/provenance.json"):
+        content = json.loads(path.read_text())
+        write_atomically(path, json.dumps(content | {"cells_at_once": 1}))
+
+
 def write_diverged(results: Path, cell: Cell, epochs: int = 0, **changes: Any) -> None:
     """A run whose loss left the recipe's limit after so many whole epochs."""
     result = metrics(

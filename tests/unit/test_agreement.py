@@ -55,9 +55,10 @@ def test_verdicts(value: float, deviation: float, verdict: str) -> None:
     assert (judgement.seeds is not None) == (verdict == "cannot tell")
 
 
-def test_one_seed_has_no_interval() -> None:
-    assert judge([4.5], Published(4.51), MARGIN).verdict == "close"
-    assert judge([4.5], Published(4.6), MARGIN).verdict == "cannot tell"
+@pytest.mark.parametrize("value", [4.5, 4.51, 4.6])
+def test_one_seed_has_no_interval_and_tells_nothing(value: float) -> None:
+    assert judge([4.5], Published(value), MARGIN).verdict == "cannot tell"
+    assert judge([4.5] * 3, Published(value), MARGIN).verdict == "cannot tell"
 
 
 def test_our_seeds_cannot_settle_what_the_document_s_own_runs_leave_open() -> None:
@@ -125,7 +126,15 @@ def test_times_of_other_hardware_are_judged_only_as_ratios() -> None:
 def test_a_count_is_reproduced_if_it_rounds_to_the_printed_digits() -> None:
     millions = {"metric": "parameters", "rounding": 0.5e6}
     assert verdict(published(16e6, **millions), [16_395_200.0] * 3) == "reproduced"
-    assert verdict(published(16e6, **millions), [17_395_200.0] * 3) == "cannot tell"
+    assert verdict(published(16e6, **millions), [17_395_200.0] * 3) == "not reproduced"
+    assert verdict(published(16e6, **millions), [16_395_200.0]) == "reproduced"  # needs one seed
+
+
+def test_one_seed_s_epochs_are_no_certain_count() -> None:
+    epochs = {"metric": "epochs", "rounding": 0.5}
+    assert verdict(published(39, **epochs), [39.0]) == "cannot tell"
+    assert verdict(published(39, **epochs), [39.0, 39.0]) == "reproduced"
+    assert verdict(published(41, **epochs), [39.0, 39.0]) == "not reproduced"
 
 
 def test_seeds_that_diverged_reproduce_no_number() -> None:

@@ -7,9 +7,18 @@ import math
 from pathlib import Path
 
 import pytest
-from tests.support.fake_results import history, metrics, plan, score_of, write_cell, write_diverged
+from tests.support.fake_results import (
+    history,
+    metrics,
+    plan,
+    score_of,
+    write_alone,
+    write_cell,
+    write_diverged,
+)
 
 from ptbench.analysis.answers import Answers
+from ptbench.analysis.collect import SHARED
 from ptbench.analysis.exhibits import read_exhibits
 from ptbench.analysis.published import COLUMNS
 from ptbench.configuration.experiments import load_library
@@ -17,9 +26,10 @@ from ptbench.configuration.papers import named_rows, paper_folders
 from ptbench.configuration.specification import Cell, whole
 from ptbench.configuration.study import load_study
 from ptbench.errors import ConfigurationError
+from ptbench.report.exhibits import Curves
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.paper import answer_paper
-from ptbench.report.paper_page import write_paper_page
+from ptbench.report.paper_page import finding_note, write_paper_page
 from ptbench.report.site import RunFacts, Site
 
 PAPER = """
@@ -35,6 +45,7 @@ claims:
   - {id: c4, locator: Text, claim: Keras is alike., tests: [{test: equal, left: ["m [keras]"], right: ["m [jax]"]}]}
   - {id: c5, locator: Text, claim: Width is fun., untested: an opinion}
   - {id: c6, locator: Table 1, claim: The same size., tests: [{test: lower, left: ["m [jax]"], right: ["m+hidden_size=4 [jax]"], metric: parameters}]}
+  - {id: c7, locator: Table 1, claim: Wider is slower., tests: [{test: higher, left: ["m+hidden_size=4 [jax]"], right: ["m [jax]"], metric: seconds_per_epoch}]}
 """  # noqa: E501
 EXHIBITS = """
 exhibits:
@@ -72,6 +83,34 @@ def run(cell: Cell, deviation: float) -> None:
 RESULTS = Path()
 
 
+def answers_of(results: Path, made_of_it: str = "", alone: bool = True) -> Answers:
+    """The answers to the document above.
+
+    Args:
+        results: the results folder, which is written.
+        made_of_it: what a configuration adds to every variant.
+        alone: whether each run is known to have had its machine to itself.
+    """
+    folder = results / "documents" / "example2018"
+    folder.mkdir(parents=True)
+    (folder / "paper.yaml").write_text(PAPER)
+    (folder / "claims.yaml").write_text(CLAIMS)
+    (folder / "exhibits.yaml").write_text(EXHIBITS)
+    (folder / "published.csv").write_text("\n".join([",".join(COLUMNS), *PUBLISHED]) + "\n")
+    variants = [f"{name}{made_of_it}" for name in (*NLL, "m+hidden_size=8")]
+    experiment = plan("widths", variants, ["jax"], seeds=[1, 2, 3, 4, 5])
+    for cell in experiment.cells:
+        if whole(cell.variant) in NLL:
+            run(cell, 0.004 * (cell.seed - 3))
+        else:
+            write_diverged(results, cell, epochs=2)
+    if alone:
+        write_alone(results)
+    analyse_experiment(experiment, results, folder.parent, results / "experiments" / "widths")
+    output = results / "papers" / "example2018"
+    return answer_paper(folder, [results / "experiments" / "widths"], output)
+
+
 @pytest.fixture(params=[""])
 def answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -81,22 +120,7 @@ def answered(
     The parameter is what a configuration adds to every variant.
     """
     monkeypatch.setattr(f"{__name__}.RESULTS", tmp_path)
-    folder = tmp_path / "documents" / "example2018"
-    folder.mkdir(parents=True)
-    (folder / "paper.yaml").write_text(PAPER)
-    (folder / "claims.yaml").write_text(CLAIMS)
-    (folder / "exhibits.yaml").write_text(EXHIBITS)
-    (folder / "published.csv").write_text("\n".join([",".join(COLUMNS), *PUBLISHED]) + "\n")
-    variants = [f"{name}{request.param}" for name in (*NLL, "m+hidden_size=8")]
-    experiment = plan("widths", variants, ["jax"], seeds=[1, 2, 3, 4, 5])
-    for cell in experiment.cells:
-        if whole(cell.variant) in NLL:
-            run(cell, 0.004 * (cell.seed - 3))
-        else:
-            write_diverged(tmp_path, cell, epochs=2)
-    analyse_experiment(experiment, tmp_path, folder.parent, tmp_path / "experiments" / "widths")
-    output = tmp_path / "papers" / "example2018"
-    return answer_paper(folder, [tmp_path / "experiments" / "widths"], output), tmp_path
+    return answers_of(tmp_path, request.param), tmp_path
 
 
 def test_findings_have_the_verdicts_that_the_seeds_give(
@@ -110,13 +134,19 @@ def test_findings_have_the_verdicts_that_the_seeds_give(
         "c4": "not run",
         "c5": "untested",
         "c6": "upheld",  # a count that all seeds have alike is certain
+        "c7": "upheld",
     }
+    opposite = answered[0].findings[1].p_opposite
+    assert opposite is not None
+    assert opposite < 0.05
+    assert finding_note(answered[0].findings[1]).endswith("opposite: p < 0.001")
+    assert finding_note(answered[0].findings[0]).endswith(", p < 0.001")
     reasons = {finding.id: finding.reason for finding in answered[0].findings}
     assert reasons["c4"] == "no result of m [keras]"
     assert reasons["c5"] == "an opinion"
     diverged = answered[0].findings[2].numbers[0]
     assert diverged.values == (math.inf,) * 5
-    assert answered[0].upheld == 3 / 4
+    assert answered[0].findings_upheld == (4, 5)
 
 
 @pytest.mark.parametrize("answered", ["+subset=9"], indirect=True)
@@ -124,10 +154,10 @@ def test_runs_on_less_judge_no_number_and_no_finding(answered: tuple[Answers, Pa
     answers = answered[0]
     assert answers.reductions == ("subset=9",)
     verdicts = [finding.verdict for finding in answers.findings]
-    assert verdicts == [*["reduced budget"] * 3, "not run", "untested", "reduced budget"]
+    assert verdicts == [*["reduced budget"] * 3, "not run", "untested", *["reduced budget"] * 2]
     assert answers.findings[1].reason == "with subset=9; of these runs it would be: contradicted"
     assert {n.verdict for n in answers.published} == {"reduced budget", "not run"}
-    assert (answers.upheld, answers.reproduced) == (None, None)
+    assert (answers.findings_upheld, answers.numbers_reproduced) == ((0, 0), (0, 0))
     assert answers.exhibits[0].lines[0].cells["valid_perplexity"].ours is not None
 
 
@@ -146,7 +176,43 @@ def test_published_numbers_count_once_and_times_are_judged_as_ratios(
     ratio = answered[0].published[4]
     assert ratio.published.value == 120
     assert ratio.readings[0].ours == pytest.approx(2.0)
-    assert answered[0].reproduced == 3 / 4
+    assert answered[0].numbers_reproduced == (3, 4)
+
+
+def test_times_of_runs_that_may_have_shared_their_machine_cannot_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.RESULTS", tmp_path)
+    answers = answers_of(tmp_path, alone=False)
+    by_id = {finding.id: finding for finding in answers.findings}
+    assert (by_id["c7"].verdict, by_id["c7"].reason) == ("cannot tell", SHARED)
+    assert (by_id["c1"].verdict, by_id["c6"].verdict) == ("upheld", "upheld")  # no times
+    ratio = answers.published[4]
+    assert (ratio.verdict, ratio.readings[0].reason) == ("cannot tell", SHARED)
+    assert answers.numbers_reproduced == (2, 3)
+    site = Site(tmp_path / "report", tmp_path, RunFacts(created="now", version="1", machine="here"))
+    page = write_paper_page(site, answers, tmp_path / "papers" / "example2018").read_text()
+    assert page.count(SHARED) == 2
+
+
+@pytest.mark.parametrize("made_of_it", ["", "+subset=9"])
+def test_curves_are_of_the_runs_that_stand_for_the_document_s_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_of_it: str
+) -> None:
+    monkeypatch.setattr(f"{__name__}.RESULTS", tmp_path)
+    drawn: dict[str, list[bool]] = {}
+
+    def keep(_: object, curves: Curves, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        drawn.update({str(row): [run.diverged for run in runs] for row, runs in curves.items()})
+
+    monkeypatch.setattr("ptbench.report.paper.write_exhibits", keep)
+    answers_of(tmp_path, made_of_it)
+    assert drawn == {
+        "m [jax]": [False] * 5,
+        "m+hidden_size=4 [jax]": [False] * 5,
+        "m+hidden_size=8 [jax]": [True] * 5,
+    }
 
 
 def test_exhibits_show_ours_beside_the_document_s_or_say_why_not(

@@ -12,7 +12,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from ptbench.analysis.agreement import judge_published
 from ptbench.analysis.claims import Claim, Result, judge_claims
+from ptbench.analysis.published import PublishedValue
 from ptbench.configuration.papers import NamedRow, parse_row
 
 PAPERS = Path(__file__).parents[2] / "workflow" / "papers"
@@ -114,6 +116,7 @@ def test_a_test_that_cannot_be_made_is_refused(test: dict[str, Any], message: st
         ({"test": "interaction", "left": ["a", "b"], "right": ["c", "d"]},
          (4.3, 4.5, 4.5, 4.5), "upheld"),
         ({"test": "value", "left": ["a"], "number": math.exp(4.5)}, (4.5,), "upheld"),
+        ({"test": "value", "left": ["a"], "number": math.exp(4.515)}, (4.5,), "upheld"),  # close
         ({"test": "value", "left": ["a"], "number": 100.0}, (4.5,), "contradicted"),
         ({"test": "value", "left": ["a"], "number": 90.0, "tolerance": 0.01}, (4.5,), "upheld"),
         ({"test": "slope", "left": ["a", "b", "c"], "number": -1.0, "positions": [1, 2, 4]},
@@ -133,10 +136,14 @@ def test_verdicts(test: dict[str, Any], means: tuple[float, ...], verdict: str) 
 
 def test_seeds_that_scatter_more_than_the_effect_cannot_tell() -> None:
     given = claim(test="lower", left=["a [jax]"], right=["b [jax]"])
-    result = judged(given, {"a [jax]": seeds(4.47, 0.05), "b [jax]": seeds(4.5, 0.05)})
+    result = judged(given, {"a [jax]": seeds(4.44, 0.08), "b [jax]": seeds(4.5, 0.08)})
     assert result.verdict == "cannot tell"
-    assert result.seeds is not None
-    assert result.seeds > 5
+    # s = 0.0759 and 0.04 to the margin: n = 2 (1.645 + 0.842)^2 s^2 / 0.04^2 + 1 = 45.5
+    assert result.seeds == 46
+    number = {"test": "value", "left": ["a [jax]"], "number": math.exp(4.6)}
+    both = claim(given.tests[0].model_dump(), number)
+    again = judged(both, {"a [jax]": seeds(4.44, 0.08), "b [jax]": seeds(4.5, 0.08)})
+    assert (again.verdict, again.seeds) == ("cannot tell", None)  # which do not settle the number
 
 
 def test_each_test_of_a_finding_has_its_own_least_effect() -> None:
@@ -160,6 +167,85 @@ def test_a_ratio_is_that_of_the_seeds_in_pairs(number: float, verdict: str) -> N
     given = claim(test="ratio", left=["a [jax]"], right=["b [jax]"], number=number)
     values = {"a [jax]": seeds(4.5 + math.log(2), 0.02), "b [jax]": seeds(4.5, 0.01)}
     assert judged(given, values).verdict == verdict
+
+
+def test_a_number_is_judged_alike_as_a_finding_and_as_a_published_number() -> None:
+    """More seeds narrow the interval of our mean, and not that of another run."""
+    number = math.exp(4.53)
+    published = PublishedValue(
+        experiment="e", variant="a", framework="jax", devices=1, metric="valid_perplexity",
+        value=number, source="s", locator="Table 1", note="",
+    )  # fmt: skip
+    given = claim(test="value", left=["a [jax]"], number=number)
+    said = {"reproduced": "upheld", "close": "upheld", "not reproduced": "contradicted"}
+    samples = {
+        "many": np.exp(4.5 + 0.02 * np.linspace(-1.7, 1.7, 100)).tolist(),
+        "far": np.exp(4.4 + 0.02 * np.linspace(-1.7, 1.7, 100)).tolist(),
+        "scattered": seeds(4.45, 0.2),
+        "one": [number],
+        "diverged": [math.inf] * 3,
+        "partly diverged": [number, number, math.inf],
+    }
+    verdicts = {}
+    for name, values in samples.items():
+        verdict = judge_published(published, values, [], MARGIN).verdict
+        verdicts[name] = judged(given, {"a [jax]": values}).verdict
+        assert verdicts[name] == said.get(verdict, "cannot tell")
+    assert verdicts == {
+        "many": "upheld", "far": "contradicted", "scattered": "cannot tell", "one": "cannot tell",
+        "diverged": "contradicted", "partly diverged": "cannot tell",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "a", "b", "verdict"),
+    [
+        ("parameters", [2e6], [1e6], "upheld"),  # the recipe decides
+        ("epochs", [39.0], [13.0], "cannot tell"),  # another seed may stop elsewhere
+        ("epochs", [39.0, 39.0], [13.0, 13.0], "upheld"),
+        ("epochs", [13.0, 13.0], [39.0, 39.0], "contradicted"),
+        ("peak_memory_bytes", [2e9], [1e9], "cannot tell"),
+        ("peak_memory_bytes", [2e9, 2e9], [1e9, 1e9], "upheld"),
+    ],
+)
+def test_a_count_that_all_seeds_have_alike_is_certain(
+    metric: str, a: list[float], b: list[float], verdict: str
+) -> None:
+    given = claim(test="higher", left=["a [jax]"], right=["b [jax]"], metric=metric)
+    assert judged(given, {"a [jax]": a, "b [jax]": b}).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        {"test": "higher", "left": ["a [jax]"], "right": ["b [jax]"]},
+        {"test": "ratio", "left": ["a [jax]"], "right": ["b [jax]"], "number": 2.0},
+        {"test": "optimum", "left": ["b [jax]"], "right": ["a [jax]"]},
+    ],
+)
+def test_rows_that_do_not_compare_cannot_tell(test: dict[str, Any]) -> None:
+    given = claim(**test, metric="tokens_per_second")
+    speeds = {"a": seeds(4.5 + math.log(2), 0.02), "b": seeds(4.5, 0.01)}
+
+    def verdict(fair: bool) -> Result:
+        def values(row: NamedRow, _: str) -> dict[int, float]:
+            return dict(enumerate(speeds[row.variant]))
+
+        return judge_claims([given], values, MARGIN, lambda metric, rows: fair)[0]  # noqa: ARG005
+
+    assert (verdict(True).verdict, verdict(True).shared) == ("upheld", False)
+    assert (verdict(False).verdict, verdict(False).shared) == ("cannot tell", True)
+    assert len(verdict(False).numbers) == 2  # shown all the same
+
+
+def test_a_contradicted_finding_has_the_p_of_its_opposite() -> None:
+    given = claim(test="lower", left=["a [jax]"], right=["b [jax]"])
+    found = judged(given, {"a [jax]": seeds(4.6), "b [jax]": seeds(4.5)})
+    assert found.verdict == "contradicted"
+    assert found.p is not None
+    assert found.p_opposite is not None
+    assert found.p > 0.95
+    assert found.p_opposite < 0.001
 
 
 def test_a_seed_that_one_row_lacks_has_no_part_in_a_ratio() -> None:

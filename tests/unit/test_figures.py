@@ -11,7 +11,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from tests.support.fake_results import plan, write_corpus, write_diverged, write_results
+from tests.support.fake_results import (
+    plan,
+    write_alone,
+    write_corpus,
+    write_diverged,
+    write_results,
+)
 
 from ptbench.analysis.collect import CorpusFacts, Row, collect_rows
 from ptbench.analysis.experiment import Analysis, FigureFile, RowResult, analyse
@@ -257,6 +263,7 @@ def studied(
     experiment = experiment.model_copy(update={"variants": known})
     write_results(results, experiment, speed={"jax": 20_000.0})
     write_diverged(results, experiment.cells[0], epochs=2)
+    write_alone(results)
     rows = collect_rows(experiment, results)
     value = PublishedValue(
         experiment="demo", variant=whole(next(iter(settings))), framework=None, devices=1,
@@ -360,6 +367,34 @@ def test_a_profile_has_the_fastest_at_one(tmp_path: Path) -> None:
     ratios = profile(analysis)
     assert ratios["jax"] == [1.0] * 4  # drawn twice as fast
     assert all(1.8 < ratio < 2.3 for ratio in ratios["pytorch"])
+    shared = analysis.rows[0].model_copy(update={"cells_at_once": 2})
+    unfair = analysis.model_copy(update={"rows": (shared, *analysis.rows[1:])})
+    assert profile(unfair)["jax"] == [1.0] * 3  # without the variant of that row
+
+
+def test_bars_of_time_are_over_what_every_framework_has_finished(tmp_path: Path) -> None:
+    analysis, rows = studied(tmp_path, lengths(5))
+    lost = [
+        row.model_copy(update={"n_ok": 0}) if (row.variant, row.framework) == lacking else row
+        for row in analysis.rows
+        for lacking in [(analysis.variants[4].name, "jax")]
+    ]
+    analysis = analysis.model_copy(update={"rows": tuple(lost)})
+    [seconds] = [d for d in choose(analysis, rows) if d.file.name == "seconds"]
+    assert "the mean over those 4 of 5 variants" in seconds.file.caption
+    [axes] = seconds.draw().axes
+    own = [row for row in analysis.rows if row.framework == "pytorch"][:4]
+    expected = np.mean([sum(clock_parts(row).values()) for row in own])
+    widths = [bar.get_width() for bar in axes.patches[: len(CLOCKS)]]
+    assert sum(widths) == pytest.approx(expected)
+
+
+def test_the_caption_of_scaling_counts_the_variants_that_are_whole(tmp_path: Path) -> None:
+    analysis, rows = studied(tmp_path, lengths(5), devices=(1, 2))
+    lost = analysis.rows[-1].model_copy(update={"usable": False})
+    analysis = analysis.model_copy(update={"rows": (*analysis.rows[:-1], lost)})
+    [drawing] = [d for d in choose(analysis, rows) if d.file.name == "scaling"]
+    assert "on every number of devices: PyTorch 5, JAX 4 of 5." in drawing.file.caption
 
 
 def test_a_curve_is_the_mean_of_its_seeds(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -125,13 +126,27 @@ def test_the_best_value_s_probability_is_shared_among_equals_and_sums_to_one() -
     assert shares == [0.5, 0.5, 0.0]
 
 
-def test_a_magnitude_is_upheld_where_the_interval_holds_it() -> None:
-    values = [1.0, 1.02, 0.98, 1.01, 0.99]
-    assert findings.holds(values, 1.01) == "upheld"
-    assert findings.holds(values, 1.1) == "contradicted"
-    assert findings.holds([10 * value for value in values], 10.1) == "cannot tell"  # too wide
-    assert findings.holds([1.0], 1.0) == "cannot tell"
-    assert findings.holds([], 1.0) == "not run"
+def test_an_exponent_s_interval_has_rows_as_units() -> None:
+    """Three rows off their line by -1, 2 and -1 hundredths leave one degree of freedom.
+
+    At positions 1, e and e^2 the slope's error is sqrt(6e-4 / 1) / sqrt(2), and Student's t of one
+    degree has the quantile tan(0.475 pi) = 12.7062.
+    """
+    positions = [1.0, math.e, math.e**2]
+    means = [5 + x + off for x, off in zip((0, 1, 2), (-0.01, 0.02, -0.01), strict=True)]
+    half = 12.7062 * math.sqrt(6e-4) / math.sqrt(2)  # 0.22
+    for spread in (1e-6, 1e-3):  # of the seeds, many as there are, which shrinks nothing
+        groups = [mean + spread * np.linspace(-1, 1, 101) for mean in means]
+        assert findings.slope_holds(positions, groups, 1 + 0.99 * half) == "upheld"
+        assert findings.slope_holds(positions, groups, 1 + 1.01 * half) == "contradicted"
+    wider = [5 + 2 * (mean - 5) for mean in means]  # as above, twice: wider than it may be
+    assert findings.slope_holds(positions, [[m] for m in wider], 2.0) == "cannot tell"
+
+
+def test_two_positions_show_no_power_law() -> None:
+    seeds = np.array([4.50, 4.51, 4.49])
+    positions = [1.0, 2.0, 2.0]
+    assert findings.slope_holds(positions, [seeds, seeds + 1, seeds + 1], 1.4) == "cannot tell"
 
 
 def test_a_bound_is_upheld_where_every_seed_is_above_it_or_diverged() -> None:
@@ -140,19 +155,74 @@ def test_a_bound_is_upheld_where_every_seed_is_above_it_or_diverged() -> None:
     assert findings.beyond([4.5, 9.0], 8.0) == "cannot tell"
 
 
-def test_jonckheere_s_statistic_is_that_of_a_worked_example() -> None:
-    """Lehmann 1975, section 5.7, and its normal approximation by hand without ties."""
-    groups = [[1.0, 4.0], [2.0, 6.0], [5.0, 7.0]]
-    count = 3 + 4 + 3  # pairs of groups (1, 2), (1, 3), (2, 3)
-    mean, variance = (36 - 12) / 4, (6 * 5 * 17 - 3 * 2 * 1 * 9) / 72
+def jonckheere(groups: Sequence[Sequence[float]]) -> int:
+    return sum(
+        x < y for a, b in itertools.combinations(groups, 2) for x, y in itertools.product(a, b)
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2), (1, 3, 2), (4, 3)])
+def test_the_law_of_a_trend_counts_every_order_of_the_values(sizes: tuple[int, ...]) -> None:
+    def deal(order: Sequence[float]) -> list[Sequence[float]]:
+        ends = list(itertools.accumulate(sizes))
+        return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    orders = list(itertools.permutations(range(sum(sizes))))
+    counts = [jonckheere(deal(order)) for order in orders]
+    for order in orders[:: len(orders) // 20]:
+        seen, groups = jonckheere(deal(order)), deal(order)
+        above = sum(count >= seen for count in counts) / len(counts)
+        below = sum(count <= seen for count in counts) / len(counts)
+        for direction, p, opposite in (("rises", above, below), ("falls", below, above)):
+            found = findings.trend(groups, direction)  # type: ignore[arg-type]
+            assert (found.p, found.p_opposite) == pytest.approx((p, opposite))
+
+
+def test_the_law_of_a_trend_of_thirty_values_is_exact() -> None:
+    """Of 30! / 5!^6 ways to share them out, one is in order."""
+    law = findings.trend_law((5,) * 6)
+    ways = math.factorial(30) / math.factorial(5) ** 6
+    assert law[-1] == pytest.approx(1 / ways)
+    assert law[0] == 1
+    mean = (30**2 - 6 * 5**2) / 4
+    assert sum(law) - 1 == pytest.approx(mean)  # of whole numbers, the sum of P(at least 1, 2 ...)
+
+
+def test_tied_values_have_jonckheere_s_normal_approximation() -> None:
+    """Lehmann 1975, section 5.7, by hand: six values, of which two are alike."""
+    groups = [[1.0, 4.0], [2.0, 6.0], [5.0, 6.0]]
+    count = 3 + 4 + 2.5  # pairs of groups (1, 2), (1, 3), (2, 3); a tie counts half
+    mean = (36 - 12) / 4
+    variance = (6 * 5 * 17 - 3 * 2 * 1 * 9 - 2 * 1 * 9) / 72 + 3 * 2 * 2 / (8 * 6 * 5)
     z = (count - mean) / math.sqrt(variance)
     evidence = findings.trend(groups, "rises")
     assert evidence.p == pytest.approx(0.5 * math.erfc(z / math.sqrt(2)))
 
 
+def with_deviation(mean: float, deviation: float) -> np.ndarray:
+    """Two values of this mean and sample deviation."""
+    return mean + deviation * np.array([-1, 1]) / math.sqrt(2)
+
+
 def test_seeds_to_settle_are_those_of_a_power_calculation() -> None:
-    """With s = 0.01 and a difference of 0.01, n = 2 (1.645 + 0.842)^2 + 1 = 13.4."""
-    a = np.array([4.49, 4.51]) / 1.0
-    scaled = (a - a.mean()) / a.std(ddof=1) * 0.01
-    evidence = findings.lower(scaled + 4.49, scaled + 4.50, MARGIN)
-    assert evidence.seeds == 14
+    """With s = 0.01 and 0.01 to the margin, n = 2 (1.645 + 0.842)^2 + 1 = 13.4."""
+    for effect in (MARGIN + 0.01, MARGIN - 0.01, -MARGIN - 0.01):
+        a, b = with_deviation(4.5 - effect, 0.01), with_deviation(4.5, 0.01)
+        assert findings.lower(a, b, MARGIN).seeds == 14
+        assert findings.equal(a, b, MARGIN).seeds == 14
+        assert findings.saturates([b, a], 0, MARGIN).seeds in (14, None)
+    four = [with_deviation(mean, 0.01) for mean in (4.5 - MARGIN - 0.01, 4.5, 4.5, 4.5)]
+    assert findings.interaction(*four, MARGIN).seeds == 26  # 4 (1.645 + 0.842)^2 + 1 = 25.7
+
+
+def test_no_fewer_seeds_are_advised_than_there_are() -> None:
+    a, b = np.linspace(4.40, 4.41, 9), np.linspace(4.50, 4.51, 9)
+    assert findings.lower(a, b, MARGIN).seeds == 10
+
+
+def test_seeds_to_settle_are_named_only_where_they_settle_every_open_part() -> None:
+    shown = Evidence(0.1, 0.001, 1.0, 5, MARGIN)
+    unclear, hopeless = Evidence(0.01, 0.3, 0.7, 30, MARGIN), Evidence(0.02, 0.3, 0.7, None, MARGIN)
+    assert findings.all_of([shown, unclear]).seeds == 30
+    assert findings.all_of([shown._replace(seeds=None), unclear]).seeds == 30
+    assert findings.all_of([shown, unclear, hopeless]).seeds is None

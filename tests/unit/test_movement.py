@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from tests.support.fake_results import plan, write_results
@@ -47,6 +49,22 @@ def test_planted_movements_are_found_and_nothing_else(found: Comparison) -> None
     assert moved["jax"].speed_high is not None
     assert moved["jax"].speed_low < 0.5 < moved["jax"].speed_high
     assert all(change.seeds == len(SEEDS) for change in found.changes)
+
+
+def test_a_speed_and_its_interval_are_of_geometric_means(tmp_path: Path) -> None:
+    first = folder(tmp_path / "first", 4.7, {}, 1)
+    second = folder(tmp_path / "second", 4.7, {"jax": 5000.0}, 2)
+    for change in compare_folders(first, second).changes:
+        old, new = (
+            np.log(row.seeds("tokens_per_second"))
+            for [analysis] in (first, second)
+            for row in analysis.rows
+            if (row.variant, row.framework) == (change.variant, change.framework)
+        )
+        assert change.speed == pytest.approx(math.exp(new.mean() - old.mean()))
+        assert change.speed_low is not None
+        assert change.speed_high is not None
+        assert change.speed == pytest.approx(math.sqrt(change.speed_low * change.speed_high))
 
 
 def test_a_folder_beside_itself_is_the_same_and_what_one_lacks_is_named(tmp_path: Path) -> None:

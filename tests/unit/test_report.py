@@ -25,7 +25,7 @@ from tests.support.fake_results import (
 from ptbench.analysis.answers import answer
 from ptbench.analysis.collect import AnalysisError
 from ptbench.analysis.experiment import Analysis
-from ptbench.analysis.plan import ExperimentPlan
+from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.analysis.published import read_published
 from ptbench.files import write_atomically
 from ptbench.measurement.profile import Profile
@@ -316,6 +316,33 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     assert "<script>x</script>" in page.text
 
 
+def test_trends_are_shown_where_no_variant_can_be_the_best(tmp_path: Path) -> None:
+    """One seed of each of five widths says nothing of the best, and the trend is plain."""
+    widths = {f"tiny+hidden_size={width}": width for width in (100, 200, 300, 400, 500)}
+    known = {name: PlannedVariant(settings={"hidden_size": w}) for name, w in widths.items()}
+    experiment = plan(variants=tuple(widths), frameworks=("jax",), seeds=(1,))
+    experiment = experiment.model_copy(update={"variants": known})
+    for cell in experiment.cells:
+        write_cell(tmp_path, metrics(cell, 5 - 0.001 * widths[cell.variant]))
+    text = Page(page_of(tmp_path, experiment).read_text()).text
+    assert f"JAX, 1 device – – falls with hidden size (p {2 / 120:.3f})" in text
+
+
+def test_a_published_number_stands_beside_the_interval_by_which_it_is_judged(
+    report: Path, page: Page
+) -> None:
+    text = (report.parent / "experiments" / "zaremba-small" / "analysis.json").read_text()
+    lines = [
+        line
+        for line in Analysis.model_validate_json(text).published
+        if line.published.metric == "test_perplexity" and line.expected_low and line.ours
+    ]
+    assert lines
+    for line in lines:
+        shown = f"{line.ours:.2f} {line.expected_low:.2f} to {line.expected_high:.2f}"
+        assert shown in page.text
+
+
 @pytest.mark.parametrize(
     ("at_once", "words", "absent"),
     [
@@ -335,6 +362,11 @@ def test_the_page_says_whether_speeds_compare(
     page = Page(page_of(tmp_path, experiment).read_text())
     assert words in page.text
     assert absent not in page.text
+    site = Site(tmp_path / "report", tmp_path, FACTS)
+    overview = write_overview(site, [tmp_path / "experiments" / experiment.name])
+    methods, index = overview.with_name("methods.html").read_text(), overview.read_text()
+    assert ("Every run had the machine to itself" in methods) == (at_once == 1)
+    assert ("the slowest, not a fair comparison" in index) == (at_once != 1)
 
 
 def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.fake_results import metrics, plan, write_cell
+from tests.support.fake_results import metrics, plan, write_alone, write_cell
 
 from ptbench.analysis.experiment import Analysis
 from ptbench.report.experiment import analyse_experiment
@@ -21,13 +21,15 @@ SPEEDS = {
 }
 
 
-def analyses_of(results: Path) -> list[Analysis]:
+def analyses_of(results: Path, alone: bool = True) -> list[Analysis]:
     found = []
     for name, variants in SPEEDS.items():
         experiment = plan(name, list(variants), ["pytorch", "keras", "jax"], seeds=[1, 2])
         for cell in experiment.cells:
             if speed := variants[cell.variant].get(cell.framework):
                 write_cell(results, metrics(cell, 4.6, tokens_per_second=speed))
+        if alone:
+            write_alone(results)
         folder = results / "experiments" / name
         found.append(analyse_experiment(experiment, results, results / "none", folder))
     return found
@@ -43,6 +45,24 @@ def test_shares_are_geometric_means_over_what_all_frameworks_ran(tmp_path: Path)
     assert shares.loc["first"].isna().tolist() == [False, True, False]
 
 
+def test_speeds_that_do_not_compare_are_left_out(tmp_path: Path) -> None:
+    """Runs that may have shared their machine; and an unusable row, of which two seeds failed."""
+    assert relative_speeds(analyses_of(tmp_path / "shared", alone=False)).empty
+    first, second = analyses_of(tmp_path)
+    rows = [row.model_copy(update={"usable": row.framework != "jax"}) for row in second.rows]
+    shares = relative_speeds([first, second.model_copy(update={"rows": tuple(rows)})])
+    assert shares.loc["second", ["pytorch", "keras"]].tolist() == pytest.approx(
+        [1, (1 / 2 * 1 / 10) ** 0.5]
+    )
+    assert shares.loc["second"].isna().tolist() == [False, False, True]
+    rows = [
+        row.model_copy(update={"machines": ("B",)}) if row.framework == "keras" else row
+        for row in second.rows
+    ]
+    shares = relative_speeds([first, second.model_copy(update={"rows": tuple(rows)})])
+    assert list(shares.index) == ["first"]
+
+
 def test_one_experiment_has_a_row_for_each_variant(tmp_path: Path) -> None:
     shares = relative_speeds(analyses_of(tmp_path)[:1])
     assert shares.to_numpy().ravel().tolist() == pytest.approx([0.5, 1, 1, 0.5])
@@ -53,7 +73,7 @@ def test_the_drawing_says_who_is_fastest_and_there_is_none_of_one_row(tmp_path: 
     drawn = draw_speed_map([first, second])
     assert drawn is not None
     assert "0.33" in drawn.svg
-    assert "PyTorch in 2" in drawn.words
+    assert drawn.words == "Of 2 rows, PyTorch is fastest in 2 (not tested)."
     single = first.model_copy(update={"rows": [r for r in first.rows if r.variant == "a"]})
     assert draw_speed_map([single]) is None
 

@@ -100,10 +100,12 @@ def test_a_hopeless_model_has_an_infinite_perplexity_and_no_overflow() -> None:
     assert summary.value == math.inf
 
 
-def test_quartiles_interpolate() -> None:
+def test_quartiles_interpolate_and_of_few_values_are_the_range() -> None:
     # Hyndman and Fan (1996), definition 7: the quartiles lie at 1 + q (n - 1).
-    middle = summarise_median([4, 1, 3, 2])
-    assert (middle.low, middle.value, middle.high, middle.n) == (1.75, 2.5, 3.25, 4)
+    middle = summarise_median([4, 1, 3, 2, 6, 5])
+    assert (middle.low, middle.value, middle.high, middle.n) == (2.25, 3.5, 4.75, 6)
+    few = summarise_median([4, 1, 3, 2])
+    assert (few.low, few.value, few.high) == (1, 2.5, 4)
 
 
 def test_welch_of_students_sleep_data_is_as_printed() -> None:
@@ -178,13 +180,25 @@ def test_no_test_is_made_up_where_none_is_possible(a: list[float], b: list[float
     for paired in (False, True):
         (difference,) = compare_pairs([pair(a, b, paired)], MARGIN)
         assert difference.test is None
-        assert difference.verdict == "inconclusive"
-        assert "no" in difference.reason
+        same = paired and len(a) > 1 and a == b
+        assert difference.verdict == ("equivalent" if same else "inconclusive")
+        assert same or "no" in difference.reason
 
 
 def test_pairs_that_differ_by_the_same_amount_claim_no_certainty() -> None:
     # Computed differences of 0.1 that differ by rounding alone.
-    assert t_test([4.3, 4.5, 4.8], [4.2, 4.4, 4.7], MARGIN, paired=True) is None
+    a, b = [4.3, 4.5, 4.8], [4.2, 4.4, 4.7]
+    assert t_test(a, b, MARGIN, paired=True) is None
+    assert compare_pairs([pair(a, b, True)], MARGIN)[0].verdict == "inconclusive"
+
+
+def test_pairs_that_are_alike_are_equivalent_unless_a_seed_failed() -> None:
+    a = [4.3, 4.5, 4.8]
+    (same,), (failed,) = (
+        compare_pairs([pair(a, a, True, complete)], MARGIN) for complete in (True, False)
+    )
+    assert (same.verdict, same.p_equivalence) == ("equivalent", 0.0)
+    assert (failed.verdict, failed.p_equivalence) == ("inconclusive", None)
 
 
 def test_holm_adjusts_step_by_step() -> None:

@@ -8,7 +8,14 @@ import math
 from pathlib import Path
 
 import pytest
-from tests.support.fake_results import metrics, plan, write_cell, write_diverged, write_results
+from tests.support.fake_results import (
+    metrics,
+    plan,
+    write_alone,
+    write_cell,
+    write_diverged,
+    write_results,
+)
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import Analysis, analyse
@@ -196,6 +203,7 @@ def test_variants_are_written_with_what_the_baseline_differs_by(tmp_path: Path) 
     for cell in experiment.cells:
         lower = 0.1 if cell.variant != "tiny" else 0.0
         write_cell(tmp_path, metrics(cell, 4.7 - lower + 0.001 * cell.seed))
+    write_alone(tmp_path)
     [record] = records(tables.variants_csv(analysis_of(experiment, tmp_path)))
     assert (record["variant"], record["baseline"]) == (variants[1], "tiny")
     assert record["label"] == "layers 3"

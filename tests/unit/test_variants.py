@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.fake_results import metrics, plan, write_cell, write_diverged
+from tests.support.fake_results import (
+    metrics,
+    plan,
+    score_of,
+    write_alone,
+    write_cell,
+    write_diverged,
+)
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import Analysis, analyse
@@ -16,6 +23,7 @@ from ptbench.analysis.variants import find_sweeps, is_geometric, variant_labels
 from ptbench.configuration import experiments
 from ptbench.configuration.study import Study, load_study
 from ptbench.errors import ConfigurationError
+from ptbench.report import words
 
 WIDTHS = (100, 200, 400, 800)
 
@@ -130,6 +138,7 @@ def swept(
             write_cell(results, faster)
         else:
             write_diverged(results, cell, epochs=1)
+    write_alone(results)
     return analyse(experiment, collect_rows(experiment, results), CorpusFacts(), [])
 
 
@@ -155,8 +164,8 @@ def test_a_falling_sweep_falls_and_its_best_value_is_its_last(tmp_path: Path) ->
     found = swept(tmp_path, lambda width, seed: 5 - 0.1 * WIDTHS.index(width) + 0.001 * seed)
     [trend] = found.trends
     assert (trend.key, trend.direction) == ("hidden_size", "falls")
-    # Four groups of three: J = 0, its mean 27, its variance (144 * 27 - 4 * 9 * 9) / 72 = 49.5.
-    assert trend.p == pytest.approx(math.erfc(27 / math.sqrt(2 * 49.5)))
+    # Of 12! / 3!^4 ways to share out the values, one is in this order, and one in the other.
+    assert trend.p == pytest.approx(2 / (math.factorial(12) / 6**4))
     [best] = found.best
     assert best.variant == "tiny+hidden_size=800"
     assert best.probability == pytest.approx(1, abs=1e-3)
@@ -179,6 +188,41 @@ def test_a_diverged_variant_is_never_the_best_and_counts_in_the_trend(tmp_path: 
     diverged = found.comparisons[-1]
     assert diverged.improvement is None
     assert diverged.outcome.reason == "no valid result on one side"
+
+
+def test_speeds_of_runs_that_may_have_shared_their_machine_are_not_set_against_each_other(
+    tmp_path: Path,
+) -> None:
+    names = ("a", "b")
+    experiment = plan(variants=names, frameworks=("jax",))
+    for cell in experiment.cells:
+        write_cell(tmp_path, metrics(cell, 5, tokens_per_second=1e4 + cell.seed))
+    [shared] = analyse(
+        experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []
+    ).comparisons
+    write_alone(tmp_path)
+    [fair] = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []).comparisons
+    assert (shared.speed, shared.speed_low) == (None, None)
+    assert fair.speed == pytest.approx(1)
+
+
+def test_the_best_variant_is_chosen_by_validation_and_named_with_its_devices(
+    tmp_path: Path,
+) -> None:
+    """By the test text it would be the other one; on two devices too."""
+    experiment = plan(variants=("a", "b"), frameworks=("jax",), devices=(1, 2))
+    for cell in experiment.cells:
+        better = (cell.variant == "a") == (cell.devices == 1)
+        valid = 4.5 + 0.001 * cell.seed - (0.1 if better else 0.0)
+        test = 4.5 + 0.001 * cell.seed + (0.1 if better else 0.0)
+        write_cell(tmp_path, metrics(cell, test, valid=score_of(valid)))
+    found = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), [])
+    assert found.metric == "test_perplexity"
+    assert [(best.devices, best.variant) for best in found.best] == [(1, "a"), (2, "b")]
+    assert words.variants_sentence(found) == (
+        "Best by validation perplexity, with a probability of at least 0.95: a in JAX on 1 device; "
+        "b in JAX on 2 devices."
+    )
 
 
 def test_each_framework_has_its_own_comparisons(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.published import PublishedValue
 from ptbench.analysis.statistics import (
     CONFIDENCE,
+    MAXIMUM_SEEDS,
     Sample,
     as_sample,
     has_spread,
@@ -32,7 +33,6 @@ from ptbench.analysis.statistics import (
 )
 
 TOLERANCE = 0.05  # nats: an interval wider than ± this can hold a number and prove nothing
-MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
 
 Agreement = Literal["reproduced", "close", "not reproduced", "cannot tell", "other hardware"]
 # Of a number that was judged, and of one that could not be.
@@ -55,10 +55,11 @@ class Judgement(NamedTuple):
     """What came of comparing a published number with ours."""
 
     verdict: Agreement
-    low: float | None  # ends of the interval in which the number was to be expected
-    high: float | None
-    seeds: int | None  # that would settle it, if it could not be told
-    cv: float | None  # CV* of {published, ours} [%]
+    low: float | None = None  # ends of the interval in which the number was to be expected
+    high: float | None = None
+    seeds: int | None = None  # that would settle it, if it could not be told
+    cv: float | None = None  # CV* of {published, ours} [%]
+    reason: str | None = None  # why it could not be told, where the numbers do not show it
 
 
 def judge_published(
@@ -70,8 +71,9 @@ def judge_published(
     - `diverges`: reproduced if all seeds diverged, not reproduced if none did.
     - A ratio: as a number, by the logarithms of the ratios of two runs with one seed.
     - A time, speed or size is `other hardware`, unless it is a ratio.
-    - A count that all seeds have alike: reproduced if it rounds to the printed digits.
-    - Anything else: see `judge`. A seed that diverged is no such number, so it counts against it.
+    - A count that all seeds have alike (`Metric.is_certain`): reproduced if it rounds to the
+      printed digits, not reproduced otherwise.
+    - Anything else: see `judge_seeds`.
 
     Args:
         ours: the metric of each seed, in its own unit; infinite if the seed diverged.
@@ -79,20 +81,17 @@ def judge_published(
         margin: difference that does not matter [nats, or log ratio].
     """
     if METRICS[published.metric].depends_on_machine and published.over is None:
-        return Judgement("other hardware", None, None, None, None)
+        return Judgement("other hardware")
     if published.over is not None:
         ours = [a / b if math.isfinite(b) else math.nan for a, b in zip(ours, over, strict=True)]
     if published.kind != "number":
         return _all_or_none([_is_beyond(published, value) for value in ours])
-    finite = [value for value in ours if math.isfinite(value)]
-    if not finite or len(finite) < len(ours):
-        verdict: Agreement = "cannot tell" if finite or not ours else "not reproduced"
-        return Judgement(verdict, None, None, None, None)
-    if _is_the_count(published, ours):
+    if published.over is None and METRICS[published.metric].is_certain(ours):
+        is_printed = abs(ours[0] - published.value) <= published.rounding
         cv = coefficient_of_variation([math.log(published.value), math.log(ours[0])])
-        return Judgement("reproduced", None, None, None, cv)
+        return Judgement("reproduced" if is_printed else "not reproduced", cv=cv)
     std = None if published.std is None else published.std / published.value  # of the logarithm
-    return judge(
+    return judge_seeds(
         [math.log(value) for value in ours],
         Published(math.log(published.value), std, published.runs or 1),
         margin,
@@ -109,17 +108,7 @@ def _all_or_none(beyond: Sequence[bool]) -> Judgement:
     verdict: Agreement = "cannot tell"
     if beyond and len(set(beyond)) == 1:
         verdict = "reproduced" if beyond[0] else "not reproduced"
-    return Judgement(verdict, None, None, None, None)
-
-
-def _is_the_count(published: PublishedValue, ours: Sequence[float]) -> bool:
-    """Return whether all seeds have one count, and it is the printed one as far as it is printed.
-
-    A count is what has no unit and is neither better nor worse: parameters, epochs, steps.
-    """
-    metric = METRICS[published.metric]
-    is_count = published.over is None and metric.better == "neither"
-    return is_count and len(set(ours)) == 1 and abs(ours[0] - published.value) <= published.rounding
+    return Judgement(verdict)
 
 
 def best_reading(verdicts: Sequence[PublishedVerdict]) -> int:
@@ -127,26 +116,55 @@ def best_reading(verdicts: Sequence[PublishedVerdict]) -> int:
     return min(range(len(verdicts)), key=lambda i: FITS.index(verdicts[i]))
 
 
-def judge(ours: Sequence[float], published: Published, margin: float) -> Judgement:
+def judge_seeds(
+    ours: Sequence[float], published: Published, margin: float, confidence: float = CONFIDENCE
+) -> Judgement:
+    """Judge a number by all seeds that finished; see `judge`.
+
+    A seed that diverged is no such number, so it counts against it: the number is not reproduced
+    where all did, and cannot be told where some did.
+
+    Args:
+        ours: one value for each seed, on the scale of `published`; not finite if it diverged.
+        published: the number.
+        margin: difference that does not matter [nats].
+        confidence: of the prediction interval.
+    """
+    finite = sum(map(math.isfinite, ours))
+    if ours and not finite:
+        return Judgement("not reproduced")
+    if finite < len(ours):
+        return Judgement("cannot tell", reason="some seeds diverged")
+    return judge(ours, published, margin, confidence)
+
+
+def judge(
+    ours: Sequence[float], published: Published, margin: float, confidence: float = CONFIDENCE
+) -> Judgement:
     """Judge whether a published number is reproduced.
 
     - `reproduced`: inside the prediction interval, which is narrower than ± `TOLERANCE`.
     - `close`: outside it, or inside a wide one, but no further from our mean than `margin`.
     - `not reproduced`: outside, and further than `margin`.
-    - `cannot tell`: inside, but only because the interval is wide; or there is no interval.
+    - `cannot tell`: inside, but only because the interval is wide; or there is no interval, from
+      one seed or from seeds without any spread, whatever the distance.
 
     Args:
         ours: one value for each seed, on the scale of `published`.
+        published: the number.
         margin: difference that does not matter [nats].
+        confidence: of the prediction interval.
     """
     sample = as_sample(ours)
+    if not len(sample):
+        return Judgement("cannot tell", reason="no seed has its number")
     mean = float(sample.mean())
     difference = abs(published.value - mean)
     cv = coefficient_of_variation([published.value, mean])
-    interval = prediction_interval(sample, published)
+    interval = prediction_interval(sample, published, confidence)
     if interval is None:
-        verdict: Agreement = "close" if difference <= margin else "cannot tell"
-        return Judgement(verdict, None, None, None, cv)
+        why = "one seed gives no interval" if len(sample) == 1 else "seeds without any spread"
+        return Judgement("cannot tell", cv=cv, reason=why)
     low, high = interval
     inside = low <= published.value <= high
     if inside and (high - low) / 2 <= TOLERANCE:
@@ -155,7 +173,7 @@ def judge(ours: Sequence[float], published: Published, margin: float) -> Judgeme
         return Judgement("close", low, high, None, cv)
     if not inside:
         return Judgement("not reproduced", low, high, None, cv)
-    return Judgement("cannot tell", low, high, seeds_to_settle(sample, published), cv)
+    return Judgement("cannot tell", low, high, seeds_to_settle(sample, published, confidence), cv)
 
 
 def prediction_interval(
@@ -189,7 +207,9 @@ def half_width(
     return t_quantile((1 + confidence) / 2, freedom) * error
 
 
-def seeds_to_settle(sample: Sample, published: Published) -> int | None:
+def seeds_to_settle(
+    sample: Sample, published: Published, confidence: float = CONFIDENCE
+) -> int | None:
     """Return how many seeds make the interval narrow, or put the number outside it.
 
     Mean and deviation are taken to stay as they are. None if `MAXIMUM_SEEDS` are not enough.
@@ -197,7 +217,7 @@ def seeds_to_settle(sample: Sample, published: Published) -> int | None:
     variance = float(sample.var(ddof=1))
     difference = abs(published.value - float(sample.mean()))
     for n in range(len(sample) + 1, MAXIMUM_SEEDS + 1):
-        half = half_width(n, variance, published)
+        half = half_width(n, variance, published, confidence)
         if half <= TOLERANCE or half < difference:
             return n
     return None

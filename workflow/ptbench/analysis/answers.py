@@ -17,6 +17,7 @@ from pydantic import Field
 from ptbench.analysis import agreement
 from ptbench.analysis.agreement import PublishedVerdict
 from ptbench.analysis.claims import Result, judge_claims, read_claims
+from ptbench.analysis.collect import SHARED, comparable
 from ptbench.analysis.exhibits import ExhibitResult, fill_exhibit, read_exhibits
 from ptbench.analysis.experiment import Analysis, RowResult, judge_row
 from ptbench.analysis.published import (
@@ -61,6 +62,7 @@ class Finding(Model):
     reason: str | None = Field(description="Why there is no verdict, where there is none.")
     effect: float | None = Field(description="Of the test with least to spare [nats, log ratio].")
     p: float | None = Field(description="Adjusted over the document's findings (Holm).")
+    p_opposite: float | None = Field(description="The same of the finding's opposite.")
     seeds: int | None = Field(description="Seeds a side that would settle it.")
     numbers: tuple[SeedNumbers, ...] = Field(description="What the seeds gave.")
 
@@ -76,6 +78,7 @@ class Reading(Model):
     high: float | None = Field(description="Its upper end.")
     cv: float | None = Field(description="CV* of the published number and ours [%].")
     seeds: int | None = Field(description="Seeds that would settle it.")
+    reason: str | None = Field(None, description="Why it cannot be told, where that is known.")
     verdict: PublishedVerdict = Field(description="What may be said.")
 
 
@@ -113,19 +116,17 @@ class Answers(Model):
         return {verdict: counts[verdict] for verdict in NUMBER_VERDICTS}
 
     @property
-    def upheld(self) -> float | None:
-        """Return the share of findings upheld, of those upheld or contradicted (QRA++, type IV)."""
+    def findings_upheld(self) -> tuple[int, int]:
+        """Return how many findings are upheld, of how many upheld or contradicted (QRA++, IV)."""
         counts = self.findings_by_verdict()
-        decided = counts["upheld"] + counts["contradicted"]
-        return counts["upheld"] / decided if decided else None
+        return counts["upheld"], counts["upheld"] + counts["contradicted"]
 
     @property
-    def reproduced(self) -> float | None:
-        """Return the share of numbers reproduced or close, of those that could be told."""
+    def numbers_reproduced(self) -> tuple[int, int]:
+        """Return how many numbers are reproduced or close, of how many that could be told."""
         counts = self.numbers_by_verdict()
         held = counts["reproduced"] + counts["close"]
-        decided = held + counts["not reproduced"]
-        return held / decided if decided else None
+        return held, held + counts["not reproduced"]
 
 
 def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
@@ -147,7 +148,10 @@ def answer(folder: Path, analyses: Sequence[Analysis]) -> Answers:
     def values(row: NamedRow, metric: str) -> dict[int, float] | None:
         return seed_values(rows[row], metric) if row in rows else None
 
-    results = judge_claims(read_claims(folder), values, margin)
+    def compare(metric: str, named: Sequence[NamedRow]) -> bool:
+        return comparable(metric, [rows[row] for row in named])
+
+    results = judge_claims(read_claims(folder), values, margin, compare)
     verdicts = {value: number.verdict for group, number in numbers for value in group}
     exhibits = read_exhibits(folder)
     recipes = load_library().recipes if any(each.recipes for each in exhibits) else {}
@@ -215,6 +219,7 @@ def _finding(result: Result, rows: Mapping[NamedRow, RowResult]) -> Finding:
         reason=reason,
         effect=result.effect,
         p=result.p,
+        p_opposite=result.p_opposite,
         seeds=result.seeds if result.verdict == "cannot tell" else None,
         numbers=tuple(
             SeedNumbers(row=n.row, metric=n.metric, values=tuple(n.values)) for n in result.numbers
@@ -232,6 +237,8 @@ def _reason(result: Result, rows: Mapping[NamedRow, RowResult]) -> str | None:
         first = f"no result of {lacking[0]}" if lacking else "no framework ran all of its rows"
         more = len(lacking) - 1
         return first + (f" and {more} other row{'s' if more > 1 else ''}" if more > 0 else "")
+    if result.verdict == "cannot tell" and result.shared:
+        return SHARED
     if result.verdict == "cannot tell" and any(len(n.values) < 2 for n in result.numbers):
         return "fewer than two seeds of a row have its number"
     return None
@@ -304,5 +311,6 @@ def _reading(
         high=None if judged.high is None else math.exp(judged.high),
         cv=judged.cv,
         seeds=judged.seeds,
+        reason=judged.reason,
         verdict="reduced budget" if reductions(row.variant) else judged.verdict,
     )

@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from ptbench.analysis import findings
+from ptbench.analysis import agreement, findings
 from ptbench.analysis.findings import Evidence, Verdict
-from ptbench.analysis.metrics import LARGEST, METRICS, MetricName
+from ptbench.analysis.metrics import METRICS, MetricName
 from ptbench.analysis.statistics import SIGNIFICANCE, holm
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.errors import parse
@@ -194,23 +194,42 @@ class Result:
     verdict: Verdict | Literal["untested"]
     effect: float | None = None  # of the test with least to spare [nats, or log ratio]
     p: float | None = None  # adjusted
+    p_opposite: float | None = None  # adjusted; of the finding's opposite
     seeds: int | None = None  # a side that would settle it
     numbers: list[Numbers] = field(default_factory=list)
+    shared: bool = False  # whether some of its numbers do not compare: runs shared their machine
 
 
 # Gives a metric's value of a row by seed; None: the row has not been run.
 Values = Callable[[NamedRow, str], Mapping[int, float] | None]
-Gathered = dict[NamedRow, list[float]]
+# Says whether rows' numbers of a metric may be set against each other.
+Comparable = Callable[[str, Sequence[NamedRow]], bool]
 
 
-def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list[Result]:
+class Gathered(NamedTuple):
+    """What the seeds gave for all rows of a test, in one framework or in those that it names."""
+
+    rows: dict[NamedRow, list[float]]
+    fair: bool  # whether the rows compare
+
+
+def judge_claims(
+    claims: Sequence[Claim],
+    values: Values,
+    margin: float,
+    comparable: Comparable | None = None,
+) -> list[Result]:
     """Judge all findings of one document; their p values are one family for Holm's correction.
 
     Args:
+        claims: the findings.
         values: gives the seeds' values; a row without a framework is asked for in each of them.
         margin: difference that does not matter, unless a test has its own [nats, log ratio].
+        comparable: says whether rows compare; a test of others cannot tell. None: all do.
     """
-    gathered = [[(test, _gather(test, values)) for test in claim.tests] for claim in claims]
+    gathered = [
+        [(test, _gather(test, values, comparable)) for test in claim.tests] for claim in claims
+    ]
     evidence = [
         findings.all_of(
             [
@@ -225,14 +244,14 @@ def judge_claims(claims: Sequence[Claim], values: Values, margin: float) -> list
     ps = holm([each.p for each in evidence])
     opposites = holm([each.p_opposite for each in evidence])
     return [
-        _result(claim, tests, each, p, opposite)
+        _result(claim, tests, each, p, opposite, margin)
         for claim, tests, each, p, opposite in zip(
             claims, gathered, evidence, ps, opposites, strict=True
         )
     ]
 
 
-def _gather(test: ClaimTest, values: Values) -> list[Gathered]:
+def _gather(test: ClaimTest, values: Values, comparable: Comparable | None) -> list[Gathered]:
     """Return the values of each row, once for each framework if a row has none of its own.
 
     A ratio is formed seed by seed, so only seeds that all rows have count for it.
@@ -240,31 +259,34 @@ def _gather(test: ClaimTest, values: Values) -> list[Gathered]:
     anywhere = any(row.framework is None for row in test.rows)
     found: list[Gathered] = []
     for framework in FRAMEWORKS if anywhere else [None]:
+        asked = {
+            row: row if row.framework else row._replace(framework=framework) for row in test.rows
+        }
         rows: dict[NamedRow, Mapping[int, float]] = {}
-        for row in test.rows:
-            asked = row if row.framework else row._replace(framework=framework)
-            seeds = values(asked, test.metric)
+        for row, own in asked.items():
+            seeds = values(own, test.metric)
             if seeds is None:
                 break
             rows[row] = seeds
         else:
             shared = set.intersection(*(set(seeds) for seeds in rows.values()))
-            found.append(
-                {
-                    row: [seeds[s] for s in sorted(seeds) if test.test != "ratio" or s in shared]
-                    for row, seeds in rows.items()
-                }
-            )
+            kept = {
+                row: [seeds[s] for s in sorted(seeds) if test.test != "ratio" or s in shared]
+                for row, seeds in rows.items()
+            }
+            fair = comparable is None or comparable(test.metric, list(asked.values()))
+            found.append(Gathered(kept, fair))
     return found
 
 
-def _evidence(test: ClaimTest, rows: Gathered, margin: float) -> Evidence:
+def _evidence(test: ClaimTest, gathered: Gathered, margin: float) -> Evidence:
     """Return what one framework's seeds say."""
-    logs = {row: _logarithms(seeds) for row, seeds in rows.items()}
+    if not gathered.fair:
+        return findings.NOTHING
+    logs = {row: _logarithms(seeds) for row, seeds in gathered.rows.items()}
     left = [logs[row] for row in test.left]
-    if METRICS[test.metric].kind is LARGEST and all(
-        len(set(seeds)) == 1 for seeds in logs.values()
-    ):
+    certain = map(METRICS[test.metric].is_certain, gathered.rows.values())
+    if test.test in ("lower", "higher", "equal", "ordering") and all(certain):
         return _sizes(test, {row: seeds[0] for row, seeds in logs.items()}, margin)
     match test.test:
         case "rises" | "falls":
@@ -288,13 +310,8 @@ def _evidence(test: ClaimTest, rows: Gathered, margin: float) -> Evidence:
 
 def _sizes(test: ClaimTest, logs: Mapping[NamedRow, float], margin: float) -> Evidence:
     """Compare counts and sizes that every seed has alike: what they say is certain."""
-    if test.test in ("ordering", "rises", "falls"):
-        pairs = list(itertools.pairwise(test.left))
-    elif test.test in ("lower", "higher", "equal"):
-        pairs = test.pairs
-    else:
-        return findings.NOTHING
-    sign = -1 if test.test in ("higher", "falls") else 1
+    pairs = list(itertools.pairwise(test.left)) if test.test == "ordering" else test.pairs
+    sign = -1 if test.test == "higher" else 1
     gains = [sign * (logs[b] - logs[a]) for a, b in pairs]
     effect = margin - max(map(abs, gains)) if test.test == "equal" else min(gains)
     return Evidence(effect, float(effect <= 0), float(effect > 0))
@@ -310,25 +327,35 @@ def _result(
     evidence: Evidence,
     p: float | None,
     p_opposite: float | None,
+    margin: float,
 ) -> Result:
     if not claim.tests:
         return Result(claim, "untested")
     if not all(groups for _, groups in tests):
         return Result(claim, "not run")
-    direct = [(test, rows) for test, groups in tests if not test.has_p for rows in groups]
+    direct = [(test, each) for test, groups in tests if not test.has_p for each in groups]
     # Any of several verdicts may contradict a finding, so each may be wrong so much less often.
     count = sum(len(test.left) if test.test in ("value", "ratio") else 1 for test, _ in direct)
     error = SIGNIFICANCE / max(1, count)
-    verdicts = [_direct(test, rows, error) for test, rows in direct]
+    verdicts = [_direct(test, gathered, error, margin) for test, gathered in direct]
     if any(test.has_p for test, _ in tests):
         verdicts.append(findings.verdict(evidence, p, p_opposite))
     numbers = [
         Numbers(str(row), test.metric, seeds)
         for test, groups in tests
-        for rows in groups
-        for row, seeds in rows.items()
+        for each in groups
+        for row, seeds in each.rows.items()
     ]
-    return Result(claim, _together(verdicts), evidence.effect, p, evidence.seeds, numbers)
+    return Result(
+        claim,
+        _together(verdicts),
+        evidence.effect,
+        p,
+        p_opposite,
+        None if "cannot tell" in verdicts[: len(direct)] else evidence.seeds,
+        numbers,
+        shared=not all(each.fair for _, groups in tests for each in groups),
+    )
 
 
 def _together(verdicts: Sequence[Verdict]) -> Verdict:
@@ -338,12 +365,18 @@ def _together(verdicts: Sequence[Verdict]) -> Verdict:
     return "upheld" if all(verdict == "upheld" for verdict in verdicts) else "cannot tell"
 
 
-def _direct(test: ClaimTest, rows: Gathered, error: float) -> Verdict:
+def _direct(test: ClaimTest, gathered: Gathered, error: float, margin: float) -> Verdict:
     """Judge by a test whose verdict needs no p value of the document's family.
 
     Args:
+        test: the test.
+        gathered: what the seeds gave.
         error: probability with which each of its verdicts may be wrong.
+        margin: difference that does not matter, unless the test has its own [nats, log ratio].
     """
+    rows = gathered.rows
+    if not gathered.fair:
+        return "cannot tell"
     match test.test:
         case "optimum":
             if min(len(rows[row]) for row in test.rows) < 2:  # one seed says nothing of chance
@@ -356,29 +389,38 @@ def _direct(test: ClaimTest, rows: Gathered, error: float) -> Verdict:
         case "above":
             bounds = zip(test.left, test.numbers, strict=True)
             return _together([findings.beyond(rows[row], bound) for row, bound in bounds])
-        case "ratio":
-            logs = {row: _logarithms(seeds) for row, seeds in rows.items()}
-            return _together(
-                [
-                    findings.holds(
-                        [x - y for x, y in zip(logs[a], logs[b], strict=True)],
-                        math.log(number),
-                        error,
-                    )
-                    for (a, b), number in zip(test.pairs, test.numbers, strict=True)
-                ]
-            )
         case "slope":
             groups = [_logarithms(rows[row]) for row in test.left]
             return findings.slope_holds(test.positions or [], groups, test.numbers[0], error)
-    given = list(zip(test.left, test.numbers, strict=True))
-    if test.tolerance is not None:
-        if not all(rows[row] for row, _ in given):
-            return "cannot tell"
-        exact = [
-            np.allclose(rows[row], number, rtol=test.tolerance, atol=0) for row, number in given
-        ]
-        return "upheld" if all(exact) else "contradicted"
+        case "ratio":
+            samples = [
+                [
+                    x - y if math.isfinite(y) else math.nan
+                    for x, y in zip(_logarithms(rows[a]), _logarithms(rows[b]), strict=True)
+                ]
+                for a, b in test.pairs
+            ]
+        case _ if test.tolerance is not None:
+            if not all(rows[row] for row in test.left):
+                return "cannot tell"
+            exact = [
+                np.allclose(rows[row], number, rtol=test.tolerance, atol=0)
+                for row, number in zip(test.left, test.numbers, strict=True)
+            ]
+            return "upheld" if all(exact) else "contradicted"
+        case _:
+            samples = [_logarithms(rows[row]) for row in test.left]
     return _together(
-        [findings.holds(_logarithms(rows[row]), math.log(number), error) for row, number in given]
+        [
+            _number(sample, math.log(number), error, test.margin or margin)
+            for sample, number in zip(samples, test.numbers, strict=True)
+        ]
     )
+
+
+def _number(sample: Sequence[float], number: float, error: float, margin: float) -> Verdict:
+    """Judge a number that a finding states as one that is published: could it be another draw?"""
+    found = agreement.judge_seeds(sample, agreement.Published(number), margin, 1 - error)
+    if found.verdict in ("reproduced", "close"):
+        return "upheld"
+    return "contradicted" if found.verdict == "not reproduced" else "cannot tell"

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,6 +30,7 @@ from ptbench.training.records import Metrics, perplexity, read_history, read_met
 State = Literal["ok", "diverged", "missing"]
 CANNOT_RUN = "cannot run here"  # so begins why a cell will have no result
 OUTDATED = "outdated: its recipe has changed"  # why a result no longer counts
+SHARED = "its runs are not known to have had one kind of machine to themselves"
 MAXIMUM_FAILED = 1  # seeds of a row that may fail before the others no longer stand for it
 
 
@@ -99,6 +100,56 @@ class CellResult:
         """Return why it diverged or is missing."""
         return self.result.metrics.reason if self.result else self.unusable
 
+    @property
+    def machine(self) -> str | None:
+        """Return its processor and its kinds of GPU."""
+        names = [self.provenance.cpu, *(gpu.get("name") for gpu in self.provenance.gpus)]
+        return " + ".join(dict.fromkeys(name for name in names if name)) or None
+
+    @property
+    def busy(self) -> str | None:
+        """Return how busy its machine was, if it was too busy for the run's speed to count."""
+        hardware = self.result.metrics.hardware if self.result else None
+        if hardware is None or not hardware.busy:
+            return None
+        return (
+            f"its machine was busy: other processes used {hardware.other_cores:.1f} of "
+            f"{hardware.cores} cores, and the run had {hardware.threads} threads"
+        )
+
+
+class Placed(Protocol):
+    """Where the runs of a row were made, and what was beside them."""
+
+    @property
+    def accelerator(self) -> Accelerator | None: ...
+    @property
+    def machines(self) -> tuple[str, ...]: ...
+    @property
+    def cells_at_once(self) -> int | None: ...
+    @property
+    def busy(self) -> int: ...
+
+
+def is_alone(row: Placed) -> bool:
+    """Return whether each run of a row is known to have had its machine to itself."""
+    return row.cells_at_once == 1 and not row.busy
+
+
+def comparable(metric: str, rows: Iterable[Placed]) -> bool:
+    """Return whether rows' numbers of a metric may be set against each other.
+
+    What depends on the machine compares on one kind of device and machine; and times, speeds and
+    what is computed from them only where each run had its machine to itself. Memory does not depend
+    on what runs beside.
+    """
+    if not METRICS[metric].depends_on_machine:
+        return True
+    rows = list(rows)
+    places = {(row.machines, row.accelerator) for row in rows}
+    one_kind = len(places) == 1 and all(len(machines) == 1 for machines, _ in places)
+    return one_kind and (METRICS[metric].unit == "bytes" or all(map(is_alone, rows)))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -125,6 +176,23 @@ class Row:
     def implementation(self) -> Implementation:
         """Return how its models compute: stock or tuned, as the recipe says."""
         return self.planned.implementation
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Return the kinds of machine of its runs."""
+        return tuple(sorted({cell.machine for cell in self.cells if cell.machine}))
+
+    @property
+    def cells_at_once(self) -> int | None:
+        """Return the most cells that a machine of it trained at once; None if that is unknown."""
+        counts = [cell.provenance.cells_at_once for cell in self.cells if cell.result]
+        most = max((count for count in counts if count), default=None)
+        return None if most == 1 and None in counts else most
+
+    @property
+    def busy(self) -> int:
+        """Return how many of its runs had a machine that was busier than its cores."""
+        return sum(cell.busy is not None for cell in self.cells)
 
     @property
     def complete(self) -> bool:

@@ -14,7 +14,16 @@ from typing import NamedTuple
 from pydantic import Field
 
 from ptbench.analysis.agreement import Judgement, PublishedVerdict, judge_published
-from ptbench.analysis.collect import CellResult, CorpusFacts, Provenance, Row, State
+from ptbench.analysis.collect import (
+    SHARED,
+    CellResult,
+    CorpusFacts,
+    Provenance,
+    Row,
+    State,
+    comparable,
+    is_alone,
+)
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Summary
 from ptbench.analysis.plan import ExperimentPlan, Settings
 from ptbench.analysis.published import PublishedValue
@@ -35,7 +44,7 @@ from ptbench.configuration.papers import NamedRow
 from ptbench.configuration.specification import Cell, reductions, whole
 from ptbench.model.recipe import Accelerator, Implementation, Model
 
-NOT_JUDGED = Judgement("cannot tell", None, None, None, None)
+NOT_JUDGED = Judgement("cannot tell")
 
 
 class CellLine(Model):
@@ -72,7 +81,9 @@ class RowResult(Model):
     metrics: dict[str, Summary] = Field(description="By name, those that its seeds have.")
     framework_versions: tuple[str, ...] = Field(description="Of the framework, in its runs.")
     machines: tuple[str, ...] = Field(description="Processors and GPUs of its runs.")
-    cells_at_once: int | None = Field(description="Most cells that a machine trained at once.")
+    cells_at_once: int | None = Field(
+        description="Most cells that a machine trained at once; null: unknown."
+    )
     busy: int = Field(0, description="Its runs whose machine was busier than its cores.")
     commits: tuple[str, ...] = Field(description="Commits of its runs; `+changes` if not clean.")
     began: str | None = Field(None, description="When the first of its runs began (UTC).")
@@ -82,7 +93,7 @@ class RowResult(Model):
     @property
     def alone(self) -> bool:
         """Return whether each of its runs is known to have had its machine to itself."""
-        return self.cells_at_once == 1 and not self.busy
+        return is_alone(self)
 
     def value(self, metric: str) -> float | None:
         """Return the number that stands for the row's seeds, if there is one."""
@@ -128,8 +139,8 @@ class PublishedResult(Model):
     framework: Framework = Field(description="Framework of our row.")
     n_ok: int = Field(description="Seeds of our row that ended well.")
     ours: float | None = Field(description="Our number.")
-    low: float | None = Field(description="Lower end of our 95 % interval, or lower quartile.")
-    high: float | None = Field(description="Upper end of our 95 % interval, or upper quartile.")
+    low: float | None = Field(description="Lower end of our summary of the metric.")
+    high: float | None = Field(description="Upper end of our summary of the metric.")
     relative_gap: float | None = Field(description="(ours - published) / published.")
     verdict: PublishedVerdict = Field(description="Whether the number is reproduced.")
     expected_low: float | None = Field(
@@ -137,6 +148,7 @@ class PublishedResult(Model):
     )
     expected_high: float | None = Field(description="Upper end of the same.")
     seeds: int | None = Field(description="Seeds that would settle it, if it cannot be told.")
+    reason: str | None = Field(None, description="Why it cannot be told, where that is known.")
     cv: float | None = Field(description="CV* of the published number and ours [%].")
 
 
@@ -266,7 +278,6 @@ def analyse(
 
 def _row_result(row: Row) -> RowResult:
     values = {name: list(row.values(name).values()) for name in METRICS}
-    at_once = [c.provenance.cells_at_once for c in row.cells if c.provenance.cells_at_once]
     return RowResult(
         variant=row.variant,
         framework=row.framework,
@@ -281,9 +292,9 @@ def _row_result(row: Row) -> RowResult:
         fingerprint=next((c.result.metrics.fingerprint for c in row.cells if c.result), None),
         metrics={n: METRICS[n].kind.summarise(found) for n, found in values.items() if found},
         framework_versions=_distinct(cell.provenance.framework_version for cell in row.cells),
-        machines=_distinct(_machine(cell.provenance) for cell in row.cells),
-        cells_at_once=max(at_once, default=None),
-        busy=sum(_busy(cell) is not None for cell in row.cells),
+        machines=row.machines,
+        cells_at_once=row.cells_at_once,
+        busy=row.busy,
         commits=_distinct(_commit(cell.provenance) for cell in row.cells),
         began=min(_distinct(cell.provenance.started for cell in row.cells), default=None),
         ended=max(_distinct(cell.provenance.finished for cell in row.cells), default=None),
@@ -293,11 +304,6 @@ def _row_result(row: Row) -> RowResult:
 
 def _distinct(values: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(sorted({value for value in values if value}))
-
-
-def _machine(provenance: Provenance) -> str | None:
-    names = [provenance.cpu, *(gpu.get("name") for gpu in provenance.gpus)]
-    return " + ".join(name for name in names if name) or None
 
 
 def _commit(provenance: Provenance) -> str | None:
@@ -317,7 +323,7 @@ def _cell_line(found: CellResult) -> CellLine:
         cell=found.cell,
         state=found.state,
         reason=found.reason,
-        note=_busy(found),
+        note=found.busy,
         values=values,
         asked_memory=memory,
         asked_time=time,
@@ -336,17 +342,6 @@ def _asked_over_used(found: CellResult) -> tuple[float | None, float | None]:
     memory = asked.asked_megabytes * 1e6 / metrics.peak_memory_bytes
     seconds = metrics.seconds.total
     return memory, 60 * asked.asked_minutes / seconds if metrics.attempts == 1 else None
-
-
-def _busy(found: CellResult) -> str | None:
-    """Return how busy a run's machine was, if it was too busy for the run's speed to count."""
-    hardware = found.result.metrics.hardware if found.result else None
-    if hardware is None or not hardware.busy:
-        return None
-    return (
-        f"its machine was busy: other processes used {hardware.other_cores:.1f} of "
-        f"{hardware.cores} cores, and the run had {hardware.threads} threads"
-    )
 
 
 def _pairs(plan: ExperimentPlan, rows: Sequence[Row]) -> tuple[PairResult, ...]:
@@ -386,6 +381,8 @@ def judge_row(
 ) -> Judged | None:
     """Judge a published number by the seeds of a row that finished; None if there is none.
 
+    A ratio of times or speeds cannot be told by runs that shared their machine (`comparable`).
+
     Args:
         value: the number.
         row: ours.
@@ -400,6 +397,8 @@ def judge_row(
         divisors = {seed: divisors[seed] for seed in seeds}
     if not seeds:
         return None
+    if over is not None and value.over is not None and not comparable(value.metric, (row, over)):
+        return Judged(len(seeds), Judgement("cannot tell", reason=SHARED))
     ours, below = list(seeds.values()), list(divisors.values())
     return Judged(len(seeds), judge_published(value, ours, below, margin))
 
@@ -442,6 +441,7 @@ def _beside(
         expected_low=expected[0],
         expected_high=expected[1],
         seeds=judged.seeds,
+        reason=judged.reason,
         cv=judged.cv,
     )
 

@@ -12,28 +12,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy  # its stats are imported where they are used, which takes a second
+from numpy.typing import NDArray
 from scipy import special
 
 from ptbench.analysis.statistics import (
+    MAXIMUM_SEEDS,
     SIGNIFICANCE,
     Sample,
     as_sample,
     has_spread,
-    t_interval,
     t_quantile,
     t_upper,
     welch,
+    welch_difference,
 )
 
 DRAWS = 10_000
 PERMUTATIONS = 20_000  # above so many ways to share out the seeds, as many are drawn
-INTERVAL_TOLERANCE = 0.05  # nats or log ratio: an interval wider than ± this proves no number
-EXPONENT_TOLERANCE = 0.25  # the same of a power law's exponent
-MAXIMUM_SEEDS = 100  # the most seeds that it is worth asking for
+EXPONENT_TOLERANCE = 0.25  # an interval wider than ± this proves no power law's exponent
+ROUNDING = 1e-9  # of an exponent, where rows lie on a line but for rounding
+LEAST_POSITIONS = 3  # of a power law: two leave no freedom to tell whether there is one
+MOST_RANKED = 30  # values whose ranks' exact law is computed; of more, the normal approximation
 POWER = 0.8  # with which that many seeds would show the difference that was seen
 
 Verdict = Literal["upheld", "contradicted", "cannot tell", "not run"]
@@ -67,12 +71,16 @@ def lower(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
         return Evidence(
             None, _mann_whitney(first, second, "less"), _mann_whitney(first, second, "greater")
         )
-    effect = float(second.mean() - first.mean())
     if not (has_spread(first) or has_spread(second)):
-        return Evidence(effect, None, None, least=margin)
-    p = _welch(first, second, "less")
-    opposite = min(_welch(first, second, "greater"), equivalence_p(first, second, margin))
-    return Evidence(effect, p, opposite, _seeds(first, second, effect), margin)
+        return Evidence(float(second.mean() - first.mean()), None, None, least=margin)
+    effect, error, freedom = welch_difference(second, first)
+    return Evidence(
+        effect,
+        t_upper(effect / error, freedom),
+        min(t_upper(-effect / error, freedom), t_upper((margin - abs(effect)) / error, freedom)),
+        _seeds((first, second), abs(effect) - margin),
+        margin,
+    )
 
 
 def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
@@ -86,16 +94,15 @@ def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
     if not np.isfinite(np.concatenate([first, second])).all():
         p = min(_mann_whitney(first, second, "less"), _mann_whitney(first, second, "greater"))
         return Evidence(None, None, min(1.0, 2 * p))
-    difference = float(first.mean() - second.mean())
-    effect = margin - abs(difference)
     if not (has_spread(first) or has_spread(second)):
-        return Evidence(effect, None, None)
-    beyond = min(_welch(first - margin, second, "greater"), _welch(first + margin, second, "less"))
+        return Evidence(margin - abs(float(first.mean() - second.mean())), None, None)
+    difference, error, freedom = welch_difference(first, second)
+    effect = margin - abs(difference)
     return Evidence(
         effect,
-        equivalence_p(first, second, margin),
-        min(1.0, 2 * beyond),
-        _seeds(first, second, abs(effect)),
+        t_upper(effect / error, freedom),
+        min(1.0, 2 * t_upper(-effect / error, freedom)),
+        _seeds((first, second), effect),
     )
 
 
@@ -104,7 +111,8 @@ def all_of(parts: Sequence[Evidence]) -> Evidence:
 
     The finding's p is the largest of its parts'. Any part whose opposite holds contradicts the
     whole, so that p is the smallest, times the number of parts (Bonferroni). The effect is that of
-    the part which has least to spare.
+    the part which has least to spare. The seeds settle every part that is open, so there is no
+    number where one of these has none.
     """
     if not parts:
         return NOTHING
@@ -112,12 +120,15 @@ def all_of(parts: Sequence[Evidence]) -> Evidence:
     opposites = [part.p_opposite for part in parts if part.p_opposite is not None]
     effects = [(part.effect, part.least) for part in parts if part.effect is not None]
     effect, least = min(effects, key=lambda each: each[0] - each[1], default=(None, 0.0))
-    seeds = [part.seeds for part in parts if part.seeds is not None]
+    still_open = [
+        part.seeds for part in parts if verdict(part, part.p, part.p_opposite) == "cannot tell"
+    ]
+    seeds = [each for each in still_open if each is not None]
     return Evidence(
         effect,
         None if None in ps else max(p for p in ps if p is not None),
         min(1.0, min(opposites) * len(parts)) if opposites else None,
-        max(seeds, default=None),
+        max(seeds, default=None) if len(seeds) == len(still_open) else None,
         least,
     )
 
@@ -125,9 +136,10 @@ def all_of(parts: Sequence[Evidence]) -> Evidence:
 def trend(groups: Sequence[Sequence[float]], direction: Literal["rises", "falls"]) -> Evidence:
     """Test that values rise, or fall, from group to group (T3).
 
-    Jonckheere (1954) and Terpstra (1952): the sum of Mann-Whitney counts over all pairs of groups,
-    by its normal approximation with the correction for ties of Lehmann (1975, section 5.7). The
-    effect is the mean of the last group less that of the first.
+    Jonckheere (1954) and Terpstra (1952): the sum of Mann-Whitney counts over all pairs of groups.
+    Its exact law, where no two of at most `MOST_RANKED` values are equal; otherwise the normal
+    approximation with the correction for ties of Lehmann (1975, section 5.7). The effect is the
+    mean of the last group less that of the first.
     """
     samples = [as_sample(group) for group in groups]
     if len(samples) < 2 or min(map(len, samples)) < 1 or sum(map(len, samples)) < 4:
@@ -137,8 +149,54 @@ def trend(groups: Sequence[Sequence[float]], direction: Literal["rises", "falls"
         for second in samples[i + 1 :]:
             behind, ahead = second[None, :] < first[:, None], second[None, :] > first[:, None]
             count += float(np.sum(ahead.astype(np.float64) - behind + 1) / 2)
-    sizes = np.array([len(sample) for sample in samples], np.float64)
+    ends = samples[0].mean(), samples[-1].mean()
+    effect = float(ends[1] - ends[0]) if np.isfinite(ends).all() else None
     _, ties = np.unique(np.concatenate(samples), return_counts=True)
+    if ties.sum() <= MOST_RANKED and ties.max() == 1:
+        at_least = trend_law(tuple(sorted(map(len, samples))))
+        rises, falls = at_least[round(count)], at_least[len(at_least) - 1 - round(count)]
+    else:
+        z = _trend_z(count, np.array([len(sample) for sample in samples], np.float64), ties)
+        if z is None:
+            return NOTHING
+        rises, falls = float(special.ndtr(-z)), float(special.ndtr(z))
+    if direction == "rises":
+        return Evidence(effect, rises, falls)
+    return Evidence(None if effect is None else -effect, falls, rises)
+
+
+@lru_cache(maxsize=256)
+def trend_law(sizes: tuple[int, ...]) -> list[float]:
+    """Return the probability that Jonckheere's count is at least 0, 1, 2 ... if there is no trend.
+
+    All orders of the values are equally likely. The number of those that have a count is a
+    coefficient of the Gaussian multinomial, the product of (1 - q^j) for j up to the number of
+    values over the same products for each group (Andrews 1976, "The theory of partitions",
+    theorem 3.6). The law is symmetric, so the same are the probabilities of at most the largest
+    count, one less, two less ...
+
+    Args:
+        sizes: of the groups, in any order.
+    """
+    orders, total = [1], 0
+    for size in sizes:
+        for place in range(1, size + 1):
+            total += 1
+            # Times (1 - q^total), and over (1 - q^place), which leaves a polynomial.
+            orders = [
+                a - b for a, b in zip(orders + [0] * total, [0] * total + orders, strict=True)
+            ]
+            for power in range(place, len(orders)):
+                orders[power] += orders[power - place]
+            del orders[len(orders) - place :]
+    above, every = [0], sum(orders)
+    for count in reversed(orders):
+        above.append(above[-1] + count)
+    return [each / every for each in reversed(above[1:])]
+
+
+def _trend_z(count: float, sizes: Sample, ties: NDArray[np.intp]) -> float | None:
+    """Return how many standard deviations Jonckheere's count is above its mean."""
     n, t = sizes.sum(), ties.astype(np.float64)
     mean = (n**2 - (sizes**2).sum()) / 4
     variance = (
@@ -153,13 +211,7 @@ def trend(groups: Sequence[Sequence[float]], direction: Literal["rises", "falls"
             / (36 * n * (n - 1) * (n - 2))
         )
         variance += (sizes * (sizes - 1)).sum() * (t * (t - 1)).sum() / (8 * n * (n - 1))
-    if variance <= 0:
-        return NOTHING
-    sign = 1 if direction == "rises" else -1
-    z = sign * (count - mean) / math.sqrt(variance)
-    ends = samples[0].mean(), samples[-1].mean()
-    effect = sign * float(ends[1] - ends[0]) if np.isfinite(ends).all() else None
-    return Evidence(effect, float(special.ndtr(-z)), float(special.ndtr(z)))
+    return (count - mean) / math.sqrt(variance) if variance > 0 else None
 
 
 def saturates(groups: Sequence[Sequence[float]], at: int, margin: float) -> Evidence:
@@ -178,15 +230,17 @@ def saturates(groups: Sequence[Sequence[float]], at: int, margin: float) -> Evid
             p = _mann_whitney(later, reference, "greater")
             parts.append(Evidence(None, p, _mann_whitney(later, reference, "less")))
             continue
-        gain = float(reference.mean() - later.mean())
         if not (has_spread(later) or has_spread(reference)):
-            parts.append(Evidence(margin - gain, None, None))
+            parts.append(Evidence(margin - float(reference.mean() - later.mean()), None, None))
             continue
-        not_better = _welch(later + margin, reference, "greater")
-        better = _welch(later + margin, reference, "less")
+        gain, error, freedom = welch_difference(reference, later)
+        effect = margin - gain
         parts.append(
             Evidence(
-                margin - gain, not_better, better, _seeds(later, reference, abs(margin - gain))
+                effect,
+                t_upper(effect / error, freedom),
+                t_upper(-effect / error, freedom),
+                _seeds((reference, later), effect),
             )
         )
     return all_of(parts)
@@ -221,49 +275,34 @@ def _means(sample: Sample, rng: np.random.Generator) -> Sample:
     return means
 
 
-def holds(values: Sequence[float], number: float, error: float = SIGNIFICANCE) -> Verdict:
-    """Judge whether the interval of the mean holds a number (T5).
-
-    An interval wider than ± `INTERVAL_TOLERANCE` that holds it cannot tell: it holds many others
-    too. So an upheld number is within twice the tolerance of the mean, but for an error.
-
-    Args:
-        values: of the seeds.
-        number: of the document.
-        error: probability that the interval misses the mean.
-    """
-    sample = as_sample(values)
-    if not len(sample):
-        return "not run"
-    interval = t_interval(sample, 1 - error) if np.isfinite(sample).all() else None
-    if interval is None:
-        return "cannot tell"
-    low, high = interval
-    if not low <= number <= high:
-        return "contradicted"
-    return "upheld" if (high - low) / 2 <= INTERVAL_TOLERANCE else "cannot tell"
-
-
 def slope_holds(
     positions: Sequence[float],
     groups: Sequence[Sequence[float]],
     slope: float,
     error: float = SIGNIFICANCE,
 ) -> Verdict:
-    """Judge whether the interval of a power law's exponent holds a number (T5); see `holds`.
+    """Judge whether the interval of a power law's exponent holds a number (T5).
 
-    The exponent is the slope of a straight line through all seeds, by least squares, of the
-    logarithms `groups` on those of `positions`.
+    The exponent is the slope of a straight line, by least squares, of the rows' mean logarithms on
+    those of their positions. What a row is off the line by is common to all of its seeds, so rows
+    are the units: with k of them the interval has k - 2 degrees of freedom. One wider than
+    ± `EXPONENT_TOLERANCE` that holds the number cannot tell: it holds many others too.
+
+    Args:
+        positions: of the rows.
+        groups: the logarithms of each row's seeds.
+        slope: of the document.
+        error: probability that the interval misses the exponent.
     """
-    x = np.concatenate(
-        [np.full(len(g), np.log(at)) for at, g in zip(positions, groups, strict=True)]
-    )
-    y = as_sample(np.concatenate([as_sample(group) for group in groups]))
-    if len(y) < 3 or not np.isfinite(y).all():
+    x = np.log(as_sample(positions))
+    if len(set(x.tolist())) < LEAST_POSITIONS or not all(len(group) for group in groups):
+        return "cannot tell"
+    y = np.array([as_sample(group).mean() for group in groups])
+    if not np.isfinite(y).all():
         return "cannot tell"
     line = scipy.stats.linregress(x, y)
     half = t_quantile(1 - error / 2, len(y) - 2) * float(line.stderr)
-    if abs(float(line.slope) - slope) > half:
+    if abs(float(line.slope) - slope) > half + ROUNDING:
         return "contradicted"
     return "upheld" if half <= EXPONENT_TOLERANCE else "cannot tell"
 
@@ -297,7 +336,8 @@ def interaction(
     error, freedom = welch(parts)
     p, opposite = t_upper(effect / error, freedom), t_upper(-effect / error, freedom)
     within = t_upper((margin - abs(effect)) / error, freedom)
-    return Evidence(effect, p, min(opposite, within), least=margin)
+    seeds = _seeds(samples, abs(effect) - margin)
+    return Evidence(effect, p, min(opposite, within), seeds, margin)
 
 
 def verdict(evidence: Evidence, p: float | None, p_opposite: float | None) -> Verdict:
@@ -308,18 +348,6 @@ def verdict(evidence: Evidence, p: float | None, p_opposite: float | None) -> Ve
     if p_opposite is not None and p_opposite < SIGNIFICANCE:
         return "contradicted"
     return "cannot tell"
-
-
-def equivalence_p(a: Sample, b: Sample, margin: float) -> float:
-    """Return the larger p of two one-sided Welch tests against ± margin (Schuirmann 1987)."""
-    return max(_welch(a + margin, b, "greater"), _welch(a - margin, b, "less"))
-
-
-def _welch(a: Sample, b: Sample, alternative: Literal["less", "greater"]) -> float:
-    # SciPy's ttest_ind takes a hundred times as long; a study needs thousands of these.
-    error, freedom = welch([(float(a.var(ddof=1)), len(a)), (float(b.var(ddof=1)), len(b))])
-    t = float(a.mean() - b.mean()) / error
-    return t_upper(-t if alternative == "less" else t, freedom)
 
 
 def _mann_whitney(a: Sample, b: Sample, alternative: Literal["less", "greater"]) -> float:
@@ -334,15 +362,20 @@ def _mann_whitney(a: Sample, b: Sample, alternative: Literal["less", "greater"])
     )
 
 
-def _seeds(a: Sample, b: Sample, effect: float) -> int | None:
-    """Return how many seeds a side would show this effect with a power of 0.8, one-sided.
+def _seeds(samples: Sequence[Sample], distance: float) -> int | None:
+    """Return how many seeds of each sample would show with a power of 0.8 what is left open.
 
-    n = 2 (z_0.95 + z_0.8)^2 s^2 / effect^2, the pooled deviation s taken as it is; None above
-    `MAXIMUM_SEEDS`.
+    n = (z_0.95 + z_0.8)^2 times the sum of the variances over the square of the distance, the
+    variances taken as they are. It is more than there are; None above `MAXIMUM_SEEDS`.
+
+    Args:
+        samples: of the means that are added or subtracted.
+        distance: from the effect that was seen to the margin.
     """
-    if effect <= 0:
+    if not distance:
         return None
-    variance = (float(a.var(ddof=1)) + float(b.var(ddof=1))) / 2
+    variance = sum(float(sample.var(ddof=1)) for sample in samples)
     z = float(special.ndtri(1 - SIGNIFICANCE) + special.ndtri(POWER))
-    n = math.ceil(2 * z**2 * variance / effect**2) + 1  # one more, for t instead of z
-    return max(n, 3) if n <= MAXIMUM_SEEDS else None
+    n = math.ceil(z**2 * variance / distance**2) + 1  # one more, for t instead of z
+    n = max(n, *(len(sample) + 1 for sample in samples))
+    return n if n <= MAXIMUM_SEEDS else None

@@ -15,11 +15,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ptbench.analysis.collect import comparable
 from ptbench.analysis.experiment import Analysis, PairResult, RowResult
 from ptbench.analysis.statistics import SIGNIFICANCE, joint_equivalence_p, t_interval
 from ptbench.backends import FRAMEWORKS
 
 Groups = Mapping[tuple[str, int], Mapping[str, RowResult]]  # rows by (variant, devices)
+ByVariant = dict[str, list[float]]  # log ratios, one for each number of devices
 
 
 class Ratio(NamedTuple):
@@ -27,10 +29,10 @@ class Ratio(NamedTuple):
 
     framework: str
     value: float
-    low: float | None  # ends of the 95 % interval, where there are two variants or two seeds
+    low: float | None  # ends of the 95 % interval, where there are two recipes or two seeds
     high: float | None
     n: int  # what the interval is over
-    over: Literal["variants", "seeds"]
+    over: Literal["recipes", "seeds"]
 
 
 class Comparison(NamedTuple):
@@ -43,7 +45,7 @@ class Comparison(NamedTuple):
     fair: bool = True  # whether every number is of a run that had its machine to itself
     cells_at_once: int | None = None  # most runs that shared a machine, where that is known
     busy: int = 0  # runs whose machine was busy with other processes
-    apart: tuple[str, ...] = ()  # frameworks that have numbers, none of them comparable with these
+    apart: tuple[str, ...] = ()  # frameworks whose numbers do not compare with the reference's
 
     def leaders(self) -> list[str]:
         """Return the framework with the highest numbers, and those that it is not proven above."""
@@ -66,12 +68,6 @@ def groups_of(analyses: Iterable[Analysis]) -> Groups:
     return groups
 
 
-def alone(a: RowResult, b: RowResult) -> bool:
-    """Return whether speeds compare: on one kind of device and machine, with no run beside them."""
-    same = a.machines == b.machines and a.accelerator == b.accelerator
-    return a.alone and b.alone and same and len(a.machines) == 1
-
-
 def alike(a: RowResult, b: RowResult) -> bool:
     """Return whether speeds say something: on one kind of machine, with as many runs beside."""
     one_kind = a.machines == b.machines and len(a.machines) < 2
@@ -87,33 +83,37 @@ def compare_speeds(groups: Groups) -> Comparison | None:
         None if no two frameworks have such a speed of the same variant and number of devices.
     """
     metric = "tokens_per_second"
-    fair = compare(groups, metric, alone)
+    fair = compare(groups, metric, lambda a, b: comparable(metric, (a, b)))
     found = fair or compare(groups, metric, alike)
     if found is None:
         return None
     rows = [row for own in groups.values() for row in own.values()]
-    known = [row.cells_at_once for row in rows if row.cells_at_once]
-    busy = sum(row.busy for row in rows)
-    return found._replace(fair=fair is not None, cells_at_once=max(known, default=None), busy=busy)
+    counts = [row.cells_at_once for row in rows]
+    most = max(filter(None, counts), default=None)
+    return found._replace(
+        fair=fair is not None,
+        cells_at_once=None if most == 1 and None in counts else most,
+        busy=sum(row.busy for row in rows),
+    )
 
 
 def compare(
-    groups: Groups, metric: str, comparable: Callable[[RowResult, RowResult], bool] | None = None
+    groups: Groups, metric: str, allowed: Callable[[RowResult, RowResult], bool] | None = None
 ) -> Comparison | None:
     """Compare frameworks by a positive metric.
 
-    The ratio of two frameworks is the geometric mean, over variants, of the ratios of the numbers
-    that stand for their rows (medians of speeds), after the geometric mean over the numbers of
-    devices of a variant. Its interval is the t interval of the mean logarithm over variants, which
-    are the units that differ; where there is one variant alone, over its seeds.
+    The ratio of two frameworks is the geometric mean, over recipes, of the ratios of the numbers
+    that stand for their rows (medians of speeds), after the geometric means over the numbers of
+    devices of a variant and over the variants of a recipe. Its interval is the t interval of the
+    mean logarithm over recipes: fourteen learning rates of one recipe are no fourteen models. Where
+    there is one recipe alone, it is over the seeds that all of its rows have.
 
-    Where not all frameworks can be compared with one another, most of them are, and the others are
-    `apart`.
+    Where not all frameworks can be compared with the reference, the others are `apart`.
 
     Args:
         groups: as `groups_of` returns them.
         metric: its name.
-        comparable: whether two rows may be compared; None: any.
+        allowed: whether two rows may be compared; None: any.
 
     Returns:
         None if no two frameworks can be compared.
@@ -124,7 +124,7 @@ def compare(
         having = [own[name] for name in FRAMEWORKS if name in own and own[name].value(metric)]
         names |= {row.framework for row in having}
         for a, b in permutations(having, 2):
-            if comparable is None or comparable(a, b):
+            if allowed is None or allowed(a, b):
                 rows[a.framework, b.framework].append((a, b))
     if not rows:
         return None
@@ -139,10 +139,11 @@ def compare(
         standing[name].append(math.log(ratio.value))
     reference = min(standing, key=lambda framework: float(np.mean(standing[framework])))
     ratios = [pairs[name, reference] for name in standing if (name, reference) in pairs]
-    ratios.append(Ratio(reference, 1.0, None, None, 0, "variants"))
+    ratios.append(Ratio(reference, 1.0, None, None, 0, "recipes"))
     ratios.sort(key=lambda ratio: -ratio.value)
-    apart = tuple(name for name in FRAMEWORKS if name in names - together)
-    return Comparison(metric, reference, {r.framework: r for r in ratios}, pairs, apart=apart)
+    by_name = {ratio.framework: ratio for ratio in ratios}
+    apart = tuple(name for name in FRAMEWORKS if name in names - by_name.keys())
+    return Comparison(metric, reference, by_name, pairs, apart=apart)
 
 
 def _largest_group(couples: Iterable[tuple[str, str]]) -> set[str]:
@@ -170,21 +171,27 @@ def _ratio(framework: str, rows: Sequence[tuple[RowResult, RowResult]], metric: 
 
 def _logs(
     rows: Sequence[tuple[RowResult, RowResult]], metric: str
-) -> tuple[list[float], Literal["variants", "seeds"]]:
-    """Return the log ratios of a to b: one for each variant, or for each seed of the only one."""
-    variants: dict[str, list[float]] = defaultdict(list)
-    seeds: dict[int, list[float]] = defaultdict(list)
+) -> tuple[list[float], Literal["recipes", "seeds"]]:
+    """Return the log ratios of a to b: one for each recipe, or for each seed of the only one."""
+    recipes: dict[str, ByVariant] = defaultdict(lambda: defaultdict(list))
+    seeds: dict[int, ByVariant] = defaultdict(lambda: defaultdict(list))
     for a, b in rows:
         first, second = a.value(metric), b.value(metric)
         assert first
         assert second
-        variants[a.variant].append(math.log(first / second))
+        recipes[a.variant.partition("+")[0]][a.variant].append(math.log(first / second))
         own = [row.good_seeds(metric) for row in (a, b)]
         for seed in own[0].keys() & own[1].keys():
-            seeds[seed].append(math.log(own[0][seed] / own[1][seed]))
-    if len(variants) > 1 or not seeds:
-        return [float(np.mean(logs)) for logs in variants.values()], "variants"
-    return [float(np.mean(seeds[seed])) for seed in sorted(seeds)], "seeds"
+            seeds[seed][a.variant].append(math.log(own[0][seed] / own[1][seed]))
+    shared = [of for _, of in sorted(seeds.items()) if sum(map(len, of.values())) == len(rows)]
+    if len(recipes) == 1 and shared:
+        return [_mean_of_means(of) for of in shared], "seeds"
+    return [_mean_of_means(of) for of in recipes.values()], "recipes"
+
+
+def _mean_of_means(logs: ByVariant) -> float:
+    """Return the mean over variants of their means over numbers of devices."""
+    return float(np.mean([np.mean(of) for of in logs.values()]))
 
 
 class Couple(NamedTuple):
@@ -205,7 +212,7 @@ class Perplexities(NamedTuple):
     different: list[tuple[Analysis, PairResult]]
     p: float | None  # that some pair is not equivalent; None: cannot be told
     margins: list[float]  # of equivalence [nats]
-    missing: int = 0  # pairs of which a side has no result yet
+    missing: int = 0  # pairs of which a side has no perplexity: not run, or too many seeds failed
 
     @property
     def all_equivalent(self) -> bool:
@@ -218,17 +225,12 @@ def compare_perplexities(analyses: Iterable[Analysis]) -> Perplexities:
     pairs: dict[tuple[str, int, str, str], tuple[Analysis, PairResult]] = {}
     missing = set()
     for analysis in analyses:
-        run = {
-            (row.variant, row.devices, row.framework)
-            for row in analysis.rows
-            if row.n_ok or row.n_diverged
-        }
         for pair in analysis.pairs:
             key = (pair.variant, pair.devices, pair.a, pair.b)
-            if {(*key[:2], pair.a), (*key[:2], pair.b)} <= run:
-                pairs.setdefault(key, (analysis, pair))
-            else:
+            if pair.outcome.difference is None:
                 missing.add(key)
+            else:
+                pairs.setdefault(key, (analysis, pair))
     missing -= pairs.keys()
     couples: dict[tuple[str, str], list[PairResult]] = defaultdict(list)
     for _, pair in pairs.values():

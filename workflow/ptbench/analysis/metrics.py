@@ -19,6 +19,7 @@ from ptbench.model.recipe import Model
 from ptbench.training.records import Epoch, Hardware, Metrics, Score, Seconds, perplexity
 
 NOTHING = "\N{EN DASH}"  # stands where there is no number
+FEWEST_OF_QUARTILES = 5  # values; of fewer, a median's range is shown
 
 
 class Result(NamedTuple):
@@ -39,8 +40,12 @@ class Summary(Model):
     n: int = Field(ge=1, description="Seeds.")
     value: float = Field(description="The number that stands for all seeds.")
     std: float | None = Field(None, description="Sample standard deviation of the seeds' numbers.")
-    low: float | None = Field(None, description="Lower end of the interval, or lower quartile.")
-    high: float | None = Field(None, description="Upper end of the interval, or upper quartile.")
+    low: float | None = Field(
+        None, description="Lower end of the interval; of a median, lower quartile or least."
+    )
+    high: float | None = Field(
+        None, description="Upper end of the interval; of a median, upper quartile or largest."
+    )
     nll: float | None = Field(None, description="Mean over seeds [nats per token]; perplexities.")
     nll_std: float | None = Field(None, description="Its sample standard deviation over seeds.")
 
@@ -71,10 +76,12 @@ def summarise_median(values: Sequence[float]) -> Summary:
     """Summarise times or rates, whose outliers all lie on one side, by median and quartiles.
 
     Quartiles interpolate linearly: definition 7 of Hyndman and Fan (1996), "Sample quantiles in
-    statistical packages", The American Statistician 50, 361-365.
+    statistical packages", The American Statistician 50, 361-365. Of fewer than five values they
+    would be made up, so `low` and `high` are the least and the largest.
     """
     sample = as_sample(values)
-    low, median, high = (float(q) for q in np.percentile(sample, [25, 50, 75]))
+    ends = [0, 50, 100] if len(sample) < FEWEST_OF_QUARTILES else [25, 50, 75]
+    low, median, high = (float(q) for q in np.percentile(sample, ends))
     return Summary(n=len(sample), value=median, low=low, high=high)
 
 
@@ -141,7 +148,7 @@ class Kind(NamedTuple):
 
 
 PERPLEXITY = Kind(summarise_perplexity, "mean", "95 % t interval", "")
-MEDIAN = Kind(summarise_median, "median", "quartiles", "_median")
+MEDIAN = Kind(summarise_median, "median", "quartiles, or the range", "_median")
 LARGEST = Kind(summarise_largest, "largest", "", "")
 
 
@@ -173,6 +180,16 @@ class Metric:
             "money",
         )
 
+    def is_certain(self, seeds: Sequence[float]) -> bool:
+        """Return whether seeds leave no doubt about a count or size: all have the same.
+
+        The recipe decides parameters and batches per epoch, so one seed tells them. Epochs and
+        memory take two.
+        """
+        decided = self.kind is LARGEST and self.better == "neither"
+        counted = self.kind is LARGEST or (self.better == "neither" and not self.unit)
+        return counted and len(seeds) >= (1 if decided else 2) and len(set(seeds)) == 1
+
     def shown(self, value: float) -> float:
         """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
         return perplexity(value) if self.kind is PERPLEXITY else value
@@ -187,9 +204,9 @@ class Metric:
         return f"{self.title} [{self.unit}]" if self.unit else self.title
 
     def spread_text(self, summary: Summary | None) -> str:
-        """Write a summary's interval or quartiles; say why a perplexity has no interval.
+        """Write a summary's interval, quartiles or range; say why a perplexity has no interval.
 
-        Quartiles that read the same say nothing and are left out.
+        Ends that read the same say nothing and are left out.
         """
         if summary is None or not self.kind.spread:
             return ""

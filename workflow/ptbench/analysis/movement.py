@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from statistics import fmean
 from typing import Literal
 
 from pydantic import Field
@@ -32,7 +33,9 @@ class Change(Model):
     change: float | None = Field(description="Second perplexity over the first, less one.")
     verdict: Movement = Field(description="Of the perplexities; same: every seed ended equal.")
     reason: str = Field(description="The reason for the verdict.")
-    speed: float | None = Field(description="Second training speed over the first.")
+    speed: float | None = Field(
+        description="Second training speed over the first: of the seeds' geometric means."
+    )
     speed_low: float | None = Field(description="Lower end of its 95 % interval.")
     speed_high: float | None = Field(description="Upper end of its 95 % interval.")
     speed_p: float | None = Field(description="p of equal speeds, after Holm over all rows.")
@@ -45,7 +48,7 @@ class Change(Model):
 
     @property
     def moved(self) -> bool:
-        """Return whether anything moved by more than chance, and by more than does not matter."""
+        """Return whether anything moved by more than chance; a perplexity, by more than matters."""
         return self.verdict == "different" or self.slower_or_faster
 
 
@@ -82,7 +85,7 @@ def compare_folders(first: Iterable[Analysis], second: Iterable[Analysis]) -> Co
         both, pairs, perplexities, speeds, p_speeds, strict=True
     ):
         same = bool(pair.a) and pair.a == pair.b
-        old, new = a.value(SPEED), b.value(SPEED)
+        old, new = _logs(a, SPEED), _logs(b, SPEED)
         changes.append(
             Change(
                 variant=a.variant,
@@ -95,7 +98,7 @@ def compare_folders(first: Iterable[Analysis], second: Iterable[Analysis]) -> Co
                 change=None if found.difference is None else math.expm1(found.difference),
                 verdict="same" if same else found.verdict,
                 reason="every seed ended with the same perplexity" if same else found.reason,
-                speed=new / old if old and new else None,
+                speed=math.exp(fmean(new) - fmean(old)) if old and new else None,
                 speed_low=math.exp(speed.low) if speed else None,
                 speed_high=math.exp(speed.high) if speed else None,
                 speed_p=p,

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from ptbench.analysis.collect import Row
+from ptbench.analysis.collect import Row, comparable
 from ptbench.analysis.findings import best_probabilities, trend
 from ptbench.analysis.plan import ExperimentPlan, Settings
 from ptbench.analysis.statistics import (
@@ -28,6 +28,8 @@ from ptbench.backends import Framework
 from ptbench.configuration.specification import format_override
 from ptbench.model.recipe import Model, Recipe
 
+SPEED = "tokens_per_second"
+CHOSEN_BY = "valid_perplexity"  # the test text chooses nothing
 LEAST_POINTS = 3  # of a line that shows how something depends on a setting
 MOST_KEYS = 3  # in a variant's label
 DECADE = 10  # values that span less are drawn on a linear axis
@@ -61,7 +63,9 @@ class VariantComparison(Model):
     improvement: float | None = Field(description="1 - perplexity / that of the baseline.")
     improvement_low: float | None = Field(description="Lower end of its 95 % interval.")
     improvement_high: float | None = Field(description="Upper end of its 95 % interval.")
-    speed: float | None = Field(description="Tokens per second / those of the baseline.")
+    speed: float | None = Field(
+        description="Tokens per second / those of the baseline; null: not comparable."
+    )
     speed_low: float | None = Field(description="Lower end of its 95 % interval.")
     speed_high: float | None = Field(description="Upper end of its 95 % interval.")
 
@@ -84,7 +88,9 @@ class BestVariant(Model):
     framework: Framework = Field(description="Framework.")
     devices: int = Field(description="Data-parallel replicas.")
     variant: str = Field(description="The variant that is most probably the best.")
-    probability: float = Field(description="That it has the lowest mean, by its seeds.")
+    probability: float = Field(
+        description="That it has the lowest mean validation nll, by its seeds."
+    )
     probabilities: dict[str, float] = Field(description="The same of every variant.")
 
 
@@ -250,7 +256,7 @@ def compare_variants(
     if len(next(iter(places.values()), {})) < 2:
         return Comparisons((), (), ())
     return Comparisons(
-        _against_baseline(plan, places), _trends(plan, places, sweeps), _best(plan, places)
+        _against_baseline(plan, places), _trends(plan, places, sweeps), _best(places)
     )
 
 
@@ -299,13 +305,13 @@ def _improvement(nats: float | None) -> float | None:
 
 
 def _speed_ratio(row: Row, base: Row) -> tuple[float | None, float | None, float | None]:
-    """Return the ratio of two rows' speeds and its 95 % interval: Welch's, of the logarithms."""
-    if not (row.usable and base.usable):
+    """Return the ratio of two rows' speeds and its 95 % interval: Welch's, of the logarithms.
+
+    None where the speeds do not compare (`comparable`).
+    """
+    if not (row.usable and base.usable and comparable(SPEED, (row, base))):
         return None, None, None
-    a, b = (
-        [math.log(speed) for speed in each.values("tokens_per_second").values()]
-        for each in (row, base)
-    )
+    a, b = ([math.log(speed) for speed in each.values(SPEED).values()] for each in (row, base))
     if not (a and b):
         return None, None, None
     ratio = math.exp(sum(a) / len(a) - sum(b) / len(b))
@@ -351,11 +357,14 @@ def _trends(
     )
 
 
-def _best(plan: ExperimentPlan, places: Places) -> tuple[BestVariant, ...]:
-    """Return the best variant of every place whose variants have at least two seeds each."""
+def _best(places: Places) -> tuple[BestVariant, ...]:
+    """Return the best variant of every place whose variants have at least two seeds each.
+
+    The best has the lowest validation perplexity, whatever the experiment compares.
+    """
     best = []
     for (framework, devices), variants in places.items():
-        groups = [_seeds(row, plan.metric) for row in variants.values()]
+        groups = [_seeds(row, CHOSEN_BY) for row in variants.values()]
         if min(map(len, groups)) < 2:  # one seed says nothing of chance
             continue
         shares = dict(zip(variants, best_probabilities(groups), strict=True))

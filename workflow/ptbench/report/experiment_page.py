@@ -14,7 +14,7 @@ from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
 from ptbench.analysis.reaching import Reaching
-from ptbench.analysis.variants import TrendResult, VariantComparison
+from ptbench.analysis.variants import BestVariant, TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.criteria import criteria_of
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
@@ -82,6 +82,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
     ]
     columns, groups = results_table(analysis)
     profiles = profiles_of(analysis.rows, site.results)
+    finished = [row for row in analysis.rows if row.n_ok or row.n_diverged]
     kinds = {pair.outcome.test.kind for pair in analysis.pairs if pair.outcome.test}
     return site.write(
         "experiment.html.j2",
@@ -92,7 +93,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         groups=groups,
         printed=printed_metrics(analysis),
         variant_tables=_variant_tables(analysis),
-        trends=_trends(analysis),
+        places=_places(analysis),
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
         speeds=headline.compare_speeds(headline.groups_of([analysis])),
@@ -108,6 +109,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         rents=words.rents_sentence(analysis),
         published_value=formatting.format_published,
         ours=_ours,
+        expected=_expected,
         runs=runs_of(analysis.rows, site.results),
         profiles=profiles,
         criteria=criteria_of(analysis.rows, profiles),
@@ -120,6 +122,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         versions=versions_of(analysis.rows),
         cells_at_once=max((r.cells_at_once for r in analysis.rows if r.cells_at_once), default=0),
         busy=sum(row.busy for row in analysis.rows),
+        alone=bool(finished) and all(row.alone for row in finished),
         cell_files=CELL_FILES,
         table_files=[name for name in TABLE_FILES if (folder / name).exists()],
     )
@@ -191,11 +194,20 @@ def _variant_tables(analysis: Analysis) -> list[VariantTable]:
     return [tables[devices] for devices in sorted(tables)]
 
 
-def _trends(analysis: Analysis) -> dict[tuple[str, int], list[TrendResult]]:
+def _places(
+    analysis: Analysis,
+) -> dict[tuple[str, int], tuple[BestVariant | None, list[TrendResult]]]:
+    """Return the best variant and the trends of each framework and number of devices."""
+    best = {(each.framework, each.devices): each for each in analysis.best}
     trends: dict[tuple[str, int], list[TrendResult]] = {}
     for each in analysis.trends:
         trends.setdefault((each.framework, each.devices), []).append(each)
-    return trends
+    rows = dict.fromkeys((row.framework, row.devices) for row in analysis.rows)
+    return {
+        place: (best.get(place), trends.get(place, []))
+        for place in rows
+        if place in best or place in trends
+    }
 
 
 def _matrices(analysis: Analysis) -> list[Matrix]:
@@ -218,12 +230,18 @@ def _reaching(analysis: Analysis) -> list[tuple[str, Reaching]]:
 
 
 def _ours(line: PublishedResult) -> str:
-    """Write our value, followed by its interval where it has one."""
-    if line.ours is None:
+    """Write our value."""
+    return NOTHING if line.ours is None else _written(line, line.ours)
+
+
+def _expected(line: PublishedResult) -> str:
+    """Write where another run was to be expected, by which the number was judged."""
+    if line.expected_low is None or line.expected_high is None:
         return NOTHING
+    return f"{_written(line, line.expected_low)} to {_written(line, line.expected_high)}"
+
+
+def _written(line: PublishedResult, value: float) -> str:
     if line.published.over:
-        return formatting.format_ratio(line.ours)
-    write = METRICS[line.published.metric].write
-    if line.low is None or line.high is None:
-        return write(line.ours)
-    return f"{write(line.ours)} ({write(line.low)} to {write(line.high)})"
+        return formatting.format_ratio(value)
+    return METRICS[line.published.metric].write(value)

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ptbench.analysis.collect import CellResult, Row
+from ptbench.analysis.collect import CellResult, Row, comparable
 from ptbench.analysis.experiment import Analysis, FigureFile, RowResult
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Metric, write_seconds
 from ptbench.analysis.published import PublishedValue
@@ -104,9 +104,11 @@ def choose(analysis: Analysis, rows: Sequence[Row]) -> Iterator[Drawing]:
         yield _speed(analysis)
     if len(ok) > 1:
         yield _front(analysis)
-    if len({row.framework for row in ok}) > 1 and len(grouped(ok)) >= LEAST_PROBLEMS:
+    problems = max(map(len, profile(analysis).values()), default=0)
+    if len({row.framework for row in ok}) > 1 and problems >= LEAST_PROBLEMS:
         yield _profile(analysis)
-    yield _seconds(analysis)
+    if len(grouped(analysis.rows)) <= SINGLY or _finished_by_all(analysis):
+        yield _seconds(analysis)
 
 
 def _frameworks(rows: Iterable[RowResult | Row]) -> list[str]:
@@ -142,6 +144,7 @@ CROSSES = (
     "none, or one beyond it."
 )
 PUBLISHED = "Open markers are published values."
+QUARTILES = "quartiles, or of fewer than five seeds the range"
 
 
 def _sentences(*parts: str | None) -> str:
@@ -238,7 +241,7 @@ def _sweep(analysis: Analysis, rows: Sequence[Row], sweep: Sweep) -> Drawing:
             title=f"{metric.title} and time by {words}",
             caption=_sentences(
                 "Lines are means over seeds with their 95 % t intervals; below, medians and "
-                "quartiles.",
+                f"{QUARTILES}.",
                 f"Each line has the settings of its style: {_lines_text(sweep)}."
                 if len(sweep.lines) > 1
                 else None,
@@ -402,8 +405,8 @@ def _speed(analysis: Analysis) -> Drawing:
         FigureFile(
             name="tokens-per-second",
             title="Training speed by framework",
-            caption="Markers are medians over seeds, thick bars reach from the lower to the upper "
-            f"quartile; {metric.better} is better.",
+            caption=f"Markers are medians over seeds, thick bars are {QUARTILES}; "
+            f"{metric.better} is better.",
             alternative="Median tokens per second. "
             + _describe(analysis, _value_text(metric), metric),
         ),
@@ -555,7 +558,7 @@ def _list_limits(axes: Axes, values: Sequence[float], from_zero: bool) -> None:
 
 
 def _draw_row(axes: Axes, y: float, row: RowResult, name: str, single: bool) -> None:
-    """Draw a row's value and its interval or quartiles; hollow and grey if too many seeds failed.
+    """Draw a row's value with its interval, quartiles or range; hollow if too many seeds failed.
 
     A row without a number whose runs diverged is a cross at the right edge.
     """
@@ -619,7 +622,10 @@ def _scaling(analysis: Analysis) -> Drawing:
                 "Medians over seeds. Speed-up is tokens per second over those of the fewest "
                 "devices, efficiency is speed-up over the factor of devices; the grey line is "
                 "ideal.",
-                f"Geometric means over {len(analysis.variants)} variants." if many else None,
+                f"Geometric means over the variants that a framework finished on every number of "
+                f"devices: {_whole_variants(analysis)} of {len(analysis.variants)}."
+                if many
+                else None,
                 f"Line styles are variants: {_variants_text(analysis)}."
                 if 1 < len(analysis.variants) <= MOST_LINES
                 else None,
@@ -634,6 +640,19 @@ def _scaling(analysis: Analysis) -> Drawing:
 def _variants_text(analysis: Analysis) -> str:
     styles = ("full", "broken", "dotted", "dash-dotted")
     return "; ".join(f"{styles[i]}, {v.label}" for i, v in enumerate(analysis.variants))
+
+
+def _whole_variants(analysis: Analysis) -> str:
+    """Write how many variants each framework has usable rows of on every number of devices."""
+    devices = {row.devices for row in analysis.rows}
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for row in analysis.rows:
+        if row.usable:
+            found[row.framework, row.variant].add(row.devices)
+    return ", ".join(
+        f"{framework_name(name)} {sum(of == devices for (f, _), of in found.items() if f == name)}"
+        for name in _frameworks(analysis.rows)
+    )
 
 
 def scaling(analysis: Analysis, metric: str) -> dict[tuple[str, str], dict[int, float]]:
@@ -1060,7 +1079,8 @@ def _profile(analysis: Analysis) -> Drawing:
             title="Performance profile of training speed",
             caption="The share of variants and numbers of devices in which a framework takes at "
             "most so many times as long as the fastest (Dolan and Moré 2002): on the left, where "
-            "it is the fastest. Rows without a result count as slowest of all.",
+            "it is the fastest. Rows without a result count as slowest of all. Only variants whose "
+            "runs had one kind of machine to themselves are counted.",
             alternative="; ".join(first) + ".",
         ),
         lambda: draw_profile(analysis),
@@ -1070,7 +1090,7 @@ def _profile(analysis: Analysis) -> Drawing:
 def profile(analysis: Analysis) -> dict[str, list[float]]:
     """Return each framework's time over that of the fastest, for every variant and device count.
 
-    Infinite where it has no usable result.
+    Infinite where it has no usable result. Variants whose speeds do not compare are left out.
     """
     ratios: dict[str, list[float]] = {name: [] for name in _frameworks(analysis.rows)}
     for rows in grouped(analysis.rows):
@@ -1079,7 +1099,7 @@ def profile(analysis: Analysis) -> dict[str, list[float]]:
             for row in rows
             if row.usable and (speed := row.value("tokens_per_second"))
         }
-        if speeds:
+        if comparable("tokens_per_second", (row for row in rows if row.framework in speeds)):
             fastest = max(speeds.values())
             for name, of in ratios.items():
                 of.append(fastest / speeds[name] if name in speeds else math.inf)
@@ -1129,7 +1149,8 @@ def clock_parts(row: RowResult) -> dict[str, float]:
         return {}
 
     def mean(clock: str) -> float:
-        return float(np.mean(row.seeds(f"{clock}_seconds")))
+        seconds = row.seeds(f"{clock}_seconds")
+        return float(np.mean(seconds)) if seconds else 0.0
 
     parts = {clock: mean(clock) for clock in CLOCKS if clock != "other"}
     return {**parts, "other": max(0.0, mean("total") - sum(parts.values()))}
@@ -1147,6 +1168,7 @@ def _seconds(analysis: Analysis) -> Drawing:
         return f"{total}, training {training}"
 
     many = len(grouped(analysis.rows)) > SINGLY
+    groups = _finished_by_all(analysis)
     return Drawing(
         FigureFile(
             name="seconds",
@@ -1154,12 +1176,22 @@ def _seconds(analysis: Analysis) -> Drawing:
             caption=_sentences(
                 "Wall-clock seconds of one run by clock, means over seeds; the clocks do not "
                 "overlap.",
-                "A bar is the mean over all variants and numbers of devices." if many else None,
+                f"A bar is the mean over those {len(groups)} of {len(grouped(analysis.rows))} "
+                "variants and numbers of devices that all frameworks shown have finished."
+                if many
+                else None,
             ),
             alternative="Mean seconds of a run. " + _describe(analysis, text, metric),
         ),
         lambda: draw_seconds(analysis),
     )
+
+
+def _finished_by_all(analysis: Analysis) -> list[list[RowResult]]:
+    """Return the rows of each variant and device count that every framework with any result has."""
+    shown = {row.framework for row in analysis.rows if row.n_ok}
+    groups = ([row for row in rows if row.n_ok] for rows in grouped(analysis.rows))
+    return [rows for rows in groups if rows and {row.framework for row in rows} == shown]
 
 
 def draw_seconds(analysis: Analysis) -> Figure:
@@ -1173,7 +1205,8 @@ def draw_seconds(analysis: Analysis) -> Figure:
             bars += [(title, framework_name(r.framework), clock_parts(r)) for r in rows]
     else:
         for name in _frameworks(analysis.rows):
-            found = [clock_parts(r) for r in analysis.rows if r.framework == name and r.n_ok]
+            own = (row for rows in _finished_by_all(analysis) for row in rows)
+            found = [clock_parts(row) for row in own if row.framework == name]
             mean = {clock: float(np.mean([p[clock] for p in found])) for clock in CLOCKS if found}
             bars.append(("", framework_name(name), mean))
     titles = list(dict.fromkeys(title for title, *_ in bars))
@@ -1217,5 +1250,5 @@ def draw_seconds(analysis: Analysis) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(f"{unit.capitalize()} of a run")
-    add_legend(figure, handles, 4)
+    add_legend(figure, handles, 5)
     return figure

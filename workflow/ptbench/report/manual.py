@@ -111,7 +111,8 @@ METRIC = """\
 
 Names for `metric:`, published numbers and findings, and the columns of the CSV files. A
 perplexity is summarised by exp of the mean negative log-likelihood over seeds with its 95 % t
-interval; times and rates by median and quartiles; sizes by the largest.
+interval; times and rates by median and quartiles, of fewer than five seeds the range; sizes by
+the largest.
 """
 
 CATALOGUE = """\

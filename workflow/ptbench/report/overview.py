@@ -43,19 +43,6 @@ class Document(NamedTuple):
     answers: Answers
     short: str  # its authors and year
 
-    @property
-    def numbers(self) -> tuple[int, int]:
-        """Return how many published numbers are reproduced or close, and how many were judged."""
-        counts = self.answers.numbers_by_verdict()
-        held = counts["reproduced"] + counts["close"]
-        return held, held + counts["not reproduced"]
-
-    @property
-    def findings(self) -> tuple[int, int]:
-        """Return how many findings are upheld, and how many are upheld or contradicted."""
-        counts = self.answers.findings_by_verdict()
-        return counts["upheld"], counts["upheld"] + counts["contradicted"]
-
 
 class Line(NamedTuple):
     """An experiment in the list of experiments."""
@@ -99,6 +86,7 @@ def write_overview(
     analyses = [read_analysis(folder) for folder in experiment_folders]
     documents = [read_document(folder) for folder in paper_folders]
     rows = [row for analysis in analyses for row in analysis.rows]
+    finished = [row for row in rows if row.n_ok or row.n_diverged]
     groups = headline.groups_of(analyses)
     runs = runs_of(rows, site.results)
     memory = "peak_memory_bytes"
@@ -143,7 +131,7 @@ def write_overview(
         margins=sorted({analysis.equivalence_margin for analysis in analyses}),
         seeds_margin=SEEDS,
         smoke_margin=SMOKE,
-        cells_at_once=max((row.cells_at_once for row in rows if row.cells_at_once), default=None),
+        alone=bool(finished) and all(row.alone for row in finished),
     )
     site.write(
         "frameworks.html.j2",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ptbench.analysis.answers import Answers, answer
+from ptbench.analysis.answers import Answers, answer, best_rows
 from ptbench.analysis.experiment import Analysis
 from ptbench.configuration.papers import NamedRow
 from ptbench.files import write_atomically
@@ -31,7 +31,13 @@ def answer_paper(folder: Path, experiment_folders: Sequence[Path], output: Path)
     """
     analyses = [read_analysis(each) for each in experiment_folders]
     answers = answer(folder, analyses)
-    wanted = curve_rows(answers.exhibits)
+    # A configuration's own variants, such as m+budget=quick, stand for the document's.
+    rows = best_rows(analyses)
+    wanted = {
+        row._replace(variant=rows[row].variant): row
+        for row in curve_rows(answers.exhibits)
+        if row in rows
+    }
     curves: Curves = {
         row: found
         for each, analysis in zip(experiment_folders, analyses, strict=True)
@@ -43,15 +49,21 @@ def answer_paper(folder: Path, experiment_folders: Sequence[Path], output: Path)
 
 
 def _read_curves(
-    folder: Path, analysis: Analysis, wanted: set[NamedRow]
+    folder: Path, analysis: Analysis, wanted: Mapping[NamedRow, NamedRow]
 ) -> dict[NamedRow, list[Curve]]:
-    """Return the curves of the wanted rows from an experiment's curves.csv."""
+    """Return the curves of rows from an experiment's curves.csv.
+
+    Args:
+        folder: of the experiment.
+        analysis: of the same.
+        wanted: the document's row, by that of ours.
+    """
     states = {
         (NamedRow(row.variant, row.framework, row.devices), line.cell.seed): line.state
         for row in analysis.rows
         for line in row.cells
     }
-    if wanted.isdisjoint(row for row, _ in states):
+    if wanted.keys().isdisjoint(row for row, _ in states):
         return {}
     runs: dict[tuple[NamedRow, int], Curve] = {}
     with (folder / "curves.csv").open(encoding="utf-8", newline="") as file:
@@ -68,5 +80,5 @@ def _read_curves(
                 values.append(float(line[metric]))
     curves: dict[NamedRow, list[Curve]] = {}
     for (row, _), curve in runs.items():
-        curves.setdefault(row, []).append(curve)
+        curves.setdefault(wanted[row], []).append(curve)
     return curves

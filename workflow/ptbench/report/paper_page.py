@@ -19,8 +19,9 @@ from ptbench.analysis.answers import (
 )
 from ptbench.analysis.exhibits import ExhibitResult
 from ptbench.analysis.metrics import METRICS, NOTHING
+from ptbench.analysis.statistics import SIGNIFICANCE
 from ptbench.report import exhibits, words
-from ptbench.report.formatting import format_published, format_ratio
+from ptbench.report.formatting import format_p, format_published, format_ratio
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
 
@@ -106,17 +107,29 @@ def seeds_in_words(numbers: SeedNumbers) -> str:
 
 
 def finding_note(finding: Finding) -> str:
-    """Write what a verdict rests on: p, effect, and the seeds that would settle it."""
+    """Write what a verdict rests on: p, effect, and the seeds that would settle it.
+
+    Where the opposite of the finding is shown, the p is that of the opposite.
+    """
     parts = []
     if finding.reason:
         parts.append(finding.reason)
     if finding.effect is not None:
         parts.append(f"effect {finding.effect:+.3f}".replace("-", "−"))
-    if finding.p is not None:
-        parts.append("p < 0.001" if finding.p < 0.001 else f"p = {finding.p:.3f}")
+    opposite = finding.p_opposite
+    if finding.verdict != "upheld" and opposite is not None and opposite < SIGNIFICANCE:
+        parts.append(f"opposite: p {said_p(opposite)}")
+    elif finding.p is not None and finding.verdict != "contradicted":
+        parts.append(f"p {said_p(finding.p)}")
     if finding.verdict == "cannot tell" and finding.seeds:
         parts.append(f"{finding.seeds} seeds would settle it")
     return ", ".join(parts)
+
+
+def said_p(p: float) -> str:
+    """Write `= 0.012`, or `< 0.001`."""
+    text = format_p(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def our_number(number: PublishedNumber) -> str:

@@ -12,10 +12,12 @@ import pandas as pd
 import seaborn as sns
 from markupsafe import Markup
 
+from ptbench.analysis.collect import comparable
 from ptbench.analysis.experiment import Analysis
 from ptbench.backends import FRAMEWORKS
+from ptbench.report import words
 from ptbench.report.drawing import WIDTH, panels, save, style
-from ptbench.report.formatting import framework_name
+from ptbench.report.formatting import framework_name, grouped
 from ptbench.report.svg import inline_svg
 
 SPEED = "tokens_per_second"
@@ -36,20 +38,23 @@ def relative_speeds(analyses: Sequence[Analysis]) -> pd.DataFrame:
     """Return each framework's speed as a share of the fastest one's, by experiment.
 
     A share is the geometric mean over the variants and numbers of devices that all of the
-    experiment's frameworks ran. With a single experiment there is a row for each variant. Where one
-    framework ran alone there is nothing to compare, and no row.
+    experiment's frameworks ran, of usable rows whose speeds compare. With a single experiment there
+    is a row for each variant. Where one framework ran alone there is nothing to compare, and no
+    row.
     """
-    alone = len(analyses) == 1
+    single = len(analyses) == 1
     speeds = pd.DataFrame(
         [
             {
-                "row": analysis.label(row.variant) if alone else analysis.name,
+                "row": analysis.label(row.variant) if single else analysis.name,
                 "variant": f"{row.variant} {row.devices}",
                 "framework": row.framework,
                 "log": np.log(row.value(SPEED) or np.nan),
             }
             for analysis in analyses
-            for row in analysis.rows
+            for group in grouped(analysis.rows)
+            if comparable(SPEED, fair := [row for row in group if row.usable and row.value(SPEED)])
+            for row in fair
         ],
         columns=["row", "variant", "framework", "log"],
     )
@@ -70,7 +75,7 @@ def draw_speed_map(analyses: Sequence[Analysis]) -> SpeedMap | None:
     if min(shares.shape) < 2:
         return None
     fastest = shares.idxmax(axis="columns").value_counts()
-    said = ", ".join(f"{framework_name(str(name))} in {n}" for name, n in fastest.items())
+    said = [f"{framework_name(str(name))} is fastest in {n}" for name, n in fastest.items()]
     labels = [shortened(str(row)) for row in shares.index]
     shades = sns.light_palette("#3f6690", as_cmap=True)
     with style(), tempfile.TemporaryDirectory() as folder:
@@ -91,7 +96,7 @@ def draw_speed_map(analyses: Sequence[Analysis]) -> SpeedMap | None:
         axes.tick_params(axis="x", labelsize=7.5)
         save(figure, Path(folder) / "speeds")
         svg = inline_svg(Path(folder) / "speeds.svg", "speeds")
-    return SpeedMap(svg, f"Fastest of {len(shares)} rows: {said}.")
+    return SpeedMap(svg, f"Of {len(shares)} rows, {words.listed(said)} (not tested).")
 
 
 def shortened(label: str) -> str:

@@ -33,7 +33,8 @@ def results_csv(analysis: Analysis) -> str:
     """Return `table.csv`: one line for each row, times in seconds, sizes in bytes.
 
     `*_std` is the sample standard deviation over seeds, `*_low` and `*_high` are the ends of the
-    95 % t interval of a perplexity or the quartiles of a time or rate.
+    95 % t interval of a perplexity or the quartiles of a time or rate, of fewer than five seeds
+    the range.
     """
     return _csv([_result_record(row) for row in analysis.rows])
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from ptbench.analysis.experiment import Analysis
-from ptbench.analysis.headline import Comparison, Couple, Perplexities
+from ptbench.analysis.headline import Comparison, Couple, Perplexities, Ratio
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.statistics import CONFIDENCE
-from ptbench.report.formatting import format_p, format_percent, framework_name
+from ptbench.analysis.variants import CHOSEN_BY
+from ptbench.report.formatting import format_devices, format_p, format_percent, framework_name
 
 
 def listed(words: Sequence[str]) -> str:
@@ -51,7 +52,7 @@ def speed_sentence(speeds: Comparison | None) -> str:
     if speeds is None:
         return "That takes runs on one kind of machine, with as many other runs beside them."
     (first, ratio), (second, _), *_ = speeds.ratios.items()
-    over = count(ratio.n, ratio.over.removesuffix("s"))
+    over = _units([ratio])
     slowest = framework_name(speeds.reference)
     if ratio.low is None or ratio.high is None:
         return (
@@ -71,12 +72,26 @@ def speed_sentence(speeds: Comparison | None) -> str:
     return said + "." + _apart(speeds)
 
 
+def over_text(found: Comparison) -> str:
+    """Write what the ratios to the reference are over: `12 recipes`, or `5 to 12 recipes`."""
+    return _units([ratio for ratio in found.ratios.values() if ratio.n])
+
+
+def _units(ratios: Sequence[Ratio]) -> str:
+    parts = []
+    for over in dict.fromkeys(ratio.over for ratio in ratios):
+        sizes = [ratio.n for ratio in ratios if ratio.over == over]
+        least = f"{min(sizes)} to " if min(sizes) < max(sizes) else ""
+        parts.append(least + count(max(sizes), over.removesuffix("s")))
+    return listed(parts)
+
+
 def _apart(speeds: Comparison) -> str:
     """Say which frameworks could not be compared with the others; nothing if all could."""
     if not speeds.apart:
         return ""
     names = listed([framework_name(name) for name in speeds.apart])
-    why = "for want of runs with as little beside them on the same kind of machine"
+    why = "for want of the same variants with as little beside them on the same kind of machine"
     return f" Not compared with these, {why}: {names}."
 
 
@@ -116,34 +131,38 @@ def perplexity_sentence(found: Perplexities) -> str:
         pairs = "the one pair is" if total == 1 else f"all {total:,} pairs are"
         p = format_p(found.p)
         return (
-            f"Perplexity does not depend on the framework: {pairs} equivalent within {margin} "
-            f"(one claim, p {p if p.startswith('<') else f'= {p}'})."
+            f"Perplexity depends on the framework by less than {margin}: {pairs} equivalent within "
+            f"it (one claim, p {p if p.startswith('<') else f'= {p}'})."
         )
     counts = found.verdicts
     parts = [f"{counts['equivalent']:,} are equivalent within {margin}"]
     if counts["different"]:
-        parts.append(f"{counts['different']:,} differ ({_differing(found)})")
+        parts.append(
+            f"{counts['different']:,} {'differs' if counts['different'] == 1 else 'differ'} after "
+            f"Holm's correction within each experiment ({_differing(found)})"
+        )
     else:
         parts.append("none is shown to differ")
     if counts["inconclusive"]:
         parts.append(f"{counts['inconclusive']:,} cannot be told with these seeds")
     if found.missing:
-        more = "1 more lacks" if found.missing == 1 else f"{found.missing:,} more lack"
-        parts.append(f"{more} results")
+        parts.append(f"{found.missing:,} more {'has' if found.missing == 1 else 'have'} no result")
     return f"Of {count(total, 'pair')} of frameworks, {listed(parts)}."
 
 
 def variants_sentence(analysis: Analysis) -> str:
-    """Say which variant is the best, by framework, where one surely is."""
+    """Say which variant is the best, by framework and devices, where one surely is."""
     if not analysis.best:
         return ""
+    several = len({row.devices for row in analysis.rows}) > 1
     surely: dict[str, list[str]] = {}
     for each in analysis.best:
         if each.probability >= CONFIDENCE:
-            name = framework_name(each.framework)
-            names = surely.setdefault(analysis.label(each.variant), [])
-            names += [] if name in names else [name]
-    metric = METRICS[analysis.metric].title.lower()
+            where = f" on {format_devices(each.devices)}" if several else ""
+            surely.setdefault(analysis.label(each.variant), []).append(
+                framework_name(each.framework) + where
+            )
+    metric = METRICS[CHOSEN_BY].title.lower()
     if not surely:
         return f"In no framework is a variant surely the best by {metric}."
     said = "; ".join(f"{label} in {listed(names)}" for label, names in surely.items())

@@ -149,6 +149,15 @@ def test_speeds_of_runs_that_shared_their_machine_are_shown_with_a_warning(
     assert words.speed_title(found).endswith("(not a fair comparison)")
 
 
+@pytest.mark.parametrize(("job", "fair"), [("7", True), (None, False)])
+def test_gpus_that_slurm_gave_to_one_job_are_shared_with_nobody(
+    tmp_path: Path, job: str | None, fair: bool
+) -> None:
+    facts = {"cells_at_once": 4, "gpus": [{"name": "H100"}], "slurm_job": job}
+    found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO), planted, **facts))
+    assert found.fair is fair
+
+
 def test_speeds_beside_other_processes_are_shown_with_a_warning(tmp_path: Path) -> None:
     experiment = plan("x", ("a",), TWO)
     of_speeds(tmp_path, experiment, planted)

@@ -77,8 +77,18 @@ class Provenance(BaseModel):
     cells_at_once: int | None = Field(None, description="Most cells that its machine trained.")
     asked_megabytes: int | None = Field(None, description="Memory that its job asked for [MB].")
     asked_minutes: int | None = Field(None, description="Time that its job asked for [minutes].")
+    slurm_job: str | None = Field(None, description="Number of its Slurm job.")
     started: str | None = Field(None, description="When the attempt that finished it began (UTC).")
     finished: str | None = Field(None, description="When it ended (UTC).")
+
+    @property
+    def shared_by(self) -> int | None:
+        """Return the most cells that shared what it trained on; None if that is unknown.
+
+        Slurm gives a GPU to one job alone. Runs on the node's other GPUs take nothing from it as
+        long as there are cores for all, which `Hardware.busy` tells.
+        """
+        return 1 if self.gpus and self.slurm_job else self.cells_at_once
 
 
 @dataclass(frozen=True)
@@ -184,8 +194,8 @@ class Row:
 
     @property
     def cells_at_once(self) -> int | None:
-        """Return the most cells that a machine of it trained at once; None if that is unknown."""
-        counts = [cell.provenance.cells_at_once for cell in self.cells if cell.result]
+        """Return the most cells that shared what its runs trained on; None if that is unknown."""
+        counts = [cell.provenance.shared_by for cell in self.cells if cell.result]
         most = max((count for count in counts if count), default=None)
         return None if most == 1 and None in counts else most
 

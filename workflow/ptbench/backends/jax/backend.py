@@ -202,8 +202,6 @@ class JAXBackend(ReplicatedBackend):
         if setup.nodes > 1:
             meet(self.replicas)
 
-    # ---------------------------------------------------------------------------- what is compiled
-
     def _objective(
         self, parameters: Tree, places: Tree, batch: Batch, divisor: Array, state: Tree, step: Array
     ) -> tuple[Array, tuple[Array, Tree]]:
@@ -240,8 +238,6 @@ class JAXBackend(ReplicatedBackend):
         """Return the summed nll without dropout, and the final state."""
         _, (nll, final) = self._model.objective(parameters, batch, state, Dropout(self.recipe))
         return EvaluateStep(nll, final)
-
-    # -------------------------------------------------------------------------------- the contract
 
     def read(self, kind: str) -> Arrays:
         return {name: np.asarray(array) for name, array in self._arrays[kind].items()}

@@ -26,9 +26,6 @@ DATA = "data"  # the mesh axis of the replicas, which share the batch
 RANDOM_GENERATOR = "threefry2x32"  # JAX's default
 
 
-# ------------------------------------------------------------------------------------ precision
-
-
 def lowered(recipe: Recipe, arrays: Any) -> Any:
     """Return a tree of arrays and numbers, rounded to bfloat16 if that is the precision."""
     if recipe.precision == "float32":
@@ -40,8 +37,6 @@ def product(x: Array, w: Array) -> Array:
     """Return x [rows, inputs], float32, times w [inputs, outputs], in the precision of w."""
     return (x.astype(w.dtype) @ w).astype(x.dtype)
 
-
-# -------------------------------------------------------------------------------------- dropout
 
 WEIGHTS_STREAM = 2  # jax.random.split of the same key gives streams 0 and 1
 
@@ -104,8 +99,6 @@ class Dropout:
         kept = jax.random.bernoulli(self.keys[kind][index], 1 - rate, shape)
         return jnp.where(kept, 1 / (1 - rate), 0)
 
-
-# ----------------------------------------------------------------------------- recurrent layers
 
 LayerState = tuple[Array, ...]  # (h, c) of an LSTM, (h,) of the others, each [batch, width]
 Rnn = Callable[..., LayerState]
@@ -212,9 +205,6 @@ def recurrent_layer(
     return jax.tree.map(lambda array: array.astype(x.dtype), results)
 
 
-# ------------------------------------------------------------------------------ head and losses
-
-
 class Head(NamedTuple):
     """The output layer and what it is applied to; K is the number of mixtures, 1 without any."""
 
@@ -291,9 +281,6 @@ def penalty(recipe: Recipe, h: Array, v: Array, weights: Array) -> Array:
     )
 
 
-# ----------------------------------------------------------------------------- language model
-
-
 @dataclass(frozen=True)
 class LanguageModel:
     """The model from words to losses. It has no parameters of its own: each method takes them.
@@ -360,9 +347,6 @@ class LanguageModel:
         _, v, final = self.run(parameters, inputs, state, nothing)
         log_p = log_probabilities(self.head(parameters, v, nothing))
         return log_p.reshape(*inputs.shape, -1), final
-
-
-# ----------------------------------------------------------------------------------- optimizers
 
 
 def clip(gradients: Tree, norm: float | None) -> tuple[Tree, Array]:

@@ -33,9 +33,6 @@ def float32(tensors: Any) -> Any:
     return keras.tree.map_structure(lambda tensor: ops.cast(tensor, "float32"), tensors)
 
 
-# ----------------------------------------------------------------------------------------- dropout
-
-
 class Dropout(keras.layers.Layer):
     """All that training drops, except what recurrent layers drop of their previous output."""
 
@@ -67,9 +64,6 @@ class Dropout(keras.layers.Layer):
         """The random generators' states of what every replica drops alike: words and weights."""
         layers = [self.of_words, *self.of_weights]
         return [layer.seed_generator.state for layer in layers if layer.rate]
-
-
-# -------------------------------------------------------------------------------- recurrent layers
 
 
 class OneMask:
@@ -252,9 +246,6 @@ def recurrent_layer(
     return RecurrentLayer(keras.layers.RNN(own, **whole), recipe.recurrent_bias)
 
 
-# -------------------------------------------------------------------------------- head and losses
-
-
 class Head(keras.layers.Layer):
     """From the last layer's output to logits: one softmax, or several mixed by a prior.
 
@@ -364,9 +355,6 @@ def penalty(recipe: Recipe, h: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return recipe.activation_regularization * size + by_change * change
 
 
-# ------------------------------------------------------------------------------------------- model
-
-
 class LanguageModel(keras.Model):
     """The whole model."""
 
@@ -454,9 +442,6 @@ class LanguageModel(keras.Model):
         """Return log-probabilities [batch, time, vocabulary], and the new states."""
         _, v, states = self(tokens, states)
         return log_probabilities(self.head, v), states
-
-
-# ------------------------------------------------------------------------------------- update rules
 
 
 class Adam(keras.optimizers.Optimizer):

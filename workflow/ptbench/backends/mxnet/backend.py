@@ -130,8 +130,6 @@ class MXNetBackend(Backend):
         found["softmax.weight"], found["softmax.bias"] = output.weight, output.bias
         return {name: found[name] for name in self.shapes}
 
-    # ---------------------------------------------------------------------- arrays of the model
-
     def _arrays(self, kind: str) -> dict[str, list[mx.nd.NDArray]]:
         """Return the arrays that `read` and `write` copy, one for each context."""
         if kind == PARAMETER:
@@ -172,8 +170,6 @@ class MXNetBackend(Backend):
             to_device(array.reshape(info["shape"]), context)
             for array, info in zip(arrays, infos, strict=True)
         ]
-
-    # -------------------------------------------------------------------------------- training
 
     def dropped_words(self, training: bool, context: mx.Context) -> list[mx.nd.NDArray]:
         """Return what the embedding's rows are multiplied by [vocabulary, 1], if any are dropped.
@@ -296,8 +292,6 @@ class MXNetBackend(Backend):
         self.step += 1
         return TrainStep(as_scalar(summed), as_scalar(norms[0]), final)
 
-    # ------------------------------------------------------------------------------ evaluation
-
     def _evaluate(
         self, inputs: npt.NDArray[np.int32], state: State
     ) -> tuple[list[mx.nd.NDArray], State]:
@@ -318,8 +312,6 @@ class MXNetBackend(Backend):
         (features, *prior), final = self._evaluate(inputs, state)
         log_p = log_probabilities(self.output(features), *prior)
         return log_p.asnumpy().reshape(*inputs.shape, -1), final
-
-    # ----------------------------------------------------------------------------- the process
 
     def synchronize(self) -> None:
         mx.nd.waitall()

@@ -20,8 +20,6 @@ Array = Any  # NDArray; in blocks also Symbol, while a graph is made
 Kept = npt.NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
 
-# ------------------------------------------------------------------------------------- dropout
-
 
 class Dropout(gluon.HybridBlock):
     """Sets a share of what it is given to 0 and scales up the rest, while training.
@@ -40,9 +38,6 @@ class Dropout(gluon.HybridBlock):
             return x
         # cuDNN's generator ignores the seed
         return F.Dropout(x, p=self.rate, axes=self.axes, cudnn_off=True)
-
-
-# ---------------------------------------------------------------------------- recurrent layers
 
 
 class GRUCell(rnn.GRUCell):
@@ -202,9 +197,6 @@ def recurrent_layer(
     return rnn.RNN(width, activation=recipe.rnn.removeprefix("rnn_"), input_size=inputs)
 
 
-# ------------------------------------------------------------------------------- head and loss
-
-
 class Head(gluon.HybridBlock):
     """From the last layer's output v [time, batch, width] to what the output layer takes.
 
@@ -357,9 +349,6 @@ def previous(F: Any, x: Array) -> Array:  # noqa: N803
     return F.slice_axis(F.concat(first, x, dim=0), axis=0, begin=0, end=-1)
 
 
-# --------------------------------------------------------------------------------------- model
-
-
 class LanguageModel(gluon.HybridBlock):
     """Embedding, recurrent layers and head, with dropout between them; `nll` comes after it."""
 
@@ -405,9 +394,6 @@ class LanguageModel(gluon.HybridBlock):
             x = self.drops[index + 1](h)
             final += new
         return self.head(x), final, [h, x] if self.penalizes else []
-
-
-# -------------------------------------------------------------------------------- update rules
 
 
 class SlotOptimizer(mx.optimizer.Optimizer):

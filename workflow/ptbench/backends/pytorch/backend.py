@@ -92,8 +92,6 @@ class PyTorchBackend(ReplicatedBackend):
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("medium" if self.fast_products else "highest")
 
-    # ------------------------------------------------------------------- parameters, slots, states
-
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Return the parameters or a slot, by canonical name."""
         if kind == PARAMETER:
@@ -128,8 +126,6 @@ class PyTorchBackend(ReplicatedBackend):
         if self.devices > 1:
             state.replicate()
         return state
-
-    # ---------------------------------------------------------------------------------------- steps
 
     def objective(
         self, batch: Batch, state: State
@@ -208,8 +204,6 @@ class PyTorchBackend(ReplicatedBackend):
         self.apply_settings()
         log_p, state = self.model.eval().log_probabilities(self.integers(inputs), state)
         return log_p.cpu().numpy(), state
-
-    # -------------------------------------------------------------------------------------- devices
 
     def synchronize(self) -> None:
         for device in range(self.setup.devices_here if self.on_gpu else 0):

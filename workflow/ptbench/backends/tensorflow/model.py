@@ -23,9 +23,6 @@ Kept = dict[str, npt.NDArray[np.bool_]]  # of a sparse model's `input` and `recu
 RANDOM_GENERATOR = "philox"  # named, because the default depends on the kind of device
 
 
-# --------------------------------------------------------------------------------------- precision
-
-
 def lowered(recipe: Recipe, tensors: Any) -> Any:
     """Return nested tensors, or None, in the precision that products and layers compute in."""
 
@@ -43,9 +40,6 @@ def raised(tensors: Any) -> Any:
 def product(x: Tensor, w: Tensor, transpose_b: bool = False) -> Tensor:
     """Return x [rows, inputs], float32, times w [inputs, outputs], in the precision of w."""
     return raised(tf.matmul(tf.cast(x, w.dtype), w, transpose_b=transpose_b))
-
-
-# ----------------------------------------------------------------------------------------- dropout
 
 
 class Dropout:
@@ -105,9 +99,6 @@ class Dropout:
 def folded(seed: Tensor, number: Any) -> Tensor:
     """Return a seed that is a function of another and a number."""
     return tf.random.fold_in(seed, number, alg=RANDOM_GENERATOR)
-
-
-# -------------------------------------------------------------------------------- recurrent layers
 
 
 class Weights(NamedTuple):
@@ -293,9 +284,6 @@ def recurrent_layer(
     return BlockLayer() if recipe.kernel == "block" else KerasLayer(recipe, inputs, width)
 
 
-# -------------------------------------------------------------------------------- head and losses
-
-
 class Head(NamedTuple):
     """What gives the next words: sum_k prior_k softmax(matrix features_k + bias).
 
@@ -377,9 +365,6 @@ def penalty(recipe: Recipe, top: Tensor, dropped_top: Tensor, mask: Tensor) -> T
     both_real = tf.minimum(mask[1:], mask[:-1])
     change = summed(top[1:] - top[:-1], both_real)
     return size + recipe.temporal_activation_regularization * change
-
-
-# ------------------------------------------------------------------------------------------- model
 
 
 class LanguageModel(tf.Module):
@@ -464,9 +449,6 @@ class LanguageModel(tf.Module):
         """Return log-probabilities [time, batch, V] without dropout, and the new state."""
         head, _, _, state = self(inputs, state, Dropout(self.recipe))
         return tf.reshape(log_probabilities(head), (*inputs.shape, -1)), state
-
-
-# --------------------------------------------------------------------------------------- optimizer
 
 
 def clip(recipe: Recipe, g: Tensor, norm: Tensor) -> Tensor:

@@ -155,8 +155,6 @@ class TensorFlowRuntimeBackend(Backend):
             step: training steps taken before this one, int64.
         """
 
-    # ----------------------------------------------------------------------------- compiled steps
-
     def _replica_gradients(
         self,
         inputs: Tensor,
@@ -218,8 +216,6 @@ class TensorFlowRuntimeBackend(Backend):
         if self.recipe.optimizer == "asgd":
             numbers["share"] = 1 / self.averaged  # of the new parameters in the mean
         return {name: tf.constant(number, tf.float32) for name, number in numbers.items()}
-
-    # -------------------------------------------------------------------- batches and the contract
 
     def local(self, value: PerReplica) -> list[Tensor]:
         """Return each replica's own tensor."""

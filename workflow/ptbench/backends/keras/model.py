@@ -17,7 +17,7 @@ import numpy.typing as npt
 from keras import ops
 
 from ptbench.model.parameters import state_widths
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.recipe import Recipe
 
 Tensor = Any  # of Keras' backend
 Kept = dict[str, npt.NDArray[np.bool_]]  # of a sparse model's `input` and `recurrent`
@@ -222,12 +222,7 @@ class RecurrentLayer(keras.layers.Wrapper):
         return outputs
 
 
-def recurrent_layer(
-    recipe: Recipe,
-    width: int,
-    kept: Kept,
-    accelerator: Accelerator,  # noqa: ARG001 - the tuned one depends on it
-) -> keras.layers.Layer:
+def recurrent_layer(recipe: Recipe, width: int, kept: Kept) -> keras.layers.Layer:
     """Return the layer that the recipe's kernel says, not yet built.
 
     Keras' fused layers draw a recurrent mask for each gate, so with `recurrent_dropout` explicit
@@ -363,7 +358,6 @@ class LanguageModel(keras.Model):
         recipe: Recipe,
         shapes: dict[str, tuple[int, ...]],
         kept: Kept,
-        accelerator: Accelerator,
         make_layer: Callable[..., keras.layers.Layer] = recurrent_layer,
         nll: Callable[..., Tensor] = nll,
     ) -> None:
@@ -385,7 +379,7 @@ class LanguageModel(keras.Model):
         for index, width in enumerate(recipe.widths):
             prefix = f"rnn.{index}."
             in_layer = {n.removeprefix(prefix): k for n, k in kept.items() if n.startswith(prefix)}
-            layer = make_layer(recipe, width, in_layer, accelerator)
+            layer = make_layer(recipe, width, in_layer)
             layer.build((None, None, inputs))
             layer.built = True
             self.recurrent_layers.append(layer)

@@ -11,21 +11,15 @@ from ptbench.backends.keras import model
 from ptbench.backends.keras.model import Kept
 from ptbench.backends.tensorflow import model as tensorflow_model
 from ptbench.backends.tensorflow import tuned
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.recipe import Recipe
 
 Tensor = Any  # of Keras' backend
 
 
-def recurrent_layer(
-    recipe: Recipe, width: int, kept: Kept, accelerator: Accelerator
-) -> keras.layers.Layer:
-    """Return the tuned layer for the fused LSTM on a CPU, otherwise the stock one.
-
-    On GPUs Keras' LSTM is cuDNN's, which nothing here beats.
-    """
-    layer = model.recurrent_layer(recipe, width, kept, accelerator)
-    fused = recipe.kernel == "fused" and not recipe.recurrent_dropout
-    if recipe.rnn == "lstm" and fused and accelerator == "cpu":
+def recurrent_layer(recipe: Recipe, width: int, kept: Kept) -> keras.layers.Layer:
+    """Return the tuned layer for the fused LSTM, otherwise the stock one."""
+    layer = model.recurrent_layer(recipe, width, kept)
+    if recipe.rnn == "lstm" and recipe.kernel == "fused" and not recipe.recurrent_dropout:
         return HoistedLSTM(layer.layer, recipe.recurrent_bias)
     return layer
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from ptbench.model.parameters import state_widths
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.recipe import Recipe
 
 Tensor = Any  # tf.Tensor
 Tensors = dict[str, Any]  # by canonical name
@@ -265,13 +265,7 @@ class SparseLayer(StepwiseLayer):
 Layer = KerasLayer | BlockLayer | StepwiseLayer | Any  # or a tuned one
 
 
-def recurrent_layer(
-    recipe: Recipe,
-    inputs: int,
-    width: int,
-    kept: Kept,
-    accelerator: Accelerator,  # noqa: ARG001 - the tuned one depends on it
-) -> Layer:
+def recurrent_layer(recipe: Recipe, inputs: int, width: int, kept: Kept) -> Layer:
     """Return the layer that the recipe's kernel says.
 
     Neither Keras' layers nor BlockLSTM can drop previous outputs by a mask that is the same for
@@ -375,7 +369,6 @@ class LanguageModel(tf.Module):
         recipe: Recipe,
         shapes: dict[str, tuple[int, ...]],
         kept: Kept,
-        accelerator: Accelerator,
         make_layer: Callable[..., Layer] = recurrent_layer,
         nll: Callable[..., Tensor] = nll,
     ) -> None:
@@ -388,7 +381,7 @@ class LanguageModel(tf.Module):
         for index, width in enumerate(recipe.widths):
             prefix = f"rnn.{index}."
             in_layer = {n.removeprefix(prefix): k for n, k in kept.items() if n.startswith(prefix)}
-            layer = make_layer(recipe, inputs, width, in_layer, accelerator)
+            layer = make_layer(recipe, inputs, width, in_layer)
             own |= {prefix + kind: variable for kind, variable in layer.own_variables.items()}
             self.layers.append(layer)
             inputs = width

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from ptbench.backends.tensorflow import model
 from ptbench.backends.tensorflow.model import Head, Kept, Layer, Weights
-from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.recipe import Recipe
 
 Tensor = Any  # tf.Tensor
 
@@ -17,17 +17,11 @@ Tensor = Any  # tf.Tensor
 CHUNK_LOGITS = 7_000_000
 
 
-def recurrent_layer(
-    recipe: Recipe, inputs: int, width: int, kept: Kept, accelerator: Accelerator
-) -> Layer:
-    """Return the tuned layer for the fused LSTM on a CPU, otherwise the stock one.
-
-    On GPUs Keras' LSTM is cuDNN's, which nothing here beats.
-    """
-    fused = recipe.kernel == "fused" and not recipe.recurrent_dropout
-    if recipe.rnn == "lstm" and fused and accelerator == "cpu":
+def recurrent_layer(recipe: Recipe, inputs: int, width: int, kept: Kept) -> Layer:
+    """Return the tuned layer for the fused LSTM, otherwise the stock one."""
+    if recipe.rnn == "lstm" and recipe.kernel == "fused" and not recipe.recurrent_dropout:
         return HoistedLstm()
-    return model.recurrent_layer(recipe, inputs, width, kept, accelerator)
+    return model.recurrent_layer(recipe, inputs, width, kept)
 
 
 class HoistedLstm(tf.Module):

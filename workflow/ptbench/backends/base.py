@@ -139,6 +139,8 @@ class Backend(abc.ABC):
     package: ClassVar[str]  # what the framework is imported as, such as "torch"
     # Endings of the names of parameters that the framework stores as [outputs, inputs].
     transposed: ClassVar[tuple[str, ...]] = ()
+    # The canonical gate that comes first, second, ... in the framework's GRU; empty: as in `GATES`.
+    gru_gates: ClassVar[tuple[int, ...]] = ()
     dtype: ClassVar[npt.DTypeLike] = np.float32
 
     step: int  # training steps taken
@@ -170,7 +172,8 @@ class Backend(abc.ABC):
         """Return how the framework stores the parameter of that canonical name."""
         kept = self.kept.get(name)
         packed = kept is not None and self.recipe.kernel == "sparse"
-        return Layout(name.endswith(self.transposed), kept=kept, packed=packed)
+        gates = self.gru_gates if self.recipe.rnn == "gru" and name.startswith("rnn.") else ()
+        return Layout(name.endswith(self.transposed), gates, kept, packed)
 
     @abc.abstractmethod
     def read(self, kind: str) -> Arrays:

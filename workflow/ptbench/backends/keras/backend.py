@@ -34,9 +34,6 @@ class KerasBackend(TensorFlowRuntimeBackend):
         layout = super().layout(name)
         if layout.packed:
             layout = dataclasses.replace(layout, transposed=True)  # column by column
-        if self.recipe.rnn == "gru" and name.startswith("rnn."):
-            # update, reset, candidate
-            layout = dataclasses.replace(layout, gate_order=(1, 0, 2))
         return layout
 
     def build(self) -> None:

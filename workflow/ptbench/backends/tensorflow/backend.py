@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import tensorflow as tf
@@ -16,7 +15,6 @@ from ptbench.backends.tensorflow.runtime import (
     Tensors,
     Variable,
 )
-from ptbench.model.parameters import Layout
 
 
 class TensorFlowBackend(TensorFlowRuntimeBackend):
@@ -24,13 +22,6 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
 
     name = "tensorflow"
     package = "tensorflow"
-
-    def layout(self, name: str) -> Layout:
-        layout = super().layout(name)
-        if self.recipe.rnn == "gru" and name.startswith("rnn."):
-            # Keras' order, update, reset, candidate, in explicit time steps too
-            layout = dataclasses.replace(layout, gate_order=(1, 0, 2))
-        return layout
 
     def build(self) -> None:
         means = tuned if self.recipe.implementation == "tuned" else model

@@ -99,6 +99,8 @@ class TensorFlowRuntimeBackend(Backend):
     A framework makes its variables in the strategy's scope and provides the methods that follow.
     """
 
+    gru_gates = (1, 0, 2)  # Keras' order, update, reset, candidate, in explicit time steps too
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         start_tensorflow(setup)

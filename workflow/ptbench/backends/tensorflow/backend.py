@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import tensorflow as tf
 
 from ptbench.backends.base import PARAMETER
@@ -27,12 +28,8 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
         means = tuned if self.recipe.implementation == "tuned" else model
         # On GPUs Keras' LSTM is cuDNN's, which nothing in `tuned` beats.
         layers = means if self.setup.accelerator == "cpu" else model
-        shapes = {
-            name: (int(layout.kept.sum()),) if layout.packed and layout.kept is not None else shape
-            for (name, shape), layout in zip(
-                self.shapes.items(), self.layouts.values(), strict=True
-            )
-        }
+        zeros = {name: np.zeros(shape) for name, shape in self.shapes.items()}
+        shapes = {name: array.shape for name, array in self._stored(zeros).items()}
         self.model = model.LanguageModel(
             self.recipe, shapes, self.kept, layers.recurrent_layer, means.nll
         )

@@ -7,7 +7,7 @@ features, V of words.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -116,12 +116,20 @@ class Weights(NamedTuple):
         return self.bias if self.recurrent_bias is None else self.bias + self.recurrent_bias
 
 
-# Every layer is called with its input [time, batch, inputs], the state it starts from (h, and in an
-# LSTM c, each [batch, width]) and its weights. It returns its output [time, batch, width] and the
-# state after it. `own_variables` are parameters that it holds itself, by the ends of their names.
+class Layer(tf.Module):
+    """A recurrent layer.
+
+    It is called with its input [time, batch, inputs], the state it starts from (h, and in an LSTM
+    c, each [batch, width]) and its weights. It returns its output [time, batch, width] and the
+    state after it. `own_variables` are parameters that it holds itself, by the ends of their names.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own_variables: Tensors = {}
 
 
-class KerasLayer(tf.Module):
+class KerasLayer(Layer):
     """`tf.keras.layers.LSTM`, `GRU` or `SimpleRNN`, which use cuDNN on GPUs."""
 
     def __init__(self, recipe: Recipe, inputs: int, width: int) -> None:
@@ -152,10 +160,8 @@ class KerasLayer(tf.Module):
         return tf.transpose(y, (1, 0, 2)), state
 
 
-class BlockLayer(tf.Module):
+class BlockLayer(Layer):
     """The fused LSTM loop that is behind TensorFlow 1's LSTMBlockFusedCell."""
-
-    own_variables: ClassVar[Tensors] = {}
 
     def __call__(self, x: Tensor, state: list[Tensor], w: Weights) -> tuple[Tensor, list[Tensor]]:
         h0, c0 = state
@@ -219,10 +225,8 @@ def relu_step(z_input: Tensor, z_recurrent: Tensor, _: list[Tensor]) -> list[Ten
 STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": relu_step}
 
 
-class StepwiseLayer(tf.Module):
+class StepwiseLayer(Layer):
     """The equations, time step by time step."""
-
-    own_variables: ClassVar[Tensors] = {}
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -260,9 +264,6 @@ class SparseLayer(StepwiseLayer):
         matrix = tf.SparseTensor(self.indices[kind], w, self.shapes[kind])
         product = tf.sparse.sparse_dense_matmul(matrix, x, adjoint_a=True, adjoint_b=True)
         return tf.transpose(product)
-
-
-Layer = KerasLayer | BlockLayer | StepwiseLayer | Any  # or a tuned one
 
 
 def recurrent_layer(recipe: Recipe, inputs: int, width: int, kept: Kept) -> Layer:
@@ -444,13 +445,6 @@ class LanguageModel(tf.Module):
         return tf.reshape(log_probabilities(head), (*inputs.shape, -1)), state
 
 
-def clip(recipe: Recipe, g: Tensor, norm: Tensor) -> Tensor:
-    """Return one gradient, clipped by the global norm of all."""
-    if recipe.clip_norm is None:
-        return g
-    return tf.clip_by_global_norm([g], recipe.clip_norm, norm)[0][0]
-
-
 def update(
     recipe: Recipe, p: tf.Variable, g: Tensor, norm: Tensor, numbers: Tensors, *slots: tf.Variable
 ) -> None:
@@ -465,7 +459,8 @@ def update(
         slots: in the order of `OPTIMIZER_SLOTS`.
     """
     rate, epsilon = numbers["rate"], numbers["epsilon"]
-    g = clip(recipe, g, norm)
+    if recipe.clip_norm is not None:
+        g = tf.clip_by_global_norm([g], recipe.clip_norm, norm)[0][0]
     if recipe.weight_decay:
         g += recipe.weight_decay * p
     if recipe.optimizer == "adam":

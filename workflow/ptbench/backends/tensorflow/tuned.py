@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import tensorflow as tf
 
@@ -24,10 +24,8 @@ def recurrent_layer(recipe: Recipe, inputs: int, width: int, kept: Kept) -> Laye
     return model.recurrent_layer(recipe, inputs, width, kept)
 
 
-class HoistedLstm(tf.Module):
+class HoistedLstm(Layer):
     """An LSTM with the function `lstm`."""
-
-    own_variables: ClassVar[dict[str, tf.Variable]] = {}
 
     def __call__(self, x: Tensor, state: list[Tensor], w: Weights) -> tuple[Tensor, list[Tensor]]:
         h, last_c = lstm(x, w.input, w.recurrent, w.both_biases, *state)

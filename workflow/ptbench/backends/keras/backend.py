@@ -23,7 +23,7 @@ class KerasBackend(TensorFlowRuntimeBackend):
     """The contract in Keras.
 
     The training step is written as Keras' guide "Writing a training loop from scratch in
-    TensorFlow" does. Keras reads [batch, time], so batches are turned over.
+    TensorFlow" does.
     """
 
     name = "keras"
@@ -48,18 +48,14 @@ class KerasBackend(TensorFlowRuntimeBackend):
         parameters = [self.model.by_name[name] for name in self.shapes]
         self.optimizer = model.optimizer_of(self.recipe)
         self.optimizer.build(parameters)
-        self._variables = {PARAMETER: dict(zip(self.shapes, parameters, strict=True))}
+        self.variables = {PARAMETER: dict(zip(self.shapes, parameters, strict=True))}
         for slot in self.slots:
             variables = getattr(self.optimizer, f"{slot}s")
-            self._variables[slot] = dict(zip(self.shapes, variables, strict=True))
-
-    def variables(self, kind: str) -> dict[str, Variable]:
-        return self._variables[kind]
+            self.variables[slot] = dict(zip(self.shapes, variables, strict=True))
 
     def objective(
         self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors, step: Tensor
     ) -> tuple[Tensor, Tensor, Tensors]:
-        inputs, targets, mask = (tf.transpose(array) for array in (inputs, targets, mask))
         with keras.StatelessScope(self._seeds(step)):
             return self.model.objective(inputs, targets, mask, state)
 
@@ -76,18 +72,6 @@ class KerasBackend(TensorFlowRuntimeBackend):
             seeds.append((generator, tf.stack([tf.constant(self.setup.seed, tf.int64), draw])))
         return seeds
 
-    def nll(
-        self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors
-    ) -> tuple[Tensor, Tensors]:
-        inputs, targets, mask = (tf.transpose(array) for array in (inputs, targets, mask))
-        with keras.StatelessScope():  # nothing is drawn, and nothing is to be noted as drawn
-            return self.model.nll(inputs, targets, mask, state)
-
-    def log_probabilities(self, inputs: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
-        with keras.StatelessScope():
-            log_p, state = self.model.log_probabilities(tf.transpose(inputs), state)
-        return tf.transpose(log_p, (1, 0, 2)), state
-
     def update(
         self,
         gradients: list[PerReplica],
@@ -103,4 +87,4 @@ class KerasBackend(TensorFlowRuntimeBackend):
         if isinstance(optimizer, model.AveragedSGD):
             optimizer.share.assign(numbers["share"])
         first = [self.local(gradient)[0] for gradient in gradients]
-        optimizer.apply(first, list(self.variables(PARAMETER).values()))
+        optimizer.apply(first, list(self.variables[PARAMETER].values()))

@@ -1,7 +1,7 @@
 """The language model in Keras as its documentation would have it written.
 
 What it computes is in `Backend`'s docstring. Keras' layers read [batch, time, ...], and so do all
-functions here.
+functions here. `LanguageModel` turns over what the backend gives it, which is [time, batch].
 """
 
 from __future__ import annotations
@@ -416,7 +416,13 @@ class LanguageModel(keras.Model):
     def objective(
         self, tokens: Tensor, targets: Tensor, mask: Tensor, states: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return what training differentiates, not yet divided; the nll; and the new states."""
+        """Return what training differentiates, not yet divided; the nll; and the new states.
+
+        Args:
+            tokens, targets, mask: [time, batch].
+            states: as `call` takes them.
+        """
+        tokens, targets, mask = (ops.transpose(each) for each in (tokens, targets, mask))
         h, v, states = self(tokens, states, training=True)
         nll = self._nll(self.head, v, targets, mask, training=True)
         if not self.recipe.penalizes:
@@ -426,16 +432,20 @@ class LanguageModel(keras.Model):
     def nll(
         self, tokens: Tensor, targets: Tensor, mask: Tensor, states: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed nll without dropout, and the new states."""
-        _, v, states = self(tokens, states)
-        return self._nll(self.head, v, targets, mask, training=False), states
+        """Return the summed nll without dropout, and the new states; see `objective`."""
+        tokens, targets, mask = (ops.transpose(each) for each in (tokens, targets, mask))
+        with keras.StatelessScope():  # nothing is drawn, and nothing is to be noted as drawn
+            _, v, states = self(tokens, states)
+            return self._nll(self.head, v, targets, mask, training=False), states
 
     def log_probabilities(
         self, tokens: Tensor, states: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return log-probabilities [batch, time, vocabulary], and the new states."""
-        _, v, states = self(tokens, states)
-        return log_probabilities(self.head, v), states
+        """Return log-probabilities [time, batch, vocabulary] of next words, and the new states."""
+        with keras.StatelessScope():
+            _, v, states = self(ops.transpose(tokens), states)
+            log_p = log_probabilities(self.head, v)
+        return ops.transpose(log_p, (1, 0, 2)), states
 
 
 class Adam(keras.optimizers.Optimizer):

@@ -14,7 +14,6 @@ from ptbench.backends.tensorflow.runtime import (
     Tensor,
     TensorFlowRuntimeBackend,
     Tensors,
-    Variable,
 )
 
 
@@ -33,14 +32,11 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
         self.model = model.LanguageModel(
             self.recipe, shapes, self.kept, layers.recurrent_layer, means.nll
         )
-        self._variables: dict[str, dict[str, tf.Variable]] = {
+        self.variables = {
             slot: {name: tf.Variable(tf.zeros(shape)) for name, shape in shapes.items()}
             for slot in self.slots
         }
-        self._variables[PARAMETER] = self.model.parameters
-
-    def variables(self, kind: str) -> dict[str, Variable]:
-        return self._variables[kind]
+        self.variables[PARAMETER] = self.model.parameters
 
     def objective(
         self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors, step: Tensor
@@ -48,14 +44,6 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         dropout = model.Dropout(self.recipe, self.setup.seed, step, replica)
         return self.model.objective(inputs, targets, mask, state, dropout)
-
-    def nll(
-        self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors
-    ) -> tuple[Tensor, Tensors]:
-        return self.model.nll(inputs, targets, mask, state)
-
-    def log_probabilities(self, inputs: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
-        return self.model.log_probabilities(inputs, state)
 
     def update(
         self,
@@ -68,6 +56,6 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
         for (name, parameter), gradient in zip(
             self.model.parameters.items(), gradients, strict=True
         ):
-            slots = [self._variables[slot][name] for slot in self.slots]
+            slots = [self.variables[slot][name] for slot in self.slots]
             arguments = (gradient, norm, numbers, *slots)
             self.strategy.extended.update(parameter, one, arguments, group=False)

@@ -100,6 +100,9 @@ class TensorFlowRuntimeBackend(Backend):
     """
 
     gru_gates = (1, 0, 2)  # Keras' order, update, reset, candidate, in explicit time steps too
+    model: Any  # the framework's `LanguageModel`
+    # parameters and the optimizer's slots, by kind and canonical name, in canonical order
+    variables: dict[str, dict[str, Variable]]
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -112,16 +115,12 @@ class TensorFlowRuntimeBackend(Backend):
         self._compiled_forward = tf.function(self._global_forward, autograph=False)
         self._compiled_gradients = tf.function(self._global_gradients, autograph=False)
         self._compiled_update = tf.function(self._update, autograph=False)
-        self._compiled_nll = tf.function(self.nll, autograph=False)
-        self._compiled_prediction = tf.function(self.log_probabilities, autograph=False)
+        self._compiled_nll = tf.function(self.model.nll, autograph=False)
+        self._compiled_prediction = tf.function(self.model.log_probabilities, autograph=False)
 
     @abc.abstractmethod
     def build(self) -> None:
-        """Make the model and the optimizer."""
-
-    @abc.abstractmethod
-    def variables(self, kind: str) -> dict[str, Variable]:
-        """Return what `read` reads, by canonical name and in canonical order."""
+        """Make the model and the optimizer, and set `model` and `variables`."""
 
     @abc.abstractmethod
     def objective(
@@ -133,16 +132,6 @@ class TensorFlowRuntimeBackend(Backend):
             inputs, targets, mask: the replica's columns, [time, batch].
             step: training steps taken, int64; with the replica it decides what is dropped.
         """
-
-    @abc.abstractmethod
-    def nll(
-        self, inputs: Tensor, targets: Tensor, mask: Tensor, state: Tensors
-    ) -> tuple[Tensor, Tensors]:
-        """Return the summed nll without dropout, and the new state."""
-
-    @abc.abstractmethod
-    def log_probabilities(self, inputs: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
-        """Return log-probabilities [time, batch, vocabulary], and the new state."""
 
     @abc.abstractmethod
     def update(
@@ -167,7 +156,7 @@ class TensorFlowRuntimeBackend(Backend):
         step: Tensor,
     ) -> tuple[Tensor, list[Tensor], Tensors]:
         """Return the global nll and gradient and the replica's own state."""
-        parameters = self.variables(PARAMETER)
+        parameters = self.variables[PARAMETER]
         with tf.GradientTape() as tape:
             objective, nll, state = self.objective(inputs, targets, mask, state, step)
             objective = objective / divisor
@@ -241,10 +230,10 @@ class TensorFlowRuntimeBackend(Backend):
         return *(self._distribute(array, 1) for array in batch), state, divisor, step
 
     def read(self, kind: str) -> Arrays:
-        return {name: variable.numpy() for name, variable in self.variables(kind).items()}
+        return {name: variable.numpy() for name, variable in self.variables[kind].items()}
 
     def write(self, kind: str, arrays: Parameters) -> None:
-        for name, variable in self.variables(kind).items():
+        for name, variable in self.variables[kind].items():
             variable.assign(arrays[name])
 
     def read_state(self, state: State) -> Arrays:

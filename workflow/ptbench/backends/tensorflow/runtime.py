@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,12 @@ class TensorFlowRuntimeBackend(Backend):
         with self.strategy.scope():
             self.build()
         # Arguments are tensors, so that each is compiled once for each shape.
-        self._compiled_forward = tf.function(self._global_forward, autograph=False)
-        self._compiled_gradients = tf.function(self._global_gradients, autograph=False)
-        self._compiled_update = tf.function(self._update, autograph=False)
-        self._compiled_nll = tf.function(self.model.nll, autograph=False)
-        self._compiled_prediction = tf.function(self.model.log_probabilities, autograph=False)
+        compiled = partial(tf.function, autograph=False)
+        self._compiled_forward = compiled(partial(self.strategy.run, self._replica_forward))
+        self._compiled_gradients = compiled(partial(self.strategy.run, self._replica_gradients))
+        self._compiled_update = compiled(self._update)
+        self._compiled_nll = compiled(self.model.nll)
+        self._compiled_prediction = compiled(self.model.log_probabilities)
 
     @abc.abstractmethod
     def build(self) -> None:
@@ -147,18 +149,12 @@ class TensorFlowRuntimeBackend(Backend):
         """
 
     def _replica_gradients(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        state: Tensors,
-        divisor: Tensor,
-        step: Tensor,
+        self, divisor: Tensor, *arguments: Any
     ) -> tuple[Tensor, list[Tensor], Tensors]:
-        """Return the global nll and gradient and the replica's own state."""
+        """Return the global nll and gradient and the replica's own state; see `_arguments`."""
         parameters = self.variables[PARAMETER]
         with tf.GradientTape() as tape:
-            objective, nll, state = self.objective(inputs, targets, mask, state, step)
+            objective, nll, state = self.objective(*arguments)
             objective = objective / divisor
         gradients = tape.gradient(objective, list(parameters.values()))
         # Dense, because the embedding's sparse gradient has a row for every token: the global norm
@@ -170,28 +166,14 @@ class TensorFlowRuntimeBackend(Backend):
         nll, *sums = replica.all_reduce(tf.distribute.ReduceOp.SUM, [nll, *found.values()])
         return nll, sums, state
 
-    def _replica_forward(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        state: Tensors,
-        divisor: Tensor,  # noqa: ARG002 - the nll is not divided
-        step: Tensor,
-    ) -> Tensor:
-        """Return the global nll, for arguments as of `_replica_gradients`."""
-        _, nll, _ = self.objective(inputs, targets, mask, state, step)
+    def _replica_forward(self, _: Tensor, *arguments: Any) -> Tensor:
+        """Return the global nll, which is not divided."""
+        _, nll, _ = self.objective(*arguments)
         replica = tf.distribute.get_replica_context()
         return replica.all_reduce(tf.distribute.ReduceOp.SUM, nll)
 
-    def _global_forward(self, *arguments: Any) -> PerReplica:
-        return self.strategy.run(self._replica_forward, arguments)
-
-    def _global_gradients(self, *arguments: Any) -> tuple[PerReplica, list[PerReplica], State]:
-        return self.strategy.run(self._replica_gradients, arguments)
-
-    def _update(self, numbers: Tensors, *arguments: Any) -> tuple[Tensor, Tensor, State]:
-        nll, gradients, state = self._global_gradients(*arguments)
+    def _update(self, numbers: Tensors, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, State]:
+        nll, gradients, state = self.strategy.run(self._replica_gradients, arguments)
         with tf.device(self.worker_devices[0]):
             norm = tf.linalg.global_norm([self.local(gradient)[0] for gradient in gradients])
         self.update(gradients, norm, numbers, step=arguments[-1])
@@ -224,10 +206,10 @@ class TensorFlowRuntimeBackend(Backend):
         return self.strategy.experimental_distribute_values_from_function(share)
 
     def _arguments(self, batch: Batch, state: State) -> tuple[Any, ...]:
-        """Return the arguments of `_replica_gradients` for the next step."""
+        """Return what the next step's objective is divided by, and its arguments."""
         divisor = tf.constant(self.objective_divisor(batch), tf.float32)
         step = tf.constant(self.step, tf.int64)
-        return *(self._distribute(array, 1) for array in batch), state, divisor, step
+        return divisor, *(self._distribute(array, 1) for array in batch), state, step
 
     def read(self, kind: str) -> Arrays:
         return {name: variable.numpy() for name, variable in self.variables[kind].items()}
@@ -246,21 +228,21 @@ class TensorFlowRuntimeBackend(Backend):
             return {name: tf.constant(array) for name, array in arrays.items()}
 
     def read_gradients(self, batch: Batch, state: State) -> Arrays:
-        _, gradients, _ = self._compiled_gradients(*self._arguments(batch, state))
+        _, gradients, _ = self._compiled_gradients(self._arguments(batch, state))
         found = [self.local(gradient)[0].numpy() for gradient in gradients]
         return dict(zip(self.shapes, found, strict=True))
 
     def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
         numbers = self._update_numbers(learning_rate)
-        result = self._compiled_update(numbers, *self._arguments(batch, state))
+        result = self._compiled_update(numbers, self._arguments(batch, state))
         self.step += 1
         return TrainStep(*result)
 
     def forward_pass(self, batch: Batch, state: State) -> Scalar:
-        return self.local(self._compiled_forward(*self._arguments(batch, state)))[0]
+        return self.local(self._compiled_forward(self._arguments(batch, state)))[0]
 
     def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
-        nll, _, _ = self._compiled_gradients(*self._arguments(batch, state))
+        nll, _, _ = self._compiled_gradients(self._arguments(batch, state))
         return self.local(nll)[0]
 
     def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:

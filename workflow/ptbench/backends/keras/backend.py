@@ -72,18 +72,12 @@ class KerasBackend(TensorFlowRuntimeBackend):
             seeds.append((generator, tf.stack([tf.constant(self.setup.seed, tf.int64), draw])))
         return seeds
 
-    def update(
-        self,
-        gradients: list[PerReplica],
-        norm: Tensor,  # noqa: ARG002 - Keras' optimizers take their own
-        numbers: Tensors,
-        step: Tensor,
-    ) -> None:
+    def update(self, gradients: list[PerReplica], numbers: Tensors) -> None:
         # Outside the replicas, so that Keras clips the sum over them. Inside, it would clip each
         # replica's gradient and add up afterwards.
         optimizer = self.optimizer
         optimizer.learning_rate = numbers["learning_rate"]
-        optimizer.iterations.assign(step)
+        optimizer.iterations.assign(numbers["step"])
         if isinstance(optimizer, model.AveragedSGD):
             optimizer.share.assign(numbers["share"])
         first = [self.local(gradient)[0] for gradient in gradients]

@@ -45,17 +45,10 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
         dropout = model.Dropout(self.recipe, self.setup.seed, step, replica)
         return self.model.objective(inputs, targets, mask, state, dropout)
 
-    def update(
-        self,
-        gradients: list[PerReplica],
-        norm: Tensor,
-        numbers: Tensors,
-        step: Tensor,  # noqa: ARG002 - the numbers are of it
-    ) -> None:
+    def update(self, gradients: list[PerReplica], numbers: Tensors) -> None:
         one = partial(model.update, self.recipe)
         for (name, parameter), gradient in zip(
             self.model.parameters.items(), gradients, strict=True
         ):
             slots = [self.variables[slot][name] for slot in self.slots]
-            arguments = (gradient, norm, numbers, *slots)
-            self.strategy.extended.update(parameter, one, arguments, group=False)
+            self.strategy.extended.update(parameter, one, (gradient, numbers, *slots), group=False)

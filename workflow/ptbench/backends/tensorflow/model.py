@@ -446,7 +446,7 @@ class LanguageModel(tf.Module):
 
 
 def update(
-    recipe: Recipe, p: tf.Variable, g: Tensor, norm: Tensor, numbers: Tensors, *slots: tf.Variable
+    recipe: Recipe, p: tf.Variable, g: Tensor, numbers: Tensors, *slots: tf.Variable
 ) -> None:
     """Update one parameter on one device, as `Backend.train_step` says.
 
@@ -454,13 +454,13 @@ def update(
 
     Args:
         g: its gradient.
-        norm: of all gradients.
-        numbers: `rate` and `epsilon` as `rate_and_epsilon` gives them, and asgd's `share`.
+        numbers: `rate` and `epsilon` as `rate_and_epsilon` gives them, asgd's `share`, and the
+            `norm` of all gradients.
         slots: in the order of `OPTIMIZER_SLOTS`.
     """
     rate, epsilon = numbers["rate"], numbers["epsilon"]
     if recipe.clip_norm is not None:
-        g = tf.clip_by_global_norm([g], recipe.clip_norm, norm)[0][0]
+        g = tf.clip_by_global_norm([g], recipe.clip_norm, numbers["norm"])[0][0]
     if recipe.weight_decay:
         g += recipe.weight_decay * p
     if recipe.optimizer == "adam":

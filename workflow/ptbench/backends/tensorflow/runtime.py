@@ -136,16 +136,13 @@ class TensorFlowRuntimeBackend(Backend):
         """
 
     @abc.abstractmethod
-    def update(
-        self, gradients: list[PerReplica], norm: Tensor, numbers: Tensors, step: Tensor
-    ) -> None:
+    def update(self, gradients: list[PerReplica], numbers: Tensors) -> None:
         """Clip and take one step on every device; called outside the replicas.
 
         Args:
             gradients: of the parameters in their order, the same on every replica.
-            norm: their global norm.
-            numbers: those of `_update_numbers`.
-            step: training steps taken before this one, int64.
+            numbers: those of `_update_numbers`; `norm`, the gradients' global norm; and `step`,
+                the training steps taken before this one, int64.
         """
 
     def _replica_gradients(
@@ -176,7 +173,7 @@ class TensorFlowRuntimeBackend(Backend):
         nll, gradients, state = self.strategy.run(self._replica_gradients, arguments)
         with tf.device(self.worker_devices[0]):
             norm = tf.linalg.global_norm([self.local(gradient)[0] for gradient in gradients])
-        self.update(gradients, norm, numbers, step=arguments[-1])
+        self.update(gradients, numbers | {"norm": norm, "step": arguments[-1]})
         return self.local(nll)[0], norm, state
 
     def _update_numbers(self, learning_rate: float) -> dict[str, Tensor]:

@@ -41,10 +41,10 @@ COUNTED = {
                        "over_replicas|training_state|Replicated|TrainingState|other_replicas|"
                        "ReplicatedBackend|Group|join_group|leave_group"),
     "tensorflow": Counted(("tensorflow",), ("tensorflow/runtime.py",),
-                          "strategy|distribute|mirrored_strategy|local|_distribute|LOGICAL_CPUS|"
+                          "strategy|distribute|MirroredStrategy|local|_distribute|LOGICAL_CPUS|"
                           "PerReplica"),
     "keras": Counted(("keras", "tensorflow"), ("tensorflow/runtime.py",),
-                     "strategy|distribute|mirrored_strategy|local|_distribute|LOGICAL_CPUS|"
+                     "strategy|distribute|MirroredStrategy|local|_distribute|LOGICAL_CPUS|"
                      "PerReplica|alike_on_all_replicas"),
     "mxnet": Counted(("mxnet",), replicas="contexts|split_and_load|allreduce_grads|kvstore"),
     "jax": Counted(("jax", "jaxlib"), replicas="psum|shard_map|Mesh|mesh|NamedSharding|"

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptbench.corpus.batching import Batch
+from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import OPTIMIZER_SLOTS
 from ptbench.model.parameters import (
     Layout,
@@ -284,6 +285,18 @@ class Backend(abc.ABC):
     def averaged(self) -> int:
         """How many steps' parameters asgd's mean is of, once the next step is taken."""
         return 1 if self.average_from is None else self.step + 1 - self.average_from
+
+    def check_devices(self, found: int, needed: int) -> None:
+        """Make sure that the framework finds as many devices as it needs.
+
+        Raises:
+            PtbenchError: if it does not.
+        """
+        if found < needed:
+            raise PtbenchError(
+                f"{self.name} finds {found} of the {needed} {self.setup.accelerator} devices that "
+                "the run needs; ask for fewer, or make more visible (CUDA_VISIBLE_DEVICES)"
+            )
 
     def parameters(self) -> Parameters:
         """Return a copy of all parameters under their canonical names and shapes."""

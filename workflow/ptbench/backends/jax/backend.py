@@ -34,13 +34,12 @@ from ptbench.backends.jax import model, tuned
 from ptbench.backends.jax.model import DATA, Array, Dropout, LanguageModel, Tree
 from ptbench.backends.replicas import Group, Replicated, ReplicatedBackend, meet, on_every_replica
 from ptbench.corpus.batching import Batch
-from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
 from ptbench.model.recipe import Accelerator, Precision
 
 # JAX's configuration, as far as it could change numbers. `isolation.py` removes the environment
-# variables that JAX would take it from; `claim_devices` sets what depends on the setup.
+# variables that JAX would take it from; `find_devices` sets what depends on the setup.
 CONFIGURATION: dict[str, Any] = {
     "jax_enable_x64": False,
     "jax_default_matmul_precision": "highest",  # float32 on GPUs, not TF32
@@ -80,14 +79,11 @@ def join_processes(rendezvous: str, rank: int, group: Group) -> None:
     )
 
 
-def claim_devices(setup: Setup) -> list[Any]:
-    """Set what JAX and XLA would read from the environment; return the devices to use.
+def find_devices(setup: Setup) -> list[Any]:
+    """Set what JAX and XLA would read from the environment; return all devices of the kind.
 
     JAX makes as many devices of the CPU as were asked for before its first use. They share one
     pool of threads.
-
-    Raises:
-        PtbenchError: if there are fewer devices of that kind than the setup asks for.
     """
     os.environ["NPROC"] = str(pool_threads(setup))
     on_cpu = setup.accelerator == "cpu"
@@ -95,13 +91,7 @@ def claim_devices(setup: Setup) -> list[Any]:
     if on_cpu and jax.config.jax_num_cpu_devices < setup.devices_here:
         clear_backends()  # JAX may be in use already, with fewer devices
         jax.config.update("jax_num_cpu_devices", setup.devices_here)
-    found = jax.devices("cpu") if on_cpu else gpus()
-    if len(found) < setup.devices:
-        raise PtbenchError(
-            f"devices={setup.devices} on {setup.accelerator}, but JAX finds {len(found)}; "
-            "ask for fewer devices, or make more visible (CUDA_VISIBLE_DEVICES)"
-        )
-    return list(found[: setup.devices])
+    return jax.devices("cpu") if on_cpu else gpus()
 
 
 @cache
@@ -161,9 +151,10 @@ class JAXBackend(ReplicatedBackend):
 
         if setup.nodes > 1:
             self.take_part(1, join_processes, jax.distributed.shutdown)
-        claimed = claim_devices(setup)
-        self._first = claimed[0]
-        mesh = Mesh(np.array(claimed), (DATA,), axis_types=(AxisType.Auto,))
+        found = find_devices(setup)
+        self.check_devices(len(found), self.devices)
+        self._first = found[0]
+        mesh = Mesh(np.array(found[: self.devices]), (DATA,), axis_types=(AxisType.Auto,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._of_batch = NamedSharding(mesh, PartitionSpec(None, DATA))  # [time, batch]
         self._of_state = NamedSharding(mesh, PartitionSpec(DATA))  # [batch, width]

@@ -38,7 +38,6 @@ from ptbench.backends.mxnet.model import (
     output_layer,
 )
 from ptbench.corpus.batching import Batch
-from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
 
@@ -67,8 +66,8 @@ class MXNetBackend(Backend):
         on_gpu = setup.accelerator == "cuda"
         # first of all, so that it holds for the threads of MXNet's engine
         self.memory_is_kept = self.tuned and not on_gpu and keep_memory(arenas=1)
-        if on_gpu and (found := mx.context.num_gpus()) < self.devices:
-            raise PtbenchError(f"MXNet sees {found} GPUs, but devices={self.devices} needs as many")
+        if on_gpu:
+            self.check_devices(mx.context.num_gpus(), self.devices)
         # those of the CPU are queues of one processor
         self.contexts = [mx.gpu(r) if on_gpu else mx.cpu(r) for r in range(self.devices)]
         self.model = LanguageModel(recipe, self.shapes, self.kept)

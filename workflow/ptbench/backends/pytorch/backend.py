@@ -26,7 +26,6 @@ from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
 from ptbench.backends.pytorch.replicas import gathered, join_group, leave_group
 from ptbench.backends.replicas import Replicated, ReplicatedBackend, meet, on_every_replica
 from ptbench.corpus.batching import Batch
-from ptbench.errors import PtbenchError
 from ptbench.model.parameters import Parameters
 
 
@@ -45,11 +44,8 @@ class PyTorchBackend(ReplicatedBackend):
         super().__init__(setup)
         self.on_gpu = setup.accelerator == "cuda"
         self.threads = max(setup.threads // self.devices, 1)  # of each replica
-        if self.on_gpu and torch.cuda.device_count() < setup.devices_here:
-            raise PtbenchError(
-                f"pytorch was asked for {setup.devices_here} GPUs and sees "
-                f"{torch.cuda.device_count()}"
-            )
+        if self.on_gpu:
+            self.check_devices(torch.cuda.device_count(), setup.devices_here)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, guards nothing
         torch.backends.cudnn.allow_tf32 = False

@@ -31,7 +31,6 @@ from ptbench.backends.base import (
     TrainStep,
 )
 from ptbench.corpus.batching import Batch
-from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
 
@@ -71,29 +70,6 @@ def start_tensorflow(setup: Setup) -> None:
         tf.config.set_logical_device_configuration(cpu, [one] * max(setup.devices, LOGICAL_CPUS))
 
 
-def mirrored_strategy(setup: Setup) -> tf.distribute.Strategy:
-    """Return data parallelism over the first devices of the kind.
-
-    Raises:
-        PtbenchError: if there are fewer than the setup asks for.
-    """
-    on_cpu, devices = setup.accelerator == "cpu", setup.devices
-    found = tf.config.list_logical_devices("CPU" if on_cpu else "GPU")
-    if len(found) < devices:
-        remedy = (
-            "start a new process for more"
-            if on_cpu
-            else "ask for fewer, or make more visible (CUDA_VISIBLE_DEVICES)"
-        )
-        raise PtbenchError(
-            f"devices={devices} on {setup.accelerator}, but TensorFlow has {len(found)}; {remedy}"
-        )
-    return tf.distribute.MirroredStrategy(
-        [device.name for device in found[:devices]],
-        tf.distribute.ReductionToOneDevice() if on_cpu else None,  # None: NCCL
-    )
-
-
 class TensorFlowRuntimeBackend(Backend):
     """A model on `tf.distribute`: every replica's gradients, their sum, one update on each device.
 
@@ -108,7 +84,13 @@ class TensorFlowRuntimeBackend(Backend):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         start_tensorflow(setup)
-        self.strategy = mirrored_strategy(setup)
+        on_cpu = setup.accelerator == "cpu"
+        found = tf.config.list_logical_devices("CPU" if on_cpu else "GPU")
+        self.check_devices(len(found), self.devices)
+        self.strategy = tf.distribute.MirroredStrategy(
+            [device.name for device in found[: self.devices]],
+            tf.distribute.ReductionToOneDevice() if on_cpu else None,  # None: NCCL
+        )
         self.worker_devices = self.strategy.extended.worker_devices
         with self.strategy.scope():
             self.build()

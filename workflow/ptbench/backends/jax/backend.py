@@ -166,7 +166,7 @@ class JAXBackend(ReplicatedBackend):
         on_replicas = partial(
             jax.shard_map,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, of_batch, everywhere, of_state, everywhere),
+            in_specs=(*[everywhere] * 4, of_batch, of_state, everywhere),
             check_vma=False,
         )
         self._gradients = compile_(
@@ -194,7 +194,7 @@ class JAXBackend(ReplicatedBackend):
             meet(self.replicas)
 
     def _objective(
-        self, parameters: Tree, places: Tree, batch: Batch, divisor: Array, state: Tree, step: Array
+        self, divisor: Array, parameters: Tree, places: Tree, batch: Batch, state: Tree, step: Array
     ) -> tuple[Array, tuple[Array, Tree]]:
         """Return a replica's share of the objective, and beside it of the nll, and its state."""
         key = jax.random.key(self.setup.seed, impl=self._generator)
@@ -202,25 +202,24 @@ class JAXBackend(ReplicatedBackend):
         weighted = batch._replace(mask=batch.mask / divisor)
         return self._model.objective(parameters | places, weighted, state, dropout)
 
-    def _objective_nll(
-        self, parameters: Tree, kept: tuple[Tree, Tree], batch: Batch, divisor: Array, state: Tree,
-        step: Array,
-    ) -> Array:  # fmt: skip
+    def _objective_nll(self, _: Tree, divisor: Array, *others: Any) -> Array:
         """Return the global batch's summed nll; see `_objective_gradients`."""
-        _, (nll, _) = self._objective(parameters, kept[0], batch, divisor, state, step)
+        _, (nll, _) = self._objective(divisor, *others)
         return jax.lax.psum(nll, DATA) * divisor
 
     def _objective_gradients(
-        self, parameters: Tree, kept: tuple[Tree, Tree], batch: Batch, divisor: Array, state: Tree,
-        step: Array,
-    ) -> tuple[Tree, Array, Tree]:  # fmt: skip
+        self, masks: Tree, divisor: Array, *others: Any
+    ) -> tuple[Tree, Array, Tree]:
         """Return the global batch's gradient and summed nll, and the replica's own final state.
 
         It runs on every replica at once, each with its columns of the batch.
+
+        Args:
+            masks: those of `gradient_masks`.
+            divisor, others: the arguments of `_objective`.
         """
-        places, masks = kept
-        differentiated = jax.grad(self._objective, has_aux=True)
-        gradients, (nll, final) = differentiated(parameters, places, batch, divisor, state, step)
+        differentiated = jax.grad(self._objective, argnums=1, has_aux=True)
+        gradients, (nll, final) = differentiated(divisor, *others)
         gradients |= {name: gradients[name] * mask for name, mask in masks.items()}
         gradients, nll = jax.lax.psum((gradients, nll), DATA)
         return gradients, nll * divisor, final
@@ -271,8 +270,8 @@ class JAXBackend(ReplicatedBackend):
         """Return the arguments of `_objective_gradients` for the next step."""
         divisor = np.float32(self.objective_divisor(batch))
         batch = self._on_devices(batch, self._of_batch)
-        kept = self._places, self._masks
-        return self._arrays[PARAMETER], kept, batch, divisor, dict(state), np.uint32(self.step)
+        own = self._arrays[PARAMETER], self._places
+        return self._masks, divisor, *own, batch, dict(state), np.uint32(self.step)
 
     def _on_devices(self, batch: Batch, place: Any) -> Batch:
         # copies, because JAX reads NumPy arrays after the call, or even shares their memory

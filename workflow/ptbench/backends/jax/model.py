@@ -156,13 +156,14 @@ def layer_weights(
     return Weights(w, u, bias, parameters.get(f"{name}.recurrent_bias", 0.0))
 
 
-def stepwise_layer(
-    rnn: Rnn, x: Array, weights: Weights, state: LayerState, mask: Array
+def scanned_layer(
+    rnn: Rnn, hoists: bool, x: Array, weights: Weights, state: LayerState, mask: Array
 ) -> tuple[Array, LayerState]:
-    """Run a layer with both products, dense or sparse, at every time step.
+    """Run a layer over all time steps; its products are dense or sparse.
 
     Args:
         rnn: one of `RNNS`.
+        hoists: whether the inputs of all time steps are multiplied at once, before the first.
         x: the layer's input, [time, batch, inputs].
         weights: of this layer.
         state: before the first step.
@@ -172,36 +173,25 @@ def stepwise_layer(
         The outputs [time, batch, width], and the state after the last step.
     """
 
+    def of_input(x: Array) -> Array:
+        return x @ weights.input + weights.bias
+
     def step(state: LayerState, x: Array) -> tuple[LayerState, Array]:
-        z_input = x @ weights.input + weights.bias
+        z_input = x if hoists else of_input(x)
         z_recurrent = (state[0] * mask) @ weights.recurrent + weights.recurrent_bias
         state = rnn(z_input, z_recurrent, *state)
         return state, state[0]
 
-    final, outputs = jax.lax.scan(step, state, x)
-    return outputs, final
-
-
-def fused_layer(
-    rnn: Rnn, x: Array, weights: Weights, state: LayerState, mask: Array
-) -> tuple[Array, LayerState]:
-    """Do what `stepwise_layer` does with one product for the inputs of all time steps."""
-
-    def step(state: LayerState, z_input: Array) -> tuple[LayerState, Array]:
-        z_recurrent = (state[0] * mask) @ weights.recurrent + weights.recurrent_bias
-        state = rnn(z_input, z_recurrent, *state)
-        return state, state[0]
-
-    final, outputs = jax.lax.scan(step, state, x @ weights.input + weights.bias)
+    final, outputs = jax.lax.scan(step, state, of_input(x) if hoists else x)
     return outputs, final
 
 
 def recurrent_layer(
     recipe: Recipe, x: Array, weights: Weights, state: LayerState, mask: Array
 ) -> tuple[Array, LayerState]:
-    """Run a layer with the recipe's kernel; `stepwise_layer` has the arguments and results."""
-    layer = fused_layer if recipe.kernel == "fused" else stepwise_layer
-    results = layer(RNNS[recipe.rnn], *lowered(recipe, (x, weights, state, mask)))
+    """Run a layer with the recipe's kernel; `scanned_layer` has the arguments and results."""
+    given = lowered(recipe, (x, weights, state, mask))
+    results = scanned_layer(RNNS[recipe.rnn], recipe.kernel == "fused", *given)
     return jax.tree.map(lambda array: array.astype(x.dtype), results)
 
 
@@ -217,8 +207,9 @@ class Head(NamedTuple):
     def on_top(cls, recipe: Recipe, parameters: Tree, v: Array, dropout: Dropout) -> Head:
         """Form the features from the last layer's output v [time, batch, width], after dropout.
 
-        The parameters are `lowered`; what is computed from them is float32.
+        Products are in the recipe's precision; what is computed from them is float32.
         """
+        parameters = lowered(recipe, parameters)
         mixtures = max(recipe.mixtures, 1)
         tokens = v.reshape(-1, v.shape[-1])
         log_prior = jnp.zeros((len(tokens), 1), v.dtype)
@@ -323,10 +314,6 @@ class LanguageModel:
             x = h * dropout.units(layer + 1, h)
         return h, x, final
 
-    def head(self, parameters: Tree, v: Array, dropout: Dropout) -> Head:
-        """Return the output layer on the last layer's output, in the recipe's precision."""
-        return Head.on_top(self.recipe, lowered(self.recipe, parameters), v, dropout)
-
     def objective(
         self, parameters: Tree, batch: Batch, state: Tree, dropout: Dropout
     ) -> tuple[Array, tuple[Array, Tree]]:
@@ -335,7 +322,7 @@ class LanguageModel:
         Each token's loss is multiplied by its entry of the batch's mask.
         """
         h, v, final = self.run(parameters, batch.inputs, state, dropout)
-        head = self.head(parameters, v, dropout)
+        head = Head.on_top(self.recipe, parameters, v, dropout)
         loss = self.nll(head, batch.targets.ravel(), batch.mask.ravel())
         if not self.recipe.penalizes:
             return loss, (loss, final)
@@ -345,7 +332,7 @@ class LanguageModel:
         """Return log-probabilities [time, batch, vocabulary] without dropout, and the state."""
         nothing = Dropout(self.recipe)
         _, v, final = self.run(parameters, inputs, state, nothing)
-        log_p = log_probabilities(self.head(parameters, v, nothing))
+        log_p = log_probabilities(Head.on_top(self.recipe, parameters, v, nothing))
         return log_p.reshape(*inputs.shape, -1), final
 
 

@@ -33,7 +33,7 @@ class Dropout(gluon.HybridBlock):
         self.rate = rate
         self.axes = (0,) if locked else ()  # locked: the same for all indices of the first axis
 
-    def hybrid_forward(self, F: Any, x: Array) -> Array:  # noqa: N803 - Gluon's name
+    def hybrid_forward(self, F: Any, x: Array) -> Array:
         if not self.rate:
             return x
         # cuDNN's generator ignores the seed
@@ -44,20 +44,13 @@ class GRUCell(rnn.GRUCell):
     """Gluon's GRU cell, where the output that is carried is not the one that is multiplied."""
 
     def hybrid_forward(
-        self,
-        F: Any,  # noqa: N803
-        x: Array,
-        states: list[Array],
-        i2h_weight: Array,
-        h2h_weight: Array,
-        i2h_bias: Array,
-        h2h_bias: Array,
+        self, F: Any, x: Array, states: list[Array], **p: Array
     ) -> tuple[Array, list[Array]]:
         """Return the new output, twice; `states` is the dropped and the whole old one."""
         dropped, h = states
         size = 3 * self._hidden_size
-        from_x = F.FullyConnected(x, i2h_weight, i2h_bias, num_hidden=size)
-        from_h = F.FullyConnected(dropped, h2h_weight, h2h_bias, num_hidden=size)
+        from_x = F.FullyConnected(x, p["i2h_weight"], p["i2h_bias"], num_hidden=size)
+        from_h = F.FullyConnected(dropped, p["h2h_weight"], p["h2h_bias"], num_hidden=size)
         x_r, x_z, x_n = F.split(from_x, num_outputs=3)
         h_r, h_z, h_n = F.split(from_h, num_outputs=3)
         n = F.tanh(x_n + F.sigmoid(x_r + h_r) * h_n)
@@ -84,7 +77,7 @@ class StepwiseLayer(gluon.HybridBlock):
     def state_info(self, batch_size: int) -> list[dict[str, Any]]:
         return self.cell.state_info(batch_size)
 
-    def hybrid_forward(self, F: Any, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:  # noqa: N803
+    def hybrid_forward(self, F: Any, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         if not self.rate:
             return F.contrib.foreach(self.cell, x, states)
         mask = self.mask(F.ones_like(states[0]))
@@ -220,7 +213,7 @@ class Head(gluon.HybridBlock):
                 features, rank = shapes["softmax.projection"]
                 self.projection = dense(rank, features, use_bias=False)
 
-    def hybrid_forward(self, F: Any, v: Array) -> list[Array]:  # noqa: N803
+    def hybrid_forward(self, F: Any, v: Array) -> list[Array]:
         """Return features [T or T x mixtures, features], and if mixed log-prior [T, mixtures]."""
         features, log_prior = v.reshape((-3, 0)), []
         if self.latent is not None:
@@ -315,7 +308,7 @@ def log_probabilities(logits: Array, log_prior: Array = None) -> Array:
     return log_sum_exp(mx.nd, mx.nd.broadcast_add(log_prior.expand_dims(-1), log_p))
 
 
-def log_sum_exp(F: Any, x: Array) -> Array:  # noqa: N803
+def log_sum_exp(F: Any, x: Array) -> Array:
     """Return log sum exp over the second axis."""
     largest = F.BlockGrad(F.max(x, axis=1))
     return largest + F.log(F.sum(F.exp(F.broadcast_sub(x, largest.expand_dims(1))), axis=1))
@@ -329,7 +322,7 @@ class Penalty(gluon.HybridBlock):
         self.of_outputs = recipe.activation_regularization
         self.of_changes = recipe.temporal_activation_regularization
 
-    def hybrid_forward(self, F: Any, h: Array, v: Array, mask: Array) -> Array:  # noqa: N803
+    def hybrid_forward(self, F: Any, h: Array, v: Array, mask: Array) -> Array:
         """Return the penalty [1] of the real tokens.
 
         Args:
@@ -343,7 +336,7 @@ class Penalty(gluon.HybridBlock):
         return self.of_outputs * (F.square(v).mean(axis=-1) * mask).sum() + of_changes
 
 
-def previous(F: Any, x: Array) -> Array:  # noqa: N803
+def previous(F: Any, x: Array) -> Array:
     """Return x one time step before; at the first step x itself."""
     first = F.slice_axis(x, axis=0, begin=0, end=1)
     return F.slice_axis(F.concat(first, x, dim=0), axis=0, begin=0, end=-1)
@@ -370,11 +363,7 @@ class LanguageModel(gluon.HybridBlock):
             self.head = Head(recipe, shapes)
 
     def hybrid_forward(
-        self,
-        F: Any,  # noqa: N803
-        inputs: Array,
-        states: list[Array],
-        words: Array = None,
+        self, F: Any, inputs: Array, states: list[Array], words: Array = None
     ) -> tuple[list[Array], list[Array], list[Array]]:
         """Return what the head returns, the final states, and what `Penalty` takes, if anything.
 

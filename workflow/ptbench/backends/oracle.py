@@ -9,6 +9,7 @@ their non-linearities; d_a is the derivative of the objective with respect to a.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,39 +122,30 @@ class Gru:
         )
 
 
-class RnnTanh:
-    """The simple recurrent cell of Elman (1990)."""
+@dataclass
+class SimpleRnn:
+    """The simple recurrent cell of Elman (1990), or the same with rectified units."""
 
-    @staticmethod
-    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
-        h = np.tanh(z_input + z_recurrent)
+    activation: Callable[[Array], Array]
+    slope: Callable[[Array], Array]  # its derivative, as a function of its value
+
+    def forward(self, z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
+        h = self.activation(z_input + z_recurrent)
         return Step(h, c, h)
 
-    @staticmethod
     def backward(
-        step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
+        self, step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
     ) -> Derivative:
-        d_z = d_h * (1 - step.h**2)
+        d_z = d_h * self.slope(step.h)
         return Derivative(d_z, d_z, np.zeros_like(h), d_c)
 
 
-class RnnRelu:
-    """The same with rectified units."""
-
-    @staticmethod
-    def forward(z_input: Array, z_recurrent: Array, h: Array, c: Array) -> Step:
-        h = np.maximum(z_input + z_recurrent, 0.0)
-        return Step(h, c, h)
-
-    @staticmethod
-    def backward(
-        step: Step, z_recurrent: Array, h: Array, c: Array, d_h: Array, d_c: Array
-    ) -> Derivative:
-        d_z = d_h * (step.h > 0)
-        return Derivative(d_z, d_z, np.zeros_like(h), d_c)
-
-
-RNNS = {"lstm": Lstm, "gru": Gru, "rnn_tanh": RnnTanh, "rnn_relu": RnnRelu}
+RNNS: dict[str, Any] = {
+    "lstm": Lstm,
+    "gru": Gru,
+    "rnn_tanh": SimpleRnn(np.tanh, slope=lambda h: 1 - h**2),
+    "rnn_relu": SimpleRnn(lambda z: np.maximum(z, 0.0), slope=lambda h: np.heaviside(h, 0.0)),
+}
 
 
 @dataclass
@@ -281,7 +273,7 @@ class Oracle(Backend):
     def read_state(self, state: State) -> Arrays:
         return state
 
-    def make_state(self, arrays: Parameters, training: bool) -> State:  # noqa: ARG002
+    def make_state(self, arrays: Parameters, training: bool) -> State:
         return dict(arrays)
 
     def dropout_masks(self, steps: int, batch_size: int) -> Masks:

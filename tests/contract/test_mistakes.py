@@ -10,7 +10,7 @@ from tests.support.problems import SUM
 from tests.support.remote import Backends, probe
 
 from ptbench.backends import FRAMEWORKS
-from ptbench.backends.mistakes import read_mistakes
+from ptbench.measurement.mistakes import read_mistakes
 
 
 @pytest.mark.frameworks(*FRAMEWORKS)

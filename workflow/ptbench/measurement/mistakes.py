@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.isolation import isolate
-from ptbench.backends.mistakes import FILE, Mistake
 from ptbench.environments import PYTHON
 from ptbench.files import write_atomically
+from ptbench.model.recipe import Model
+
+FILE = Path(__file__).parents[1] / "backends" / "mistakes.yaml"
 
 TIME, BATCH, WIDTH, INPUTS, VOCABULARY = 3, 17, 37, 41, 1009
 OTHER_BATCH, OTHER_INPUTS = 13, 43
@@ -40,6 +43,24 @@ CAUSES = {
     "another type": ("float64|double", "float32|float(?!64)"),
     "missing initial value": ("weight|kernel|embedding|initial",),
 }
+
+
+class Mistake(Model):
+    """One mistake in one framework."""
+
+    error: str | None = Field(None, description="Class of the error; null: there was none.")
+    message: str = Field(description="Its message, or what happened without one.")
+    names_cause: bool = Field(False, description="Whether the message says what is wrong.")
+
+
+def read_mistakes() -> dict[str, dict[str, Mistake]]:
+    """Return every framework's mistakes by name, all in the same order."""
+    from ptbench.yaml import read_yaml  # needs what frameworks' environments do not have
+
+    return {
+        framework: {name: Mistake.model_validate(said) for name, said in found.items()}
+        for framework, found in read_yaml(FILE).items()
+    }
 
 
 def ones(*shape: int, dtype: Any = np.float32) -> Any:

@@ -14,7 +14,7 @@ from ptbench.analysis.experiment import RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING
 from ptbench.analysis.source import read_source
 from ptbench.backends.features import read_features
-from ptbench.backends.mistakes import read_mistakes
+from ptbench.measurement.mistakes import read_mistakes
 from ptbench.report.formatting import format_devices, format_std
 from ptbench.report.profiles import PHASES, ProfiledGroup, ProfiledRow
 

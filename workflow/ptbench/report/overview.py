@@ -26,8 +26,8 @@ from ptbench.analysis.search import SearchResult
 from ptbench.analysis.source import read_source
 from ptbench.backends import FRAMEWORKS
 from ptbench.backends.features import read_features
-from ptbench.backends.mistakes import read_mistakes
 from ptbench.configuration.requests import SEEDS, SMOKE
+from ptbench.measurement.mistakes import read_mistakes
 from ptbench.report import words
 from ptbench.report.commands import study_command
 from ptbench.report.runs import Run, asked_over_used, missing, runs_of, versions_of

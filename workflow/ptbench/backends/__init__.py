@@ -23,16 +23,25 @@ class Row(NamedTuple):
     """What the rest of the program needs to know about a framework."""
 
     title: str  # as its authors write it
-    backend: str  # module and class
-    kernels: tuple[str, ...]  # of its LSTM; other recurrent layers have fused and stepwise alone
-    precisions: tuple[str, ...]
     colour: str  # on white
     dark_colour: str  # on black
     marker: str  # as matplotlib names it
     # Memory of a process that trains a small model on the CPU, libraries included: twice what
     # demo-lstm took on one or two replicas, and more for PyTorch, where zaremba-small took 1,790.
     memory_megabytes: int
-    spans_nodes: bool  # whether a run may have devices on several nodes of a cluster
+    own_kernels: tuple[str, ...] = ()  # of its LSTM, beside those that every framework has
+    precisions: tuple[str, ...] = ("float32", "bfloat16")
+    spans_nodes: bool = False  # whether a run may have devices on several nodes of a cluster
+
+    @property
+    def backend(self) -> str:
+        """Return its backend's module and class."""
+        return f"ptbench.backends.{self.title.lower()}.backend:{self.title}Backend"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Return the kernels of its LSTM; other recurrent layers have fused and stepwise alone."""
+        return ("fused", "stepwise", "sparse", *self.own_kernels)
 
     def lacks(self, recipe: Recipe) -> list[str]:
         """Return the keys of a recipe whose value the framework does not have."""
@@ -40,28 +49,13 @@ class Row(NamedTuple):
         return [key for key, values in has.items() if getattr(recipe, key) not in values]
 
 
-def _row(
-    title: str,
-    *look: str,
-    memory: int,
-    kernels: tuple[str, ...] = (),
-    precisions: tuple[str, ...] = ("float32", "bfloat16"),
-    spans_nodes: bool = False,
-) -> Row:
-    module, colour, dark_colour, marker = f"ptbench.backends.{title.lower()}.backend", *look
-    return Row(
-        title, f"{module}:{title}Backend", ("fused", "stepwise", "sparse", *kernels), precisions,
-        colour, dark_colour, marker, memory, spans_nodes,
-    )  # fmt: skip
-
-
 FRAMEWORKS: dict[str, Row] = {
-    "pytorch": _row("PyTorch", "#c0392b", "#d55e00", "o", memory=2700, spans_nodes=True),
-    "tensorflow": _row("TensorFlow", "#c28100", "#ffc94d", "s", memory=2800, kernels=("block",)),
-    "keras": _row("Keras", "#8e2a7d", "#ee99cc", "D", memory=2800),
+    "pytorch": Row("PyTorch", "#c0392b", "#d55e00", "o", 2700, spans_nodes=True),
+    "tensorflow": Row("TensorFlow", "#c28100", "#ffc94d", "s", 2800, own_kernels=("block",)),
+    "keras": Row("Keras", "#8e2a7d", "#ee99cc", "D", 2800),
     # its recurrent layers do not compute in bfloat16
-    "mxnet": _row("MXNet", "#2a5fbf", "#5b8ff9", "^", memory=900, precisions=("float32",)),
-    "jax": _row("JAX", "#10967c", "#2f8f5b", "v", memory=1500, spans_nodes=True),
+    "mxnet": Row("MXNet", "#2a5fbf", "#5b8ff9", "^", 900, precisions=("float32",)),
+    "jax": Row("JAX", "#10967c", "#2f8f5b", "v", 1500, spans_nodes=True),
 }
 ORACLE = "oracle"  # the name under which the tests and `ptbench evaluate` reach the float64 oracle
 

@@ -17,15 +17,9 @@ import numpy.typing as npt
 from ptbench.corpus.batching import Batch
 from ptbench.errors import PtbenchError
 from ptbench.model.optimizers import OPTIMIZER_SLOTS
-from ptbench.model.parameters import (
-    Layout,
-    Parameters,
-    check_parameters,
-    kept_weights,
-    parameter_shapes,
-    state_widths,
-)
+from ptbench.model.parameters import Layout, Parameters, check_parameters, kept_weights
 from ptbench.model.recipe import Accelerator, Recipe
+from ptbench.model.shapes import parameter_shapes, state_widths
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]  # by canonical name

@@ -16,16 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ptbench.backends.base import (
-    PARAMETER,
-    Arrays,
-    Backend,
-    EvaluateStep,
-    Scalar,
-    Setup,
-    State,
-    TrainStep,
-)
+from ptbench.backends import base
 from ptbench.corpus.batching import Batch
 from ptbench.model.parameters import GATES, Layout, Parameters
 
@@ -241,19 +232,19 @@ class Forward:
     state: dict[str, Array]
 
 
-class Oracle(Backend):
+class Oracle(base.Backend):
     """The contract in float64, for tests."""
 
     name = "oracle"
     package = "numpy"
     dtype = np.float64
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: base.Setup) -> None:
         super().__init__(setup)
         # by kind (the parameters, or a slot of the optimizer) and canonical name
         self.arrays: dict[str, dict[str, Array]] = {
             kind: {name: np.zeros(shape) for name, shape in self.shapes.items()}
-            for kind in (PARAMETER, *self.slots)
+            for kind in (base.PARAMETER, *self.slots)
         }
 
     def layout(self, name: str) -> Layout:
@@ -262,18 +253,18 @@ class Oracle(Backend):
     @property
     def p(self) -> dict[str, Array]:
         """The parameters."""
-        return self.arrays[PARAMETER]
+        return self.arrays[base.PARAMETER]
 
-    def read(self, kind: str) -> Arrays:
+    def read(self, kind: str) -> base.Arrays:
         return self.arrays[kind]
 
     def write(self, kind: str, arrays: Parameters) -> None:
         self.arrays[kind] = {name: np.asarray(a, np.float64) for name, a in arrays.items()}
 
-    def read_state(self, state: State) -> Arrays:
+    def read_state(self, state: base.State) -> base.Arrays:
         return state
 
-    def make_state(self, arrays: Parameters, training: bool) -> State:
+    def make_state(self, arrays: Parameters, training: bool) -> base.State:
         return dict(arrays)
 
     def dropout_masks(self, steps: int, batch_size: int) -> Masks:
@@ -429,16 +420,16 @@ class Oracle(Backend):
     def next_masks(self, batch: Batch) -> Masks:
         return self.dropout_masks(*batch.inputs.shape) if self.recipe.drops else self.no_masks
 
-    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return summed_nll(self.forward(batch.inputs, state, self.next_masks(batch)), batch)
 
-    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_and_backward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return self.loss_and_gradients(batch, state)[0]
 
-    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+    def read_gradients(self, batch: Batch, state: base.State) -> base.Arrays:
         return self.loss_and_gradients(batch, state)[1]
 
-    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+    def train_step(self, batch: Batch, state: base.State, learning_rate: float) -> base.TrainStep:
         nll, gradients, final = self.loss_and_gradients(batch, state)
         norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
         clip = self.recipe.clip_norm
@@ -451,7 +442,7 @@ class Oracle(Backend):
             if self.recipe.optimizer == "asgd":
                 mean = self.arrays["average"][name]
                 mean[:] = (1 - 1 / averaged) * mean + p / averaged
-        return TrainStep(nll, norm, final)
+        return base.TrainStep(nll, norm, final)
 
     def direction(self, name: str, g: Array) -> Array:
         """What a rate of 1 subtracts from a parameter with gradient g; see the contract."""
@@ -470,13 +461,13 @@ class Oracle(Backend):
         v_hat = v / (1 - recipe.adam_beta2**self.step)
         return m_hat / (np.sqrt(v_hat) + recipe.optimizer_epsilon)
 
-    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+    def evaluate_step(self, batch: Batch, state: base.State) -> base.EvaluateStep:
         forward = self.forward(batch.inputs, state, self.no_masks)
-        return EvaluateStep(summed_nll(forward, batch), forward.state)
+        return base.EvaluateStep(summed_nll(forward, batch), forward.state)
 
     def next_token_log_probabilities(
-        self, inputs: npt.NDArray[np.int32], state: State
-    ) -> tuple[npt.NDArray[np.float32], State]:
+        self, inputs: npt.NDArray[np.int32], state: base.State
+    ) -> tuple[npt.NDArray[np.float32], base.State]:
         forward = self.forward(inputs, state, self.no_masks)
         return forward.log_probabilities.astype(np.float32), forward.state
 

@@ -19,17 +19,8 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.extend.backend import clear_backends
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ptbench.backends import base
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.base import (
-    PARAMETER,
-    Arrays,
-    EvaluateStep,
-    Operator,
-    Scalar,
-    Setup,
-    State,
-    TrainStep,
-)
 from ptbench.backends.jax import model, tuned
 from ptbench.backends.jax.model import DATA, Array, Dropout, LanguageModel, Tree
 from ptbench.backends.replicas import Group, Replicated, ReplicatedBackend, meet, on_every_replica
@@ -79,7 +70,7 @@ def join_processes(rendezvous: str, rank: int, group: Group) -> None:
     )
 
 
-def find_devices(setup: Setup) -> list[Any]:
+def find_devices(setup: base.Setup) -> list[Any]:
     """Set what JAX and XLA would read from the environment; return all devices of the kind.
 
     JAX makes as many devices of the CPU as were asked for before its first use. They share one
@@ -104,7 +95,7 @@ def gpus() -> list[Any]:
         return []
 
 
-def pool_threads(setup: Setup) -> int:
+def pool_threads(setup: base.Setup) -> int:
     """Return the size of XLA's pool of threads.
 
     A replica that waits for the others' gradients holds a thread. With no thread to spare beside
@@ -137,7 +128,7 @@ class JAXBackend(ReplicatedBackend):
     name = "jax"
     package = "jax"
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: base.Setup) -> None:
         super().__init__(setup)
         recipe, self.accelerator = setup.recipe, setup.accelerator
         is_tuned = recipe.implementation == "tuned"
@@ -188,7 +179,7 @@ class JAXBackend(ReplicatedBackend):
         self._masks = self._put(self.gradient_masks(), self._everywhere)
         self._arrays: dict[str, Tree] = {}  # by kind
         zeros = {name: np.zeros(shape) for name, shape in self.shapes.items()}
-        for kind in (PARAMETER, *self.slots):
+        for kind in (base.PARAMETER, *self.slots):
             self._arrays[kind] = self._put(self._stored(zeros), self._everywhere)
         if setup.nodes > 1:
             meet(self.replicas)
@@ -224,12 +215,12 @@ class JAXBackend(ReplicatedBackend):
         gradients, nll = jax.lax.psum((gradients, nll), DATA)
         return gradients, nll * divisor, final
 
-    def _nll(self, parameters: Tree, batch: Batch, state: Tree) -> EvaluateStep:
+    def _nll(self, parameters: Tree, batch: Batch, state: Tree) -> base.EvaluateStep:
         """Return the summed nll without dropout, and the final state."""
         _, (nll, final) = self._model.objective(parameters, batch, state, Dropout(self.recipe))
-        return EvaluateStep(nll, final)
+        return base.EvaluateStep(nll, final)
 
-    def read(self, kind: str) -> Arrays:
+    def read(self, kind: str) -> base.Arrays:
         return {name: np.asarray(array) for name, array in self._arrays[kind].items()}
 
     def _put(self, tree: Any, place: Any) -> Any:
@@ -248,29 +239,29 @@ class JAXBackend(ReplicatedBackend):
         self._arrays[kind] = self._put(arrays, self._everywhere)
 
     @on_every_replica
-    def read_state(self, state: State) -> Arrays:
+    def read_state(self, state: base.State) -> base.Arrays:
         whole = state if self.setup.nodes == 1 else process_allgather(dict(state), tiled=True)
         return {name: np.asarray(array) for name, array in whole.items()}
 
-    def make_state(self, arrays: Parameters, training: bool) -> State:
+    def make_state(self, arrays: Parameters, training: bool) -> base.State:
         return self._make_training_state(arrays) if training else self._put(arrays, self._first)
 
     @on_every_replica
-    def _make_training_state(self, arrays: Parameters) -> State:
+    def _make_training_state(self, arrays: Parameters) -> base.State:
         return self._training_state(self._put(arrays, self._of_state))
 
-    def _training_state(self, arrays: Tree) -> State:
+    def _training_state(self, arrays: Tree) -> base.State:
         if self.setup.nodes == 1:
             return arrays
         state = TrainingState(arrays)
         state.replicate()
         return state
 
-    def _arguments(self, batch: Batch, state: State) -> tuple[Any, ...]:
+    def _arguments(self, batch: Batch, state: base.State) -> tuple[Any, ...]:
         """Return the arguments of `_objective_gradients` for the next step."""
         divisor = np.float32(self.objective_divisor(batch))
         batch = self._on_devices(batch, self._of_batch)
-        own = self._arrays[PARAMETER], self._places
+        own = self._arrays[base.PARAMETER], self._places
         return self._masks, divisor, *own, batch, dict(state), np.uint32(self.step)
 
     def _on_devices(self, batch: Batch, place: Any) -> Batch:
@@ -278,12 +269,12 @@ class JAXBackend(ReplicatedBackend):
         return self._put(jax.tree.map(np.copy, batch), place)
 
     @on_every_replica
-    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+    def read_gradients(self, batch: Batch, state: base.State) -> base.Arrays:
         gradients, _, _ = self._gradients(*self._arguments(batch, state))
         return {name: np.asarray(array) for name, array in gradients.items()}
 
     @on_every_replica
-    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+    def train_step(self, batch: Batch, state: base.State, learning_rate: float) -> base.TrainStep:
         gradients, nll, final = self._gradients(*self._arguments(batch, state))
         rates = rate_and_epsilon(self.recipe, learning_rate, self.step)
         numbers = np.array((*rates, self.averaged), np.float32)
@@ -291,27 +282,27 @@ class JAXBackend(ReplicatedBackend):
         self.step += 1
         if self.setup.nodes > 1:
             jax.block_until_ready(nll)  # so that the end of another node's process shows here
-        return TrainStep(nll, norm, self._training_state(final))
+        return base.TrainStep(nll, norm, self._training_state(final))
 
     @on_every_replica
-    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return self._forward(*self._arguments(batch, state))
 
     @on_every_replica
-    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_and_backward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return self._gradients(*self._arguments(batch, state))[1]
 
     def _parameters_on_first_device(self) -> Tree:
-        parameters = self._arrays[PARAMETER] | self._places
+        parameters = self._arrays[base.PARAMETER] | self._places
         return {name: array.addressable_data(0) for name, array in parameters.items()}
 
-    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+    def evaluate_step(self, batch: Batch, state: base.State) -> base.EvaluateStep:
         batch = self._on_devices(batch, self._first)
         return self._evaluate(self._parameters_on_first_device(), batch, state)
 
     def next_token_log_probabilities(
-        self, inputs: npt.NDArray[np.int32], state: State
-    ) -> tuple[npt.NDArray[np.float32], State]:
+        self, inputs: npt.NDArray[np.int32], state: base.State
+    ) -> tuple[npt.NDArray[np.float32], base.State]:
         log_p, final = self._predict(self._parameters_on_first_device(), inputs.copy(), state)
         return np.array(log_p), final
 
@@ -327,7 +318,7 @@ class JAXBackend(ReplicatedBackend):
         counts = [device.memory_stats() for device in self._everywhere.mesh.local_devices]
         return max((c["peak_bytes_in_use"] for c in counts if c), default=None)  # CPUs have none
 
-    def operators(self, work: Callable[[], None]) -> list[Operator]:
+    def operators(self, work: Callable[[], None]) -> list[base.Operator]:
         """Return XLA's, by jax.profiler; loops and calls are left out, what is in them is not."""
         found: dict[str, list[float]] = defaultdict(list)
         with tempfile.TemporaryDirectory(prefix="ptbench-") as folder:
@@ -340,7 +331,7 @@ class JAXBackend(ReplicatedBackend):
                     operator = dict(event.stats).get("hlo_op")
                     if operator and not str(operator).startswith(CONTAINERS):
                         found[str(operator)].append(event.duration_ns / 1e9)
-        return [Operator(name, len(each), sum(each)) for name, each in found.items()]
+        return [base.Operator(name, len(each), sum(each)) for name, each in found.items()]
 
     def settings(self) -> dict[str, str]:
         allocator = "glibc" if self.accelerator == "cpu" else "JAX's for CUDA"

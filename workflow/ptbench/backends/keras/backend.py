@@ -9,17 +9,12 @@ import tensorflow as tf
 
 from ptbench.backends.base import PARAMETER
 from ptbench.backends.keras import model, tuned
-from ptbench.backends.tensorflow.runtime import (
-    PerReplica,
-    Tensor,
-    TensorFlowRuntimeBackend,
-    Tensors,
-    Variable,
-)
+from ptbench.backends.tensorflow import runtime
+from ptbench.backends.tensorflow.model import Tensor, Tensors
 from ptbench.model.parameters import Layout
 
 
-class KerasBackend(TensorFlowRuntimeBackend):
+class KerasBackend(runtime.TensorFlowRuntimeBackend):
     """The contract in Keras.
 
     The training step is written as Keras' guide "Writing a training loop from scratch in
@@ -59,7 +54,7 @@ class KerasBackend(TensorFlowRuntimeBackend):
         with keras.StatelessScope(self._seeds(step)):
             return self.model.objective(inputs, targets, mask, state)
 
-    def _seeds(self, step: Tensor) -> list[tuple[Variable, Tensor]]:
+    def _seeds(self, step: Tensor) -> list[tuple[keras.Variable, Tensor]]:
         """Return a value for each random generator, for a replica's next step."""
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         alike = {id(state) for state in self.model.dropout.alike_on_all_replicas}
@@ -72,7 +67,7 @@ class KerasBackend(TensorFlowRuntimeBackend):
             seeds.append((generator, tf.stack([tf.constant(self.setup.seed, tf.int64), draw])))
         return seeds
 
-    def update(self, gradients: list[PerReplica], numbers: Tensors) -> None:
+    def update(self, gradients: list[runtime.PerReplica], numbers: Tensors) -> None:
         # Outside the replicas, so that Keras clips the sum over them. Inside, it would clip each
         # replica's gradient and add up afterwards.
         optimizer = self.optimizer

@@ -15,28 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from mxnet import autograd, gluon
 
+from ptbench.backends import base
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.base import (
-    PARAMETER,
-    Arrays,
-    Backend,
-    EvaluateStep,
-    Operator,
-    Scalar,
-    Setup,
-    State,
-    TrainStep,
-)
-from ptbench.backends.mxnet import tuned
-from ptbench.backends.mxnet.model import (
-    Dropout,
-    LanguageModel,
-    Penalty,
-    log_probabilities,
-    nll,
-    optimizer,
-    output_layer,
-)
+from ptbench.backends.mxnet import model, tuned
 from ptbench.corpus.batching import Batch
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
@@ -52,14 +33,14 @@ GATE_PARAMETERS = {
 }
 
 
-class MXNetBackend(Backend):
+class MXNetBackend(base.Backend):
     """Gluon on one context for each replica; MXNet's engine runs all of it in the background."""
 
     name = "mxnet"
     package = "mxnet"
     transposed = (".input", ".recurrent", "latent.weight", "prior.weight", "softmax.projection")
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: base.Setup) -> None:
         super().__init__(setup)
         recipe = self.recipe
         self.tuned = recipe.implementation == "tuned"
@@ -70,9 +51,9 @@ class MXNetBackend(Backend):
             self.check_devices(mx.context.num_gpus(), self.devices)
         # those of the CPU are queues of one processor
         self.contexts = [mx.gpu(r) if on_gpu else mx.cpu(r) for r in range(self.devices)]
-        self.model = LanguageModel(recipe, self.shapes, self.kept)
-        self.output = output_layer(recipe, self.shapes, self.model.embedding)
-        self.penalty = Penalty(recipe)
+        self.model = model.LanguageModel(recipe, self.shapes, self.kept)
+        self.output = model.output_layer(recipe, self.shapes, self.model.embedding)
+        self.penalty = model.Penalty(recipe)
         self.trained = self._trained_parameters()
         flags = tuned.GRAPH if self.tuned else {}
         if recipe.kernel != "sparse":  # its autograd.Function cannot be in a graph
@@ -84,18 +65,18 @@ class MXNetBackend(Backend):
         rows = recipe.global_batch_size(self.devices) // self.devices * recipe.sequence_length
         rows *= max(recipe.mixtures, 1)
         self.in_chunks = self.tuned and rows > tuned.CHUNK_ROWS
-        self.nll = tuned.nll if self.in_chunks else nll
+        self.nll = tuned.nll if self.in_chunks else model.nll
         if self.in_chunks:  # each chunk adds to these gradients
             self.output.collect_params().setattr("grad_req", "add")
 
-        self.drop_words = Dropout(recipe.word_dropout)
-        self.drop_weights = Dropout(recipe.weight_dropout)
+        self.drop_words = model.Dropout(recipe.word_dropout)
+        self.drop_weights = model.Dropout(recipe.weight_dropout)
         self.masks = [
             (self.trained[name], context, to_device(mask, context))
             for name, mask in self.gradient_masks().items()
             for context in self.contexts
         ]
-        self.optimizer = optimizer(recipe)
+        self.optimizer = model.optimizer(recipe)
         if self.tuned:
             self.optimizer.aggregate_num = tuned.AGGREGATED_PARAMETERS
         if self.slots:
@@ -131,7 +112,7 @@ class MXNetBackend(Backend):
 
     def _arrays(self, kind: str) -> dict[str, list[mx.nd.NDArray]]:
         """Return the arrays that `read` and `write` copy, one for each context."""
-        if kind == PARAMETER:
+        if kind == base.PARAMETER:
             return {name: parameter.list_data() for name, parameter in self.trained.items()}
         slot, slots = self.slots.index(kind), self.optimizer.slots
         return {
@@ -139,7 +120,7 @@ class MXNetBackend(Backend):
             for index, name in enumerate(self.trained)
         }
 
-    def read(self, kind: str) -> Arrays:
+    def read(self, kind: str) -> base.Arrays:
         return {name: arrays[0].asnumpy() for name, arrays in self._arrays(kind).items()}
 
     def write(self, kind: str, arrays: Parameters) -> None:
@@ -147,14 +128,14 @@ class MXNetBackend(Backend):
             for array in replicas:
                 array[:] = arrays[name]
 
-    def read_state(self, state: State) -> Arrays:
+    def read_state(self, state: base.State) -> base.Arrays:
         named = zip(self.state_widths.items(), zip(*state, strict=True), strict=True)
         return {
             name: np.concatenate([part.asnumpy().reshape(-1, width) for part in parts])
             for (name, width), parts in named
         }
 
-    def make_state(self, arrays: Parameters, training: bool) -> State:
+    def make_state(self, arrays: Parameters, training: bool) -> base.State:
         """Return a list of all layers' states, [h, c, h, c, ...], for each replica, or one."""
         if not training:
             return self._state(list(arrays.values()), self.contexts[0])
@@ -215,8 +196,8 @@ class MXNetBackend(Backend):
         mx.random.seed(int(spread) >> 1, ctx=context)  # a C int
 
     def _passes(
-        self, batch: Batch, state: State, backward: bool = True
-    ) -> tuple[mx.nd.NDArray, State]:
+        self, batch: Batch, state: base.State, backward: bool = True
+    ) -> tuple[mx.nd.NDArray, base.State]:
         """Leave the objective's gradient, summed over replicas, in every replica's `grad`.
 
         Args:
@@ -263,17 +244,17 @@ class MXNetBackend(Backend):
             self.trainer.allreduce_grads()
         return mx.nd.add_n(*[n.as_in_context(self.contexts[0]) for n in nlls]), states
 
-    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return as_scalar(self._passes(batch, state, backward=False)[0])
 
-    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_and_backward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return as_scalar(self._passes(batch, state)[0])
 
-    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+    def read_gradients(self, batch: Batch, state: base.State) -> base.Arrays:
         self._passes(batch, state)
         return {name: p.grad(self.contexts[0]).asnumpy() for name, p in self.trained.items()}
 
-    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+    def train_step(self, batch: Batch, state: base.State, learning_rate: float) -> base.TrainStep:
         summed, final = self._passes(batch, state)
         # Every replica holds the same summed gradient, so each finds the same norm by itself.
         norms = [
@@ -289,27 +270,27 @@ class MXNetBackend(Backend):
         self.optimizer.epsilon, self.optimizer.averaged = epsilon, self.averaged
         self.trainer.update(batch_size=1)
         self.step += 1
-        return TrainStep(as_scalar(summed), as_scalar(norms[0]), final)
+        return base.TrainStep(as_scalar(summed), as_scalar(norms[0]), final)
 
     def _evaluate(
-        self, inputs: npt.NDArray[np.int32], state: State
-    ) -> tuple[list[mx.nd.NDArray], State]:
+        self, inputs: npt.NDArray[np.int32], state: base.State
+    ) -> tuple[list[mx.nd.NDArray], base.State]:
         """Return what the head gives without dropout, and the final state."""
         context = self.contexts[0]
         words = self.dropped_words(False, context)
         return self.model(to_device(inputs, context), state, *words)[:2]
 
-    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+    def evaluate_step(self, batch: Batch, state: base.State) -> base.EvaluateStep:
         outputs, final = self._evaluate(batch.inputs, state)
         y, mask = (to_device(a.reshape(-1), self.contexts[0]) for a in batch[1:])
         summed, *_ = self.nll(self.output, y, mask, None, *outputs)
-        return EvaluateStep(as_scalar(summed), final)
+        return base.EvaluateStep(as_scalar(summed), final)
 
     def next_token_log_probabilities(
-        self, inputs: npt.NDArray[np.int32], state: State
-    ) -> tuple[npt.NDArray[np.float32], State]:
+        self, inputs: npt.NDArray[np.int32], state: base.State
+    ) -> tuple[npt.NDArray[np.float32], base.State]:
         (features, *prior), final = self._evaluate(inputs, state)
-        log_p = log_probabilities(self.output(features), *prior)
+        log_p = model.log_probabilities(self.output(features), *prior)
         return log_p.asnumpy().reshape(*inputs.shape, -1), final
 
     def synchronize(self) -> None:
@@ -325,7 +306,7 @@ class MXNetBackend(Backend):
         memory = [mx.context.gpu_memory_info(c.device_id) for c in self.contexts]
         return max(total - free for free, total in memory)
 
-    def operators(self, work: Callable[[], None]) -> list[Operator]:
+    def operators(self, work: Callable[[], None]) -> list[base.Operator]:
         """Return those that MXNet's engine ran, by mx.profiler."""
         mx.nd.waitall()
         # It writes a file whatever it is asked for, in the place of whatever is there: os.devnull
@@ -342,7 +323,7 @@ class MXNetBackend(Backend):
             said = mx.profiler.dumps(reset=True, format="json")
         operators = json.loads(said)["Time"]["operator"]
         return [
-            Operator(name, each["Count"], each["Total"] / 1e3)
+            base.Operator(name, each["Count"], each["Total"] / 1e3)
             for name, each in operators.items()
             if name not in ("WaitForVar", "DeleteVariable")  # the engine's own
         ]
@@ -365,6 +346,6 @@ def to_device(array: npt.NDArray[Any], context: mx.Context) -> mx.nd.NDArray:
     return mx.nd.array(array, ctx=context, dtype=array.dtype)
 
 
-def as_scalar(array: mx.nd.NDArray) -> Scalar:
+def as_scalar(array: mx.nd.NDArray) -> base.Scalar:
     """Return the same number [1] as MXNet's NumPy kind of array, which float() understands."""
     return array.as_np_ndarray()

@@ -11,16 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn, profiler
 from torch.nn.parallel import DistributedDataParallel
 
+from ptbench.backends import base
 from ptbench.backends.allocator import keep_memory
-from ptbench.backends.base import (
-    PARAMETER,
-    Arrays,
-    EvaluateStep,
-    Operator,
-    Setup,
-    State,
-    TrainStep,
-)
 from ptbench.backends.pytorch import model, tuned
 from ptbench.backends.pytorch.model import SLOTS, LanguageModel, LayerState
 from ptbench.backends.pytorch.replicas import gathered, join_group, leave_group
@@ -40,7 +32,7 @@ class PyTorchBackend(ReplicatedBackend):
     package = "torch"
     transposed = (".input", ".recurrent", "latent.weight", "prior.weight", "softmax.projection")
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: base.Setup) -> None:
         super().__init__(setup)
         self.on_gpu = setup.accelerator == "cuda"
         self.threads = max(setup.threads // self.devices, 1)  # of each replica
@@ -90,11 +82,11 @@ class PyTorchBackend(ReplicatedBackend):
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Return the parameters or a slot, by canonical name."""
-        if kind == PARAMETER:
+        if kind == base.PARAMETER:
             return {name: parameter.detach() for name, parameter in self.trained.items()}
         return {n: self.optimizer.state[p][SLOTS[kind]] for n, p in self.trained.items()}
 
-    def read(self, kind: str) -> Arrays:
+    def read(self, kind: str) -> base.Arrays:
         return {name: tensor.cpu().numpy() for name, tensor in self.tensors(kind).items()}
 
     @on_every_replica
@@ -103,13 +95,13 @@ class PyTorchBackend(ReplicatedBackend):
             tensor.copy_(torch.from_numpy(arrays[name]))
 
     @on_every_replica
-    def read_state(self, state: State) -> Arrays:
+    def read_state(self, state: base.State) -> base.Arrays:
         parts = [part.contiguous() for layer in state for part in layer]
         whole = [gathered(part) for part in parts] if self.devices > 1 else parts
         return {n: t.cpu().numpy() for n, t in zip(self.state_widths, whole, strict=True)}
 
     @on_every_replica
-    def make_state(self, arrays: Parameters, training: bool) -> State:
+    def make_state(self, arrays: Parameters, training: bool) -> base.State:
         if training:
             arrays = {name: self.shares(a, axis=0)[self.rank] for name, a in arrays.items()}
         tensors = [torch.from_numpy(array).to(self.device) for array in arrays.values()]
@@ -124,7 +116,7 @@ class PyTorchBackend(ReplicatedBackend):
         return state
 
     def objective(
-        self, batch: Batch, state: State
+        self, batch: Batch, state: base.State
     ) -> tuple[Tensor, Tensor, float, list[LayerState]]:
         """Return this replica's nll and penalty, both times a scale; the scale; and the state."""
         self.apply_settings()
@@ -137,7 +129,7 @@ class PyTorchBackend(ReplicatedBackend):
         nll, penalty, state = self.parallel(*self.on_device(share, scale), state)
         return nll, penalty, scale, state
 
-    def differentiate(self, batch: Batch, state: State) -> tuple[Tensor, list[LayerState]]:
+    def differentiate(self, batch: Batch, state: base.State) -> tuple[Tensor, list[LayerState]]:
         """Put the objective's gradient over all replicas into the parameters; see `TrainStep`."""
         self.optimizer.zero_grad()
         nll, penalty, scale, state = self.objective(batch, state)
@@ -152,12 +144,12 @@ class PyTorchBackend(ReplicatedBackend):
 
     @on_every_replica
     @torch.no_grad()
-    def forward_pass(self, batch: Batch, state: State) -> Tensor:
+    def forward_pass(self, batch: Batch, state: base.State) -> Tensor:
         nll, _, scale, _ = self.objective(batch, state)
         return self.over_replicas(nll / scale)
 
     @on_every_replica
-    def forward_and_backward_pass(self, batch: Batch, state: State) -> Tensor:
+    def forward_and_backward_pass(self, batch: Batch, state: base.State) -> Tensor:
         return self.differentiate(batch, state)[0]
 
     def on_device(self, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,12 +162,12 @@ class PyTorchBackend(ReplicatedBackend):
         return torch.from_numpy(tokens).to(self.device, torch.int64, non_blocking=True)
 
     @on_every_replica
-    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+    def read_gradients(self, batch: Batch, state: base.State) -> base.Arrays:
         self.differentiate(batch, state)
         return {name: p.grad.cpu().numpy() for name, p in self.trained.items()}
 
     @on_every_replica
-    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+    def train_step(self, batch: Batch, state: base.State, learning_rate: float) -> base.TrainStep:
         nll, after = self.differentiate(batch, state)
         norm = self.clip(list(self.trained.values()), self.recipe.clip_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate
@@ -185,18 +177,18 @@ class PyTorchBackend(ReplicatedBackend):
         if self.recipe.optimizer == "asgd":
             model.average(self.optimizer, self.averaged)
         self.step += 1
-        return TrainStep(nll, norm, self.training_state(after))
+        return base.TrainStep(nll, norm, self.training_state(after))
 
     @torch.no_grad()
-    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+    def evaluate_step(self, batch: Batch, state: base.State) -> base.EvaluateStep:
         self.apply_settings()
         nll, _, state = self.model.eval()(*self.on_device(batch), state)
-        return EvaluateStep(nll, state)
+        return base.EvaluateStep(nll, state)
 
     @torch.no_grad()
     def next_token_log_probabilities(
-        self, inputs: npt.NDArray[np.int32], state: State
-    ) -> tuple[npt.NDArray[np.float32], State]:
+        self, inputs: npt.NDArray[np.int32], state: base.State
+    ) -> tuple[npt.NDArray[np.float32], base.State]:
         self.apply_settings()
         log_p, state = self.model.eval().log_probabilities(self.integers(inputs), state)
         return log_p.cpu().numpy(), state
@@ -222,14 +214,14 @@ class PyTorchBackend(ReplicatedBackend):
         peak = torch.tensor([torch.cuda.max_memory_allocated(self.device)], device=self.device)
         return int((gathered(peak) if self.devices > 1 else peak).max())
 
-    def operators(self, work: Callable[[], None]) -> list[Operator]:
+    def operators(self, work: Callable[[], None]) -> list[base.Operator]:
         """Return this replica's, by torch.profiler: time of its own, without operators called."""
         kinds = [profiler.ProfilerActivity.CPU]
         kinds += [profiler.ProfilerActivity.CUDA] if self.on_gpu else []
         with profiler.profile(activities=kinds) as profile:
             work()
         return [
-            Operator(
+            base.Operator(
                 event.key,
                 event.count,
                 (event.self_device_time_total if self.on_gpu else event.self_cpu_time_total) / 1e6,

@@ -8,16 +8,11 @@ import numpy as np
 import tensorflow as tf
 
 from ptbench.backends.base import PARAMETER
-from ptbench.backends.tensorflow import model, tuned
-from ptbench.backends.tensorflow.runtime import (
-    PerReplica,
-    Tensor,
-    TensorFlowRuntimeBackend,
-    Tensors,
-)
+from ptbench.backends.tensorflow import model, runtime, tuned
+from ptbench.backends.tensorflow.model import Tensor, Tensors
 
 
-class TensorFlowBackend(TensorFlowRuntimeBackend):
+class TensorFlowBackend(runtime.TensorFlowRuntimeBackend):
     """The contract in TensorFlow."""
 
     name = "tensorflow"
@@ -45,7 +40,7 @@ class TensorFlowBackend(TensorFlowRuntimeBackend):
         dropout = model.Dropout(self.recipe, self.setup.seed, step, replica)
         return self.model.objective(inputs, targets, mask, state, dropout)
 
-    def update(self, gradients: list[PerReplica], numbers: Tensors) -> None:
+    def update(self, gradients: list[runtime.PerReplica], numbers: Tensors) -> None:
         one = partial(model.update, self.recipe)
         for (name, parameter), gradient in zip(
             self.model.parameters.items(), gradients, strict=True

@@ -19,17 +19,7 @@ import numpy.typing as npt
 import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from ptbench.backends.base import (
-    PARAMETER,
-    Arrays,
-    Backend,
-    EvaluateStep,
-    Operator,
-    Scalar,
-    Setup,
-    State,
-    TrainStep,
-)
+from ptbench.backends import base
 from ptbench.corpus.batching import Batch
 from ptbench.model.optimizers import rate_and_epsilon
 from ptbench.model.parameters import Parameters
@@ -50,7 +40,7 @@ CONTAINERS = (  # operators that have others in them
 )  # fmt: skip
 
 
-def start_tensorflow(setup: Setup) -> None:
+def start_tensorflow(setup: base.Setup) -> None:
     """Set up the process. Repeating the same settings is harmless; others come too late."""
     tf.config.threading.set_intra_op_parallelism_threads(setup.threads)
     tf.config.threading.set_inter_op_parallelism_threads(setup.threads)
@@ -70,7 +60,7 @@ def start_tensorflow(setup: Setup) -> None:
         tf.config.set_logical_device_configuration(cpu, [one] * max(setup.devices, LOGICAL_CPUS))
 
 
-class TensorFlowRuntimeBackend(Backend):
+class TensorFlowRuntimeBackend(base.Backend):
     """A model on `tf.distribute`: every replica's gradients, their sum, one update on each device.
 
     A framework makes its variables in the strategy's scope and provides the methods that follow.
@@ -81,7 +71,7 @@ class TensorFlowRuntimeBackend(Backend):
     # parameters and the optimizer's slots, by kind and canonical name, in canonical order
     variables: dict[str, dict[str, Variable]]
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: base.Setup) -> None:
         super().__init__(setup)
         start_tensorflow(setup)
         on_cpu = setup.accelerator == "cpu"
@@ -131,7 +121,7 @@ class TensorFlowRuntimeBackend(Backend):
         self, divisor: Tensor, *arguments: Any
     ) -> tuple[Tensor, list[Tensor], Tensors]:
         """Return the global nll and gradient and the replica's own state; see `_arguments`."""
-        parameters = self.variables[PARAMETER]
+        parameters = self.variables[base.PARAMETER]
         with tf.GradientTape() as tape:
             objective, nll, state = self.objective(*arguments)
             objective = objective / divisor
@@ -151,12 +141,12 @@ class TensorFlowRuntimeBackend(Backend):
         replica = tf.distribute.get_replica_context()
         return replica.all_reduce(tf.distribute.ReduceOp.SUM, nll)
 
-    def _update(self, numbers: Tensors, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, State]:
+    def _update(self, numbers: Tensors, arguments: tuple[Any, ...]) -> base.TrainStep:
         nll, gradients, state = self.strategy.run(self._replica_gradients, arguments)
         with tf.device(self.worker_devices[0]):
             norm = tf.linalg.global_norm([self.local(gradient)[0] for gradient in gradients])
         self.update(gradients, numbers | {"norm": norm, "step": arguments[-1]})
-        return self.local(nll)[0], norm, state
+        return base.TrainStep(self.local(nll)[0], norm, state)
 
     def _update_numbers(self, learning_rate: float) -> dict[str, Tensor]:
         """Return what the next update has of its own, as tensors.
@@ -184,54 +174,54 @@ class TensorFlowRuntimeBackend(Backend):
 
         return self.strategy.experimental_distribute_values_from_function(share)
 
-    def _arguments(self, batch: Batch, state: State) -> tuple[Any, ...]:
+    def _arguments(self, batch: Batch, state: base.State) -> tuple[Any, ...]:
         """Return what the next step's objective is divided by, and its arguments."""
         divisor = tf.constant(self.objective_divisor(batch), tf.float32)
         step = tf.constant(self.step, tf.int64)
         return divisor, *(self._distribute(array, 1) for array in batch), state, step
 
-    def read(self, kind: str) -> Arrays:
+    def read(self, kind: str) -> base.Arrays:
         return {name: variable.numpy() for name, variable in self.variables[kind].items()}
 
     def write(self, kind: str, arrays: Parameters) -> None:
         for name, variable in self.variables[kind].items():
             variable.assign(arrays[name])
 
-    def read_state(self, state: State) -> Arrays:
+    def read_state(self, state: base.State) -> base.Arrays:
         return {name: np.concatenate(self.local(value)) for name, value in state.items()}
 
-    def make_state(self, arrays: Parameters, training: bool) -> State:
+    def make_state(self, arrays: Parameters, training: bool) -> base.State:
         if training:
             return {name: self._distribute(array, 0) for name, array in arrays.items()}
         with tf.device(self.worker_devices[0]):
             return {name: tf.constant(array) for name, array in arrays.items()}
 
-    def read_gradients(self, batch: Batch, state: State) -> Arrays:
+    def read_gradients(self, batch: Batch, state: base.State) -> base.Arrays:
         _, gradients, _ = self._compiled_gradients(self._arguments(batch, state))
         found = [self.local(gradient)[0].numpy() for gradient in gradients]
         return dict(zip(self.shapes, found, strict=True))
 
-    def train_step(self, batch: Batch, state: State, learning_rate: float) -> TrainStep:
+    def train_step(self, batch: Batch, state: base.State, learning_rate: float) -> base.TrainStep:
         numbers = self._update_numbers(learning_rate)
         result = self._compiled_update(numbers, self._arguments(batch, state))
         self.step += 1
-        return TrainStep(*result)
+        return result
 
-    def forward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         return self.local(self._compiled_forward(self._arguments(batch, state)))[0]
 
-    def forward_and_backward_pass(self, batch: Batch, state: State) -> Scalar:
+    def forward_and_backward_pass(self, batch: Batch, state: base.State) -> base.Scalar:
         nll, _, _ = self._compiled_gradients(self._arguments(batch, state))
         return self.local(nll)[0]
 
-    def evaluate_step(self, batch: Batch, state: State) -> EvaluateStep:
+    def evaluate_step(self, batch: Batch, state: base.State) -> base.EvaluateStep:
         with tf.device(self.worker_devices[0]):
             tensors = [tf.constant(array) for array in batch]
-            return EvaluateStep(*self._compiled_nll(*tensors, state))
+            return base.EvaluateStep(*self._compiled_nll(*tensors, state))
 
     def next_token_log_probabilities(
-        self, inputs: npt.NDArray[np.int32], state: State
-    ) -> tuple[npt.NDArray[np.float32], State]:
+        self, inputs: npt.NDArray[np.int32], state: base.State
+    ) -> tuple[npt.NDArray[np.float32], base.State]:
         with tf.device(self.worker_devices[0]):
             log_p, state = self._compiled_prediction(tf.constant(inputs), state)
         return log_p.numpy(), state
@@ -251,7 +241,7 @@ class TensorFlowRuntimeBackend(Backend):
         information = tf.config.experimental.get_memory_info
         return max(int(information(f"GPU:{r}")["peak"]) for r in range(self.devices))
 
-    def operators(self, work: Callable[[], None]) -> list[Operator]:
+    def operators(self, work: Callable[[], None]) -> list[base.Operator]:
         """Return the kernels that ran, by tf.profiler, those of one kind together."""
         found: dict[str, list[float]] = defaultdict(list)
         with tempfile.TemporaryDirectory(prefix="ptbench-") as folder:
@@ -267,7 +257,7 @@ class TensorFlowRuntimeBackend(Backend):
                 kind = name if devices else name.rpartition(":")[2]
                 if devices or (KERNEL.fullmatch(name) and kind not in CONTAINERS):
                     found[kind].append(event.duration_ps / 1e12)
-        return [Operator(name, len(each), sum(each)) for name, each in found.items()]
+        return [base.Operator(name, len(each), sum(each)) for name, each in found.items()]
 
     def settings(self) -> dict[str, str]:
         on_gpu = self.setup.accelerator == "cuda"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from ptbench.backends.keras import model
-from ptbench.backends.keras.model import Kept
+from ptbench.backends.keras.model import Kept, Tensor
 from ptbench.backends.tensorflow import model as tensorflow_model
 from ptbench.backends.tensorflow import tuned
 from ptbench.model.recipe import Recipe
-
-Tensor = Any  # of Keras' backend
 
 
 def recurrent_layer(recipe: Recipe, width: int, kept: Kept) -> keras.layers.Layer:

@@ -7,10 +7,8 @@ from typing import Any
 import tensorflow as tf
 
 from ptbench.backends.tensorflow import model
-from ptbench.backends.tensorflow.model import Head, Kept, Layer, Weights
+from ptbench.backends.tensorflow.model import Head, Kept, Layer, Tensor, Weights
 from ptbench.model.recipe import Recipe
-
-Tensor = Any  # tf.Tensor
 
 # Logits formed at a time by `nll`: as many as a window of Zaremba's medium model has, so that only
 # mixtures and large batches are taken in chunks.

@@ -22,7 +22,6 @@ from ptbench.model.recipe import Recipe
 Tensor = Any  # of Keras' backend
 Kept = dict[str, npt.NDArray[np.bool_]]  # of a sparse model's `input` and `recurrent`
 
-
 # Keras' dtype policy for each precision. With the mixed one, a layer that is called rounds what it
 # is given and its variables to bfloat16, and returns bfloat16.
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}

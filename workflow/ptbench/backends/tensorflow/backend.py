@@ -42,8 +42,7 @@ class TensorFlowBackend(runtime.TensorFlowRuntimeBackend):
 
     def update(self, gradients: list[runtime.PerReplica], numbers: Tensors) -> None:
         one = partial(model.update, self.recipe)
-        for (name, parameter), gradient in zip(
-            self.model.parameters.items(), gradients, strict=True
-        ):
+        parameters = self.variables[PARAMETER].items()
+        for (name, parameter), gradient in zip(parameters, gradients, strict=True):
             slots = [self.variables[slot][name] for slot in self.slots]
             self.strategy.extended.update(parameter, one, (gradient, numbers, *slots), group=False)

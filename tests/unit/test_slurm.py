@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,43 @@ def test_where_slurm_is_not_or_does_not_answer_its_jobs_are_unknown(
     assert slurm.queue() is None
     assert slurm.states("ptbench_1") is None
     slurm.refuse_duplicates(tmp_path)  # the cells' locks still stand
+
+
+def test_what_the_shell_says_to_squeue_hides_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ("SQUEUE_STATES", "SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SCANCEL_INTERACTIVE",
+            "SBATCH_ARRAY_INX", "SBATCH_WAIT")  # fmt: skip
+    for name in (*said, "SLURM_CONF", "SBATCH_PARTITION"):
+        monkeypatch.setenv(name, "the user's")
+    assert slurm.misleading(os.environ) == {*said}
+    seen = tmp_path / "seen"
+    answer(tmp_path, monkeypatch, f"env > {seen}")
+    assert slurm.states("ptbench_1") == {}
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert names.isdisjoint(said)
+    assert {"PATH", "SLURM_CONF", "SBATCH_PARTITION"} < names
+    assert "SQUEUE_STATES" in os.environ  # it is the user's
+
+
+def test_snakemake_s_own_calls_of_slurm_do_not_see_it_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin.Executor, "__post_init__", lambda *_: None)
+    monkeypatch.setenv("SCANCEL_STATE", "PENDING")
+    executor = Executor.__new__(Executor)
+    executor.workflow = SimpleNamespace(executor_settings=SimpleNamespace())
+    executor.__post_init__()
+    assert "SCANCEL_STATE" not in os.environ
+
+
+def test_a_comment_with_a_line_break_hides_its_own_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = "|RUNNING|2026-10-03T10:00:00|None|node1|"
+    script = f"cat <<'END'\n7{job}two\nlines|/elsewhere\n8{job}(null)|/elsewhere\nEND"
+    answer(tmp_path, monkeypatch, script)
+    assert [job.number for job in slurm.queue() or ()] == ["8"]
 
 
 def test_a_cell_is_found_by_the_comment_of_its_job() -> None:

@@ -21,6 +21,9 @@ from ptbench.errors import PtbenchError
 
 SQUEUE = ("squeue", "--noheader", "--all")  # also hidden partitions
 FIELDS = "%A|%T|%S|%r|%N|%k|%Z"  # number, state, start, reason, nodes, comment, folder
+# The user's variables that hide jobs from squeue or scancel, let the latter ask back, write times
+# in another way, or let sbatch submit a job many times or wait for its end (Slurm's manual pages).
+MISLEADING = re.compile(r"(SQUEUE_.*|SCANCEL_.*|SLURM_TIME_FORMAT|SBATCH_ARRAY_INX|SBATCH_WAIT)")
 
 Scarce = Literal["memory", "time"]
 Judgement = Literal["finished", "failed"]
@@ -70,14 +73,22 @@ class Job(NamedTuple):
         )
 
 
+def misleading(environment: Mapping[str, str]) -> set[str]:
+    """Return the variables of a shell that Slurm's commands must not see."""
+    return {name for name in environment if MISLEADING.fullmatch(name)}
+
+
 def ask_squeue(*options: str) -> str | None:
     """Return what squeue prints; None where there is no Slurm, or Slurm does not answer."""
     if shutil.which(SQUEUE[0]) is None:
         return None
+    hidden = misleading(os.environ)
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     try:
         answer = subprocess.run(
-            (*SQUEUE, *options), capture_output=True, text=True, timeout=60, check=True
-        )
+            (*SQUEUE, *options),
+            env=environment, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout
@@ -90,7 +101,10 @@ def queue() -> list[Job] | None:
         return None
     jobs = []
     for line in answer.splitlines():
-        number, state, start, reason, nodes, comment, folder = line.split("|", 6)
+        fields = line.split("|", FIELDS.count("|"))
+        if len(fields) != FIELDS.count("|") + 1:  # the comment of a job has a line break
+            continue
+        number, state, start, reason, nodes, comment, folder = fields
         started = None if start == "N/A" else datetime.fromisoformat(start).astimezone()
         jobs.append(Job(number, state, started, reason, nodes, comment, folder))
     return jobs

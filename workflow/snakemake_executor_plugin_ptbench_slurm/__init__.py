@@ -9,6 +9,7 @@ It differs from snakemake-executor-plugin-slurm in this (docs/slurm-upstream.md)
 - What a job ran out of is remembered, and `ptbench.slurm.ran_out` tells it to the next attempt.
 - Cells of frameworks that `accelerators` puts on CPUs ask for no GPU, whatever the profile says.
 - GPUs of a cell that spans several nodes are shared out to them.
+- What the user's shell says to squeue, scancel and sbatch is not passed on where it would mislead.
 - Cells whose recipe says `alone` ask for a node of their own.
 """
 
@@ -51,6 +52,8 @@ class Executor(plugin.Executor):  # type: ignore[misc] # the plugin has no types
         self.refusing = threading.Lock()  # for `refused`: two threads submit
         self.told = threading.local()  # what the plugin says of this thread's job
         self.ends = threading.Event()  # no more jobs are to be submitted
+        for name in slurm.misleading(os.environ):
+            del os.environ[name]
         # How the plugin would follow jobs is not used, and what it says about that misleads.
         self.workflow.executor_settings.status_command = None
         super().__post_init__(test_mode)

@@ -16,13 +16,17 @@ def test_in_a_slurm_job_the_list_has_exactly_the_cell_s_devices(
     accelerator: str, name: str
 ) -> None:
     check_devices(2, accelerator, JOB | {name: "1,3"})
-    for count, given in [("1 GPUs", "0"), ("3 GPUs", "0,1,2"), ("0 GPUs", "NoDevFiles")]:
+    for count, given in [("1 GPUs", "0"), ("3 GPUs", "0,1,2")]:
         with pytest.raises(PtbenchError, match=f"job 7 was given {count} .* exactly 2"):
             check_devices(2, accelerator, JOB | {name: given})
 
 
-def test_a_slurm_job_without_gpus_may_train_on_the_cpu_alone() -> None:
+@pytest.mark.parametrize("none", ["", "NoDevFiles", "-1"])
+def test_a_slurm_job_without_gpus_may_train_on_the_cpu_alone(none: str) -> None:
     check_devices(2, "cpu", JOB)
+    check_devices(2, "cpu", JOB | {"CUDA_VISIBLE_DEVICES": none})
+    with pytest.raises(PtbenchError, match="job 7 was given 0 GPUs .* exactly 2"):
+        check_devices(2, "cuda", JOB | {"CUDA_VISIBLE_DEVICES": none})
     with pytest.raises(PtbenchError, match="job 7 was given no GPU where the cell needs 2"):
         check_devices(2, "cuda", JOB)
 

@@ -22,7 +22,8 @@ def check_devices(
     """Make sure that a cell has its devices.
 
     In a Slurm job the list of GPUs must have exactly `devices` entries, even if the CPU trains in
-    a job that asked for GPUs. Elsewhere it may have more: the cell takes the first ones.
+    a job that asked for GPUs; a job without any may train on the CPU. Elsewhere the list may have
+    more: the cell takes the first ones.
 
     Args:
         devices: data-parallel replicas of the cell on this node.
@@ -43,6 +44,8 @@ def check_devices(
             )
         return
     granted = device_list(environment[name])
+    if accelerator == "cpu" and not granted:
+        return
     if in_slurm:
         if len(granted) != devices:
             raise PtbenchError(

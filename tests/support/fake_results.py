@@ -89,12 +89,13 @@ def metrics(cell: Cell, test_nll: float, **changes: Any) -> Metrics:
 
 
 def history(result: Metrics) -> list[Epoch]:
-    """Epochs that fall towards the result's validation nll and stay there."""
+    """Epochs that fall to the result's validation nll, and stay there from the best on."""
     assert result.valid is not None
     assert result.tokens_per_second is not None
-    rows = []
+    rows, best = [], result.best_epoch or result.epochs
     for epoch in range(1, result.epochs + 1):
-        nll = result.valid.nll + 1.2 * math.exp(-0.45 * epoch) - 1.2 * math.exp(-5.4)
+        above = 0.0 if epoch >= best else 1.2 * (math.exp(-0.45 * epoch) - math.exp(-0.45 * best))
+        nll = result.valid.nll + above
         rows.append(
             Epoch(
                 epoch=epoch,

@@ -27,7 +27,8 @@ from ptbench.report.site import RunFacts, Site
 from ptbench.report.whole import write_everything
 from ptbench.sharing.archive import MANIFEST, RUN_FILES, without_paths, write_archive
 from ptbench.sharing.crate import METADATA, PROFILES
-from ptbench.sharing.verify import ArchiveError, code_note, verify
+from ptbench.sharing.verify import ArchiveError, code_note, differences, verify
+from ptbench.training.cell import recipe_yaml
 
 ROOT = Path(__file__).parents[2]
 STUDY = load_study(
@@ -51,6 +52,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             nll = float(random.normal(4.745, 0.004))
             write_cell(results, metrics(cell, nll, fingerprint=fingerprint))
+        specification = STUDY.on(STUDY.specification(cell.variant), cell.framework)
+        write_atomically(results / "cells" / cell.path / "recipe.yaml", recipe_yaml(specification))
         write_atomically(results / "checkpoints" / cell.path / "best.safetensors", "parameters")
     digest = hashlib.sha256(TEXT.encode()).hexdigest()
     write_corpus(results, "ptb", sha256={"train.txt": digest}, raw_sha256={"train": "0" * 64})
@@ -304,6 +307,11 @@ def test_half_an_archive_is_refused(archive: Path, tmp_path: Path) -> None:
     ("old", "new", "sentence"),
     [
         ('"zaremba-small": {"name"', '"../out": {"name"', "has '../out' where only a plain name"),
+        (
+            '"variant": "zaremba-small"',
+            '"variant": "../../out"',
+            "has '../../out/pytorch/devices-1/seed-1' where only a run can be",
+        ),
         ('"study"', '"story"', "no study that this version of ptbench can read"),
         ("[", "[" * 100_000, "no study that this version of ptbench can read"),
     ],
@@ -393,6 +401,62 @@ def test_a_better_result_of_one_run_is_found_in_every_table(archive: Path, tmp_p
     changed_files = {line.partition(",")[0] for line in said}
     assert "results/experiments/zaremba-small/differences.csv" in changed_files
     assert "results/report/index.html" in changed_files
+
+
+def test_runs_that_are_not_those_of_the_study_are_refused(archive: Path, tmp_path: Path) -> None:
+    """Its tables and pages may say the same: none of this is in them."""
+    files = content(archive)
+    runs = [f"results/cells/{cell.path}" for cell in STUDY.cells]
+    changes: dict[str, bytes | None] = {}
+    for run in runs:
+        metrics = json.loads(files[f"{run}/metrics.json"]) | {"fingerprint": "0" * 12}
+        changes[f"{run}/metrics.json"] = json.dumps(metrics).encode()
+    recipe, history = f"{runs[1]}/recipe.yaml", f"{runs[2]}/history.csv"
+    changes[f"{runs[0]}/recipe.yaml"] = b"corpus: synthetic"
+    changes[recipe] = files[recipe].replace(b"layers: 2", b"layers: 3")
+    changes[history] = files[history].replace(b",4.", b",3.")
+    assert all(files[name] != data for name, data in changes.items())
+    changes |= {f"{CELL}0/{name}": files[f"{CELL}/{name}"] for name in RUN_FILES}
+    said = refused(changed(archive, tmp_path / "x.zip", changes, listed=True))
+    for run in runs:
+        planned = STUDY.fingerprint(run.removeprefix("results/cells/"))
+        assert (
+            f"{run}/metrics.json is of a run with the fingerprint 000000000000, and the study "
+            f"plans {planned}"
+        ) in said
+    assert f"{runs[0]}/recipe.yaml is not the recipe of the study" in said
+    assert f"{recipe} is not the recipe of the study" in said
+    assert (
+        f"{runs[2]}/metrics.json has another validation score than the best epoch of history.csv"
+    ) in said
+    assert f"{CELL}0/recipe.yaml is of no run of the study" in said
+    [missing] = refused(
+        changed(
+            archive,
+            tmp_path / "x.zip",
+            dict.fromkeys(f"{CELL}/{name}" for name in RUN_FILES),
+            listed=True,
+        )
+    )
+    assert f"{CELL}/metrics.json is missing" in missing
+
+
+def test_nothing_hides_behind_what_is_said_of_the_making(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<td>114.5Made by ptbench : wrong, really 80.1</td>")
+    (tmp_path / "b.html").write_text("<td>114.5</td>")
+    [said] = differences("a.html", tmp_path / "a.html", tmp_path / "b.html")
+    assert said.startswith("a.html, line 1: ")
+    (tmp_path / "a.html").write_text("<p>Made by ptbench 1, in May</p>")
+    (tmp_path / "b.html").write_text("<p>Made by ptbench 2, in June</p>")
+    assert differences("a.html", tmp_path / "a.html", tmp_path / "b.html") == []
+
+
+def test_files_of_which_nothing_is_known_are_named(archive: Path, tmp_path: Path) -> None:
+    unknown = {"install.sh": b"x", "results/corpora/ptb/train.txt": b"x"}
+    found = verify(changed(archive, tmp_path / "x.zip", unknown, listed=True))
+    assert found.note == (
+        "Neither of the study nor of the workflow here: install.sh, results/corpora/ptb/train.txt."
+    )
 
 
 def test_the_command_says_it_in_a_sentence_and_fails(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_in_a_slurm_job_the_list_has_exactly_the_cell_s_devices(
 def test_a_slurm_job_without_gpus_may_train_on_the_cpu_alone(none: str) -> None:
     check_devices(2, "cpu", JOB)
     check_devices(2, "cpu", JOB | {"CUDA_VISIBLE_DEVICES": none})
-    with pytest.raises(PtbenchError, match="job 7 was given 0 GPUs .* exactly 2"):
+    with pytest.raises(PtbenchError, match=r"job 7 was given 0 GPUs .* exactly 2"):
         check_devices(2, "cuda", JOB | {"CUDA_VISIBLE_DEVICES": none})
     with pytest.raises(PtbenchError, match="job 7 was given no GPU where the cell needs 2"):
         check_devices(2, "cuda", JOB)

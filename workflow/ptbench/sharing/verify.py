@@ -2,7 +2,7 @@
 
 `unpack` writes plain files into an empty folder, and nowhere else. `check_manifest` compares their
 checksums. `check_results` makes every table, verdict and page again from the runs' own files, with
-the code that is installed here, and says what differs.
+the code that is installed here, and says what differs, and which runs are not those of the study.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from typing import NamedTuple
 from ptbench.analysis.collect import first_line
 from ptbench.analysis.search import select
 from ptbench.configuration.papers import answering
-from ptbench.configuration.specification import VARIANT_PATTERN
+from ptbench.configuration.specification import VARIANT_PATTERN, parse_cell_path
 from ptbench.configuration.study import Study, read_study
 from ptbench.errors import PtbenchError, in_words
 from ptbench.files import sha256
+from ptbench.model.recipe import Recipe
 from ptbench.report.site import RunFacts, Site
 from ptbench.report.whole import write_everything
-from ptbench.sharing.archive import MANIFEST, names_in
+from ptbench.sharing.archive import MANIFEST, names_in, result_files, run_cells
 from ptbench.sharing.crate import METADATA, WORKFLOW, metadata
+from ptbench.training.provenance import PROJECT
+from ptbench.training.records import read_history, read_metrics
 
 GIB = 2**30
 MOST_FILES = 200_000  # the full study of five documents has a tenth of it
@@ -60,6 +63,7 @@ SAID_OF_MAKING = re.compile(
     rf"Made by ptbench {_MAKING}|<dt>Report (?:made|from)</dt><dd>{_MAKING}</dd>|"
     r"<meta name=\"generator\" content=\"[^\"<>]*\">"
 )
+MADE_BY = "<made>"  # stands for each, so that both files must have it in the same places
 KEYS = {"variant", "framework", "framework_a", "framework_b", "devices", "metric", "seed", "epoch"}
 
 
@@ -69,7 +73,7 @@ class Verified(NamedTuple):
     files: int
     runs: int
     compared: int  # files that were made again
-    note: str | None  # how the code that made it differs from the code here
+    note: str | None  # how its code differs from the code here, and which files are of neither
     sha256: str
 
 
@@ -94,10 +98,21 @@ def verify(path: Path, most_bytes: int = GIB) -> Verified:
         files = len(names_in(folder))
         study = read_planned(folder)
         note = code_note(folder)
-        problems, compared = check_results(folder, study)
+        problems, compared, unknown = check_results(folder, study)
         refuse([*problems, *([note] if problems and note else [])])
         runs = len(list(folder.glob("results/cells/*/*/*/*/metrics.json")))
-        return Verified(files, runs, compared, note, sha256(path))
+        notes = [
+            note,
+            unknown and f"Neither of the study nor of the workflow here: {listed(unknown)}.",
+        ]
+        said = " ".join(each for each in notes if each) or None
+        return Verified(files, runs, compared, said, sha256(path))
+
+
+def listed(names: list[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def refuse(problems: list[str]) -> None:
@@ -213,7 +228,12 @@ def read_planned(folder: Path) -> Study:
         raise ArchiveError(
             "results/study.json is missing, or no study that this version of ptbench can read"
         ) from error
-    # They become paths. Those of cells have been validated with the study.
+    # They become paths.
+    for cell in study.cells:
+        with contextlib.suppress(ValueError):
+            if parse_cell_path(cell.path) == cell:
+                continue
+        raise ArchiveError(f"results/study.json has {cell.path!r} where only a run can be")
     names = [*study.searches, *study.experiments, *(e.name for e in study.experiments.values())]
     for search in study.searches.values():
         contest = search.contest
@@ -242,17 +262,19 @@ def code_note(folder: Path) -> str | None:
         return path.read_bytes() if path.is_file() else None
 
     others = [name for name in sorted(names) if len({content(p / name) for p in packages}) > 1]
-    if not others:
-        return None
-    more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
     return (
         "The workflow here is not the archive's, which may be why something differs: "
-        f"{', '.join(others[:SHOWN])}{more}."
+        f"{listed(others)}."
+        if others
+        else None
     )
 
 
-def check_results(folder: Path, study: Study) -> tuple[list[str], int]:
-    """Make tables and pages again; return what differs, and how many files were compared.
+def check_results(folder: Path, study: Study) -> tuple[list[str], int, list[str]]:
+    """Make tables and pages again.
+
+    Returns:
+        What differs, how many files were compared, and which files nothing is known of.
 
     Works in the folder, so that whatever it reads is the archive's.
 
@@ -274,11 +296,29 @@ def check_results(folder: Path, study: Study) -> tuple[list[str], int]:
             problems.append(f"results/{name} is not made from the runs")
         for name in sorted(made & again, key=lambda name: (not name.endswith(".csv"), name)):
             problems += differences(f"results/{name}", given / name, results / name)
+        unknown = unknown_files(folder, study)
+        runs = {name for name in unknown if name.startswith("results/cells/")}
+        problems += [f"{name} is of no run of the study" for name in sorted(runs)]
     except (*NOT_OURS, PtbenchError, OSError) as error:
         said = in_words(error) if isinstance(error, PtbenchError | OSError) else named(error)
         said = said.replace(f"{folder}/", "")
         raise ArchiveError(f"its tables cannot be made from its runs: {said}") from error
-    return problems, len(made & again)
+    return problems, len(made & again), unknown
+
+
+def unknown_files(folder: Path, study: Study) -> list[str]:
+    """Return the files that are neither the study's results nor the workflow's, as it is here.
+
+    Raises:
+        PtbenchError: if a result is missing.
+    """
+    known = {MANIFEST, METADATA, *dict(result_files(study, folder / "results"))}
+
+    def of_workflow(name: str) -> bool:
+        result = re.match("results/.+/", name)
+        return name.startswith("configuration/") or (not result and (PROJECT / name).is_file())
+
+    return [name for name in names_in(folder) if name not in known and not of_workflow(name)]
 
 
 def named(error: Exception) -> str:
@@ -303,11 +343,48 @@ def make_again(study: Study) -> list[str]:
     stated = Path(METADATA).read_text(encoding="utf-8")
     right = stated == metadata(Path(), study, crate_version(stated))
     problems = [] if right else [f"{METADATA} is not what the archive's files say"]
+    problems += run_problems(study, results)
     for name, search in study.searches.items():
         file = results / "searches" / name / "selection.json"
         if json.loads(file.read_bytes()) != select(search.contest, results):
             problems.append(f"{file} is not what the trials say")
     return problems
+
+
+def run_problems(study: Study, results: Path) -> Iterator[str]:
+    """Yield what the files of runs say that the study, or another of their files, does not."""
+    for path in run_cells(study, results):
+        folder = results / "cells" / path
+        if not (folder / "metrics.json").exists():
+            continue
+        metrics, planned = read_metrics(folder / "metrics.json"), study.fingerprint(path)
+        if metrics.fingerprint != planned:
+            yield (
+                f"{folder}/metrics.json is of a run with the fingerprint {metrics.fingerprint}, "
+                f"and the study plans {planned}"
+            )
+        head = {"variant": metrics.cell.variant, "fingerprint": planned}
+        if stated_recipe(folder / "recipe.yaml") != (head, study.recipe(path)):
+            yield f"{folder}/recipe.yaml is not the recipe of the study"
+        lowest = min(
+            (each.valid_nll for each in read_history(folder / "history.csv")), default=None
+        )
+        if metrics.status == "ok" and (metrics.valid is None or metrics.valid.nll != lowest):
+            yield (
+                f"{folder}/metrics.json has another validation score than the best epoch of "
+                "history.csv"
+            )
+
+
+def stated_recipe(file: Path) -> tuple[dict[str, str], Recipe] | None:
+    """Return what a recipe.yaml says: variant and fingerprint, and recipe; None if it cannot be."""
+    lines = (line.partition(": ") for line in file.read_text(encoding="utf-8").splitlines())
+    try:
+        stated = {key: json.loads(value) for key, _, value in lines}
+        head = {key: stated.pop(key) for key in ("variant", "fingerprint")}
+        return head, Recipe.model_validate(stated)
+    except (ValueError, KeyError):
+        return None
 
 
 def crate_version(stated: str) -> str:
@@ -319,7 +396,9 @@ def crate_version(stated: str) -> str:
 
 def differences(name: str, given: Path, again: Path) -> list[str]:
     """Return a sentence for each of the first lines in which a file is not what the runs say."""
-    texts = [SAID_OF_MAKING.sub("", path.read_text(encoding="utf-8")) for path in (given, again)]
+    texts = [
+        SAID_OF_MAKING.sub(MADE_BY, path.read_text(encoding="utf-8")) for path in (given, again)
+    ]
     lines, others = (text.splitlines() for text in texts)
     if len(lines) != len(others):
         return [f"{name} has {len(lines)} lines, and {len(others)} if made from the runs"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ptbench.backends import FRAMEWORKS
-from ptbench.backends.isolation import KERAS_DEFAULTS, LEAVE, RULES, THREADS
+from ptbench.backends.isolation import EVERYWHERE, KERAS_DEFAULTS, LEAVE, RULES, THREADS
 from ptbench.cli import COMMANDS
 
 ISOLATE = """
@@ -58,6 +59,12 @@ def isolated(
         ("mxnet", "MXNET_SAFE_ACCUMULATION", None),
         ("mxnet", "DMLC_ROLE", None),
         ("pytorch", "NVIDIA_TF32_OVERRIDE", "0"),
+        ("pytorch", "CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+        ("pytorch", "NCCL_NVLS_ENABLE", None),
+        ("pytorch", "NCCL_MAX_NCHANNELS", None),
+        ("jax", "NCCL_MIN_CTAS", None),
+        ("jax", "NCCL_CONF_FILE", os.devnull),
+        ("jax", "PYTHONDEVMODE", None),
         ("oracle", "MKL_CBWR", None),
         ("oracle", "OMP_DYNAMIC", None),
         ("figures", "MATPLOTLIBRC", os.devnull),
@@ -78,6 +85,7 @@ def test_what_changes_results_is_overridden_and_remembered(
         ("oracle", "OPENBLAS_CORETYPE"),
         ("pytorch", "CUDA_VISIBLE_DEVICES"),
         ("pytorch", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("pytorch", "NCCL_SOCKET_IFNAME"),
         ("tensorflow", "TF_FORCE_GPU_ALLOW_GROWTH"),
         ("tensorflow", "TF_VAR_password"),
         ("jax", "JAX_COMPILATION_CACHE_DIR"),
@@ -163,6 +171,14 @@ def test_threads_are_set_before_numpy_reads_them(
     code = BEFORE_NUMPY.replace("{}.main", f"{module}.main")
     answer = python(code, *arguments.split(), home=tmp_path)
     assert answer.stderr.strip() == "numpy False"
+
+
+def test_what_python_reads_before_the_isolation_is_cleared_by_the_rules() -> None:
+    settings = Path("workflow/rules/common.smk").read_text()
+    names = [rule.pattern for rule in EVERYWHERE if rule.pattern.startswith("PYTHON")]
+    assert {"PYTHONOPTIMIZE", "PYTHONDEVMODE", "PYTHONMALLOC", "PYTHONTRACEMALLOC"} < {*names}
+    for name in names:
+        assert re.search(rf'\b{name}=[ "]', settings), name
 
 
 def test_every_framework_has_rules() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +74,24 @@ def test_the_machine_s_own_gpus_are_asked_where_none_are_named(
     assert not study_on(8.0).cannot_run
     monkeypatch.setattr(obstacles, "capability_here", lambda: None)
     assert not study_on(None).cannot_run
+
+
+def test_the_gpu_that_is_asked_is_the_first_that_runs_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two unlike GPUs, as NVIDIA's library numbers them."""
+    library = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: [(9, 0), (8, 6)][index],
+        nvmlDeviceGetCudaComputeCapability=lambda capability: capability,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    for visible, capability in (("0,1", 9.0), ("1", 8.6), ("1,0", 8.6)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert obstacles.capability_here() == capability
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert obstacles.capability_here() is None
 
 
 def test_it_is_said_with_what_would_help() -> None:

@@ -47,6 +47,9 @@ class Rule(NamedTuple):
 # The first rule that matches a variable counts.
 EVERYWHERE = (
     Rule("PYTHONOPTIMIZE", REMOVE, "replicas would run without their checks"),
+    Rule("PYTHONDEVMODE", REMOVE, "checks that make replicas slow, and speed is a result"),
+    Rule("PYTHONMALLOC", REMOVE, "the same"),
+    Rule("PYTHONTRACEMALLOC", REMOVE, "the same"),
     Rule("PYTHONWARNINGS", REMOVE, "a framework's own warning would end the run"),
     Rule("OPENBLAS_CORETYPE", LEAVE, "some processors need it to multiply correctly"),
     Rule("OPENBLAS_*", REMOVE, "how products are split"),
@@ -73,9 +76,18 @@ EVERYWHERE = (
     Rule("CUBLAS*", REMOVE, "which kernels multiply"),
     Rule("CUDNN_LOG*", LEAVE, "what is printed"),
     Rule("CUDNN_*", REMOVE, "which kernels are chosen"),
+    Rule("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "as NVML numbers GPUs, which measures their use"),
     Rule("CUDA_LAUNCH_BLOCKING", REMOVE, "it makes training slow, and speed is a result"),
     Rule("NCCL_ALGO", REMOVE, "the order in which replicas' gradients are added"),
     Rule("NCCL_PROTO", REMOVE, "the same"),
+    Rule("NCCL_NVLS_ENABLE", REMOVE, "the same: whether switches add"),
+    Rule("NCCL_COLLNET_ENABLE", REMOVE, "the same"),
+    Rule("NCCL_*_NCHANNELS", REMOVE, "the same: into how many parts gradients are split"),
+    Rule("NCCL_*_CTAS", REMOVE, "the same under its newer name"),
+    Rule("NCCL_*_NRINGS", REMOVE, "the same under its older name"),
+    Rule("NCCL_NTHREADS", REMOVE, "the same within a part"),
+    Rule("NCCL_BUFFSIZE", REMOVE, "the same within a part"),
+    Rule("NCCL_CONF_FILE", os.devnull, "all of these in the user's ~/.nccl.conf"),
 )
 
 _TENSORFLOW = (

@@ -51,15 +51,12 @@ def cannot_run(config: Config) -> dict[Framework, Obstacle]:
 
 
 def capability_here() -> float | None:
-    """Return the CUDA compute capability of this machine's first GPU; None if none is seen."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except pynvml.NVMLError:
-        return None
-    return float(f"{major}.{minor}")
+    """Return the CUDA compute capability of the first GPU that runs may use; None if unknown."""
+    from ptbench.training.hardware import Gpus, quietly  # psutil: only where GPUs are asked for
+
+    gpus = Gpus(1)
+    with quietly():
+        for handle in gpus.handles:
+            major, minor = gpus.nvml.nvmlDeviceGetCudaComputeCapability(handle)
+            return float(f"{major}.{minor}")
+    return None

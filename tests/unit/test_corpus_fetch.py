@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import socket
 import tarfile
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from ptbench.corpus import CorpusError
+from ptbench.corpus import fetch as fetching
 from ptbench.corpus.definitions import SPLITS, DownloadedCorpus, FolderCorpus
 from ptbench.corpus.fetch import fetch
 
@@ -224,6 +226,42 @@ def test_a_zip_archive_with_altered_bytes_is_said(server: Server, tmp_path: Path
     middle = len(whole) // 2
     server.content["/a"] = whole[:middle] + bytes(64) + whole[middle + 64 :]
     check_failure(corpus(archive(server.url + "/a")), tmp_path, "/a is a damaged archive")
+
+
+def test_a_damaged_bz2_archive_gives_way_to_the_next_mirror(server: Server, tmp_path: Path) -> None:
+    """Its error says nothing of its kind: it is a plain OSError."""
+    noise = {name: random.Random(name).randbytes(400_000) for name in WHOLE}
+    whole = tar(noise, mode="w:bz2")
+    last = len(whole) * 9 // 10  # not in the first block, where it would be no archive at all
+    server.content["/a"] = whole[:last] + bytes(64) + whole[last + 64 :]
+    bad = archive(server.url + "/a")
+    check_failure(corpus(bad), tmp_path, "/a is a damaged archive (Invalid data stream)")
+    check_success(corpus(bad, plain(server.url)), tmp_path)
+
+
+SIZE = {"train": 100, "valid": 10, "test": 10, "vocabulary": 5}
+
+
+@pytest.mark.parametrize("settings", [{}, {"size": SIZE}])
+def test_a_mirror_that_would_fill_the_disk_is_cut_off(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    """As it is downloaded, as it is copied, and as it is unpacked."""
+    monkeypatch.setattr(fetching, "MOST_BYTES", 250_000)
+    monkeypatch.setattr(fetching, "SPARE_BYTES", 250_000 - 64 * 120)
+    said = "has more than 250,000 bytes"
+    check_failure(corpus(plain(server.url), **settings), tmp_path, f"/train.txt {said}")
+    server.content["/a"] = tar(WHOLE)
+    assert len(server.content["/a"]) < 250_000
+    mirror = archive(server.url + "/a")
+    check_failure(
+        corpus(mirror, **settings), tmp_path, f"data/ptb.train.txt of {mirror['url']} {said}"
+    )
+    own = tmp_path / "own"
+    own.mkdir()
+    for split in SPLITS:
+        (own / PLAIN[split]).write_bytes(TEXTS[split])
+    check_failure(corpus(plain(own.as_uri()), **settings), tmp_path / "d", f"/train.txt {said}")
 
 
 def test_what_is_no_archive_is_said(server: Server, tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ pooch.get_logger().setLevel("WARNING")  # the errors raised here already say it
 # Some hosts refuse the default name of Python's libraries.
 HEADERS = {"User-Agent": f"ptbench/{ptbench.__version__}"}
 CHUNK_BYTES = 1 << 16
+
+# The most that a download, or a file in an archive, may have, so that no mirror fills the disk.
+MOST_BYTES = 1 << 32  # where the corpus does not say its size
+SPARE_BYTES = 1 << 28  # elsewhere: what an archive may hold beside the corpus,
+BYTES_PER_TOKEN = 64  # and ten times the average of English
+
 DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -56,6 +62,34 @@ DAMAGED = (
 
 class MirrorError(Exception):
     """A mirror that cannot be used; the next one is tried."""
+
+
+class Bounded:
+    """A file that takes at most so many bytes."""
+
+    def __init__(self, file: IO[bytes], most: int, source: str) -> None:
+        self.file, self.most, self.source = file, most, source
+        self.flush = file.flush
+
+    def write(self, data: bytes) -> int:
+        """Write to the file.
+
+        Raises:
+            MirrorError: if it would have too many bytes.
+        """
+        if self.file.tell() + len(data) > self.most:
+            raise MirrorError(
+                f"{self.source} has more than {self.most:,} bytes, the most that is taken for this "
+                "corpus"
+            )
+        return self.file.write(data)
+
+
+def most_bytes(definition: DownloadedCorpus) -> int:
+    """Return the most bytes that each download, and each file in an archive, may have."""
+    if (size := definition.size) is None:
+        return MOST_BYTES
+    return SPARE_BYTES + BYTES_PER_TOKEN * (size.train + size.valid + size.test)
 
 
 def fetch(
@@ -145,14 +179,18 @@ def _from_mirror(
     archive = folder / "archive"
     _download(mirror.url, archive, definition, terminal)
     try:
-        _extract(archive, {within[split]: path for split, path in paths.items()}, mirror.url)
-    except DAMAGED as error:
+        wanted = {within[split]: path for split, path in paths.items()}
+        _extract(archive, wanted, mirror.url, most_bytes(definition))
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of bz2
+            raise
         raise MirrorError(f"{mirror.url} is a damaged archive ({error})") from error
     return paths
 
 
 def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: TextIO) -> None:
     """Download one file to `path`; try again after failures that may be temporary."""
+    most = most_bytes(definition)
     pauses = [definition.backoff_seconds * 2**attempt for attempt in range(definition.retries)]
     for pause in [*pauses, None]:
         try:
@@ -164,15 +202,20 @@ def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: Text
                 file=terminal,
                 disable=not terminal.isatty(),
             ) as bar:
-                downloader: Callable[..., Any] = pooch.HTTPDownloader(
+                download: Callable[..., Any] = pooch.HTTPDownloader(
                     progressbar=False if bar.disable else bar,
                     chunk_size=CHUNK_BYTES,
                     timeout=definition.timeout_seconds,
                     headers=HEADERS,
                 )
                 if urlsplit(url).scheme == "file":
-                    downloader = _copy
-                pooch.retrieve(url, None, path.name, path.parent, downloader=downloader)
+                    download = _copy
+
+                def bounded(url: str, name: str, pooch: Any, download: Any = download) -> None:
+                    with Path(name).open("wb") as file:
+                        download(url, Bounded(file, most, url), pooch)
+
+                pooch.retrieve(url, None, path.name, path.parent, downloader=bounded)
             return
         except requests.RequestException as error:
             reason = _explain(error, url, definition.timeout_seconds)
@@ -182,15 +225,15 @@ def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: Text
             time.sleep(pause)
 
 
-def _copy(url: str, output_file: str, _: object) -> None:
-    """Copy the file of a file: address; pooch calls this as a downloader."""
+def _copy(url: str, output: Bounded, _: object) -> None:
+    """Copy the file of a file: address, as one of pooch's downloaders does."""
     source = Path(url2pathname(urlsplit(url).path))
     try:
         opened = source.open("rb")
     except OSError as error:
         raise MirrorError(f"{url} cannot be read: {error.strerror}") from error
-    with opened, Path(output_file).open("wb") as file:
-        shutil.copyfileobj(opened, file)
+    with opened:
+        shutil.copyfileobj(opened, output)
 
 
 def _may_pass(error: requests.RequestException) -> bool:
@@ -218,11 +261,12 @@ def _explain(error: requests.RequestException, url: str, timeout_seconds: float)
     return f"{url} cannot be downloaded: {error}"
 
 
-def _extract(archive: Path, wanted: Mapping[str, Path], source: str) -> None:
+def _extract(archive: Path, wanted: Mapping[str, Path], source: str, most: int) -> None:
     """Copy the wanted members, by name, to the given paths; no other path is ever written.
 
     Raises:
-        MirrorError: if it is not an archive, lacks a member, or has a path that leads outside.
+        MirrorError: if it is not an archive, lacks a member, has one of more bytes than `most`, or
+            has a path that leads outside.
     """
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
@@ -231,13 +275,14 @@ def _extract(archive: Path, wanted: Mapping[str, Path], source: str) -> None:
                 opened.open,
                 wanted,
                 source,
+                most,
             )
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as opened_tar:
             members = {member.name: member for member in opened_tar if not member.isdir()}
             regular = {name: member for name, member in members.items() if member.isreg()}
             _refuse_escapes(members, source)  # also links and other special members
-            _copy_members(regular, opened_tar.extractfile, wanted, source)
+            _copy_members(regular, opened_tar.extractfile, wanted, source, most)
     else:
         raise MirrorError(f"{source} is neither a tar nor a zip archive")
 
@@ -247,6 +292,7 @@ def _copy_members(
     open_member: Callable[[Any], IO[bytes] | None],
     wanted: Mapping[str, Path],
     source: str,
+    most: int,
 ) -> None:
     _refuse_escapes(members, source)
     # ./a/b and a/b are the same: PurePosixPath drops the dot.
@@ -257,7 +303,7 @@ def _copy_members(
         opened = open_member(by_path[PurePosixPath(name)])
         assert opened is not None  # a regular file
         with opened, path.open("wb") as file:
-            shutil.copyfileobj(opened, file)
+            shutil.copyfileobj(opened, Bounded(file, most, f"{name} of {source}"))
 
 
 def _refuse_escapes(names: Mapping[str, Any], source: str) -> None:

@@ -119,6 +119,27 @@ def test_every_source_of_a_corpus_is_loaded_and_the_text_in_memory_takes_most(
     assert all(each.open_seconds > 0 and each.tokens_per_second > 0 for each in found.values())
 
 
+def test_all_batches_of_a_budget_are_timed_and_none_of_them_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch takes as long as is planted, the first one too."""
+    unhurried = ParallelStreams.epoch
+
+    def slow(self: ParallelStreams, *arguments: Any) -> Batches:
+        for batch in unhurried(self, *arguments):
+            time.sleep(PLANTED)
+            yield batch
+
+    monkeypatch.setattr(ParallelStreams, "epoch", slow)
+    text = " ".join(f"word{n}" for n in range(9)) + "\n"
+    corpus = small_corpus(tmp_path, words=10, train=text * 200)
+    changes = {"corpus": "small", "budget": "smoke"}  # six batches
+    asked = Recipe.model_validate(MODEL.model_dump() | changes)
+    found = measure_loading(corpus, asked, devices=1)["memory"]
+    assert found.tokens_per_second < asked.batch_size * asked.sequence_length / PLANTED
+    assert PLANTED < found.open_seconds < 5 * PLANTED
+
+
 class Lines(Oracle):
     """An oracle whose training step takes its time in two lines, one of another function."""
 

@@ -93,11 +93,14 @@ class Prediction(Model):
 
 
 class Loading(Model):
-    """Opening a corpus and making the batches of one epoch, without a framework."""
+    """Opening a corpus and making the batches of one epoch, without a framework.
+
+    A budget makes the epoch shorter. The corpus is opened as without one.
+    """
 
     open_seconds: float = Field(description="Until the first batch is there [s].")
-    tokens_per_second: float = Field(description="Of all training batches, prefetching off.")
-    bytes: int = Field(description="Most memory that Python and NumPy allocated for it.")
+    tokens_per_second: float = Field(description="Of an epoch's training batches, prefetching off.")
+    bytes: int = Field(description="Most memory that Python and NumPy allocated until then.")
 
 
 class Profile(Model):
@@ -399,24 +402,30 @@ def measure_prediction(backend: Backend, source: Source, rows: int) -> Predictio
 def measure_loading(corpus: Path, recipe: Recipe, devices: int) -> dict[TokenSource, Loading]:
     """Return what every source of the corpus takes; its memory is measured by another pass."""
     found: dict[TokenSource, Loading] = {}
+    count = len(feed(open_corpus(corpus, recipe.source), recipe, devices).train)
+    whole = recipe.model_copy(update={"budget": "full"})  # a budget reads all its batches to begin
+
+    def one(source: TokenSource, count: int) -> tuple[float, float]:
+        """Return the seconds until the first batch is there, and the tokens/s of so many."""
+        began = time.perf_counter()
+        split = feed(open_corpus(corpus, source), whole, devices).train
+        first, seconds, tokens = 0.0, 0.0, 0
+        with closing(split.epoch(1)) as batches:
+            for number in range(count):
+                asked = time.perf_counter()
+                batch = next(batches)
+                now = time.perf_counter()
+                first = first if number else now - began
+                seconds += now - asked
+                tokens += int(batch.mask.sum())
+        return first, tokens / seconds
+
     for source in get_args(TokenSource):
-
-        def one(source: TokenSource = source, whole: bool = True) -> tuple[float, float]:
-            began = time.perf_counter()
-            split = feed(open_corpus(corpus, source), recipe, devices).train
-            with closing(split.epoch(1)) as batches:
-                next(batches)
-                first = time.perf_counter()
-                if whole:
-                    for _ in batches:
-                        pass
-            return first - began, (time.perf_counter() - first) / split.predicted_tokens
-
-        one(whole=False)  # so that the system has read the files for all of them
-        opened, each = one()
+        one(source, 1)  # so that the system has read the files for all of them
+        first, rate = one(source, count)
         tracemalloc.start()
-        one(whole=False)
+        one(source, 1)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        found[source] = Loading(open_seconds=opened, tokens_per_second=1 / each, bytes=peak)
+        found[source] = Loading(open_seconds=first, tokens_per_second=rate, bytes=peak)
     return found

@@ -20,7 +20,7 @@ from ptbench.configuration import config, experiments
 from ptbench.configuration.config import Config, read_configuration
 from ptbench.configuration.experiments import load_library, read_papers
 from ptbench.configuration.specification import Specification, parse_cell_path, variant_name
-from ptbench.configuration.study import load_study, read_study
+from ptbench.configuration.study import NEEDS, load_study, read_study
 from ptbench.corpus.definitions import SPLITS
 from ptbench.errors import ConfigurationError
 from ptbench.model.recipe import Recipe
@@ -194,6 +194,18 @@ BAD_EXPERIMENTS: list[tuple[str, str]] = [
     ("{title: T}", r"own.yaml, line \d+: experiments.e.variants: is required"),
     ("{title: T, variants: [r+x=1]}", r"experiment e: variants: r: there is no recipe key \"x\""),
     ("{title: T, variants: [r+layers]}", r"variants\[0\]: r\+layers: layers must be key=value"),
+    (
+        "{title: T, variants: [r+layers=1+layers=3]}",
+        r"r\+layers=1\+layers=3: layers is there twice",
+    ),
+    (
+        "{title: T, variants: [r, r+adam_beta1=0.5]}",
+        r"variants: r\+adam_beta1=0.5: adam_beta1 has no effect with optimizer=sgd; leave it out",
+    ),
+    (
+        "{title: T, variants: [{recipe: r, sweep: {mixtures: [0, 2], latent_size: [9]}}]}",
+        r"r\+latent_size=9: latent_size has no effect with mixtures=0",
+    ),
     ("{title: T, variants: [r+layers=0]}", r"layers: 0 .*greater than or equal to 1"),
     (
         "{title: T, variants: [r], sedes: [1]}",
@@ -454,6 +466,26 @@ def test_a_document_s_name_selects_all_its_experiments_and_its_folder_is_its_nam
 
 def test_all_experiments_can_be_asked_for_at_once() -> None:
     assert set(load_study({"experiments": "all"}).experiments) == set(LIBRARY.experiments)
+
+
+def test_documents_count_beside_all_experiments() -> None:
+    with pytest.raises(ConfigurationError, match=r'papers: there is no paper "zarembo2014"'):
+        load_study({"experiments": "all", "papers": ["zarembo2014"]})
+
+
+def test_a_key_that_others_make_effective_is_refused_in_variants_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe may have it, and a variant may have it with what makes it effective."""
+    text = (
+        "recipes: {r: {adam_beta1: 0.5}}\n"
+        "experiments: {e: {title: T, variants: [r, r+adam_beta1=0.6+optimizer=adam]}}\n"
+    )
+    folder_with(tmp_path, monkeypatch, text)
+    assert len(load_study({"experiments": ["e"]}).experiments["e"].specifications) == 2
+    for key, (other, values) in NEEDS.items():
+        assert {key, other} < Recipe.model_fields.keys()
+        assert Recipe().model_dump()[other] not in values or key == "constant_epochs"
 
 
 def test_repeats_are_the_seeds_from_one(tmp_path: Path) -> None:

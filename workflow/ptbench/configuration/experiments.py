@@ -293,6 +293,8 @@ def expand(variant: str | Variant, where: str) -> Iterator[tuple[str, dict[str, 
             key, equals, text = override.partition("=")
             if not equals:
                 raise ConfigurationError(f"{where}: {variant}: {override} must be key=value")
+            if key in values:
+                raise ConfigurationError(f"{where}: {variant}: {key} is there twice; leave one")
             values[key] = parse_yaml(text, f"{where}: {variant}: {key}")
         yield recipe, values
         return

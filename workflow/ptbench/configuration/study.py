@@ -11,8 +11,9 @@ import errno
 import itertools
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -50,6 +51,7 @@ from ptbench.configuration.specification import (
     Cell,
     Specification,
     code_digest,
+    format_override,
     parse_cell_path,
     variant_name,
 )
@@ -59,6 +61,24 @@ from ptbench.files import write_atomically
 from ptbench.model import work
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.work import CorpusSize
+
+MANY = range(1, sys.maxsize)
+# Keys that have an effect only where another key has one of these values. Recipes may have them all
+# the same, for the variants that set the other key.
+NEEDS: dict[str, tuple[str, Container[Any]]] = {
+    "adam_beta1": ("optimizer", ["adam"]),
+    "adam_beta2": ("optimizer", ["adam"]),
+    "rmsprop_decay": ("optimizer", ["rmsprop"]),
+    "optimizer_epsilon": ("optimizer", ["adam", "rmsprop"]),
+    "averaging_interval": ("optimizer", ["asgd"]),
+    "constant_epochs": ("schedule", ["constant_then_decay", "roll_back_then_decay"]),
+    "plateau_patience": ("schedule", ["plateau"]),
+    "plateau_threshold": ("schedule", ["plateau"]),
+    "warm_up_epochs": ("schedule", ["warm_up_then_decay"]),
+    "latent_size": ("mixtures", MANY),
+    "latent_dropout": ("mixtures", MANY),
+    "fine_tuning_learning_rate": ("fine_tuning_epochs", MANY),
+}
 
 
 def cell_of(variant: str, framework: Framework, devices: int, seed: int) -> Cell:
@@ -653,7 +673,7 @@ def chosen(settings: Config, library: Library, place: Place) -> list[str]:
     """
     names = settings.experiments or (["demo"] if settings.papers is None else [])
     if names == ["all"]:
-        return list(library.experiments)
+        names = list(library.experiments)
     for name in names:
         there = [*library.experiments, *library.searches]
         known(name, there, place("experiments"), "experiment")
@@ -683,6 +703,7 @@ def plan_experiment(
             found = resolve(
                 base, overrides, library.recipes, corpora, settings, f"{where}: variants"
             )
+            check_overrides(found, overrides, library.recipes[base], f"{where}: variants")
             variants[found.variant] = found
     if len(trained_on := {each.recipe.corpus_folder for each in variants.values()}) > 1:
         raise ConfigurationError(
@@ -885,6 +906,21 @@ def resolve(
         corpus_definition=content_of(changed.corpus, corpora[changed.corpus]),
         accelerator=settings.accelerator,
     )
+
+
+def check_overrides(
+    specification: Specification, overrides: Iterable[str], recipe: Recipe, where: str
+) -> None:
+    """Raise ConfigurationError if an override changes nothing but the variant's name."""
+    changed = specification.recipe
+    for key in overrides:
+        if key in NEEDS and getattr(changed, key) != getattr(recipe, key):
+            other, values = NEEDS[key]
+            if getattr(changed, other) not in values:
+                raise ConfigurationError(
+                    f"{where}: {specification.variant}: {key} has no effect with "
+                    f"{other}={format_override(getattr(changed, other))}; leave it out"
+                )
 
 
 def check_devices(specification: Specification, devices: int, where: str, settings: Config) -> None:

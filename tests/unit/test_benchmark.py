@@ -78,6 +78,24 @@ def test_a_row_has_medians_and_the_bound_s_fraction_is_taken_within_rounds() -> 
     assert (row["peak_memory_mb"], row["millijoules_per_token"]) == (2, 20)
 
 
+def test_the_table_has_a_line_for_each_competitor_and_leaves_unknown_energy_empty(
+    tmp_path: Path,
+) -> None:
+    benchmark = Benchmark(Path(), "cpu", threads=1, rounds=1, seconds=1.0, output=tmp_path)
+    competitor = Competitor("jax", "tuned")
+    results = [
+        Result("small", competitor, {}, [100.0], [400.0], energy, 2 * 10**6)
+        for energy in ([0.02], [])
+    ]
+    benchmark.write(results)
+    assert (tmp_path / "speed.csv").read_text() == (
+        "model,framework,implementation,tokens_per_second,lowest,highest,fraction_of_bound,"
+        "peak_memory_mb,millijoules_per_token,rounds\n"
+        "small,jax,tuned,100.0,100.0,100.0,0.25,2,20.0,1\n"
+        "small,jax,tuned,100.0,100.0,100.0,0.25,2,,1\n"
+    )
+
+
 def test_what_users_of_a_framework_write_is_measured_beside_it() -> None:
     labels = [c.label for c in all_competitors(["keras", "jax", "pytorch"], ["stock"])]
     assert labels == ["keras stock", "jax stock", "pytorch stock", "keras fit", "pytorch example"]

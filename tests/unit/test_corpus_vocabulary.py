@@ -54,11 +54,11 @@ def test_without_unk_a_word_outside_is_an_error_that_names_word_file_and_line() 
 def test_encoding_and_decoding_gives_the_text_back(lines: list[list[str]]) -> None:
     text = "".join(" ".join(line) + "\n" for line in lines)
     words = tokenize(text)
-    encoder = Encoder(build_vocabulary(words))
-    identifiers, outside = encoder.encode(words, "train")
+    vocabulary = build_vocabulary(words)
+    identifiers, outside = Encoder(vocabulary).encode(words, "train")
     assert outside == 0
     assert len(words) == sum(len(line) + 1 for line in lines)
-    decoded = " ".join(encoder.decode(identifiers)).split("<eos>")
+    decoded = " ".join(vocabulary[each] for each in identifiers).split("<eos>")
     assert [line.split() for line in decoded[:-1]] == lines
 
 

@@ -23,6 +23,7 @@ from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
 from ptbench.files import sha256, write_atomically
 from ptbench.log import Log
+from ptbench.measurement.competitors import MODELS, OWN
 from ptbench.model.recipe import Keep
 
 if TYPE_CHECKING:
@@ -879,15 +880,11 @@ def generate(output: Path) -> None:
         write_atomically(output / path, text)
 
 
-MODELS = ("small", "medium", "large", "mos", "bmlg", "awd-lstm")
-IMPLEMENTATIONS = ("stock", "tuned", "bfloat16")
-
-
 @command(
     "Measure the training speed of every framework side by side.",
-    argument("--models", nargs="+", choices=MODELS, default=("small", "medium", "mos")),
+    argument("--models", nargs="+", choices=tuple(MODELS), default=("small", "medium", "mos")),
     argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS),
-    argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[:2]),
+    argument("--implementations", nargs="+", choices=tuple(OWN), default=("stock", "tuned")),
     ACCELERATOR,
     argument("--threads", type=positive, default=2, help="CPU threads of each"),
     argument("--rounds", type=positive, default=5, help="turns of each"),

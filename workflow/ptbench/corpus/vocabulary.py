@@ -44,10 +44,9 @@ def build_vocabulary(train: Iterable[str], known: Iterable[str] = ()) -> list[st
 
 
 class Encoder:
-    """Translates words to identifiers and back, for one vocabulary."""
+    """Translates words to identifiers, for one vocabulary."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        self.vocabulary = vocabulary
         self._identifiers = {word: identifier for identifier, word in enumerate(vocabulary)}
 
     def encode(
@@ -78,7 +77,3 @@ class Encoder:
             )
         identifiers[outside] = self._identifiers[UNKNOWN]
         return identifiers, int(outside.sum())
-
-    def decode(self, identifiers: Iterable[int]) -> list[str]:
-        """Return the words of the identifiers."""
-        return [self.vocabulary[identifier] for identifier in identifiers]

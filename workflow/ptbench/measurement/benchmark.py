@@ -8,6 +8,8 @@ of the bound is taken within each round. Printed are medians over the rounds.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import statistics
@@ -19,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from ptbench.configuration.experiments import load_library
 from ptbench.environments import PYTHON
 from ptbench.errors import PtbenchError
 from ptbench.files import write_atomically
+from ptbench.measurement.competitors import MODELS, OWN
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.work import Product, bound, flops_per_token, training_products
 from ptbench.training.hardware import Gpus
@@ -36,24 +38,12 @@ from ptbench.training.provenance import provenance
 VOCABULARY_SIZE = 10_000  # PTB's
 # For each shape and round; a GPU's clock drifts less.
 PRODUCT_SECONDS: dict[Accelerator, float] = {"cpu": 0.15, "cuda": 0.03}
-# Names of models, and the recipes that they are.
-MODELS = {
-    "small": "zaremba-small", "medium": "zaremba-medium", "large": "zaremba-large",
-    "mos": "speed-mos", "bmlg": "zhang-bmlg", "awd-lstm": "awd-lstm",
-}  # fmt: skip
 # The product classes, and the frameworks in whose environments they run.
 PRODUCTS = {
     "NumPy": ("jax", "ptbench.measurement.products:NumPyProducts"),
     "PyTorch": ("pytorch", "ptbench.measurement.products:PyTorchProducts"),
 }
 BACKEND = "ptbench.measurement.backend_speed:BackendSpeed"
-# What our own backends are measured as, and the recipe's keys that say so. The bound is that of
-# float32 products, so the share of it can be above 1 in bfloat16.
-OWN: dict[str, dict[str, str]] = {
-    "stock": {"implementation": "stock"},
-    "tuned": {"implementation": "tuned"},
-    "bfloat16": {"implementation": "stock", "precision": "bfloat16"},
-}
 # What users of a framework write without us: its name, and the class that measures it.
 PEERS = {
     "keras": ("fit", "ptbench.measurement.keras_fit:KerasFit"),
@@ -272,13 +262,16 @@ class Benchmark:
 
     def write(self, results: Sequence[Result]) -> None:
         """Write what has been measured so far."""
-        table = pd.DataFrame([result.row() for result in results])
+        rows, table = [result.row() for result in results], io.StringIO()
+        writer = csv.DictWriter(table, [*rows[0]] if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         facts = {"accelerator": self.accelerator, "threads": self.threads}
         content = {
             "facts": provenance("numpy") | facts,
             "results": [result.content() for result in results],
         }
-        write_atomically(self.output / "speed.csv", table.to_csv(index=False))
+        write_atomically(self.output / "speed.csv", table.getvalue())
         text = json.dumps(content, indent=2, default=str) + "\n"
         write_atomically(self.output / "speed.json", text)
 

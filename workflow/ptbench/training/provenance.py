@@ -109,6 +109,9 @@ def provenance(package: str) -> dict[str, Any]:
         "gpus": gpus(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "ignored_settings": ignored(),  # of the user's shell and home folder
+        # where the system's libraries are taken from in place of the environment's
+        "ld_library_path": os.environ.get("LD_LIBRARY_PATH"),
+        "ld_preload": os.environ.get("LD_PRELOAD"),
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "slurm_node": os.environ.get("SLURMD_NODENAME"),

@@ -87,8 +87,27 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(
 def test_of_a_finished_cell_those_parameters_stay_that_were_asked_for(
     toy: Toy, keep: str, files: set[str]
 ) -> None:
+    toy.checkpoints.mkdir(parents=True)
+    (toy.checkpoints / "best.safetensors").write_text("of another recipe, trained before")
+    (toy.checkpoints / ".best.safetensors.1").write_text("left by a process that was killed")
     toy.finish("--keep-checkpoints", keep)
-    assert {path.stem for path in toy.checkpoints.glob("*")} == files
+    assert {path.stem for path in toy.checkpoints.iterdir()} == files
+
+
+def test_a_result_that_was_removed_is_made_anew_though_its_checkpoints_were_kept(
+    toy: Toy, uninterrupted: Any
+) -> None:
+    keep = ("--keep-checkpoints", "all")
+    toy.finish(*keep)
+    (toy.output / "metrics.json").unlink()
+    process = toy.start(*keep, TOY_SECONDS="0.02")
+    assert toy.wait_for_checkpoint(process)
+    process.send_signal(signal.SIGTERM)
+    assert "] goes on" not in ended(process)
+    assert status(toy) == "interrupted"
+    assert "goes on in epoch" in toy.finish(*keep), "its own checkpoints stay"
+    assert toy.result() == uninterrupted
+    assert read_metrics(toy.output / "metrics.json").attempts == 2
 
 
 def test_the_users_shell_and_dot_files_change_nothing(

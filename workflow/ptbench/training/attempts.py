@@ -174,6 +174,7 @@ class Attempt:
         """
         self.folder, self.cell, self.fingerprint, self.corpus = folder, cell, fingerprint, corpus
         self.record: Record | None = None  # once it is open
+        self.repeats = False  # once it is open: whether the one before it finished this very run
         self.log: Path | None = None  # the attempt's own
         self.waited = 0.0  # for another process [s]
         self._written = log  # until it has a second name
@@ -247,6 +248,7 @@ class Attempt:
                 if metrics := self.finished(output):
                     return metrics
                 if self._begin(seen.record.attempt + 1 if seen else 1):
+                    self.repeats = seen is not None and self._finished_this(seen.record)
                     return None
                 continue  # another process was faster: look again
             holder = seen.record.holder
@@ -263,6 +265,11 @@ class Attempt:
                     "finish or end it, then run the same command again"
                 )
             time.sleep(min(POLL_SECONDS, wait - self.waited))
+
+    def _finished_this(self, record: Record) -> bool:
+        """Return whether a record is of an attempt that finished this very run."""
+        run = record.fingerprint, record.corpus
+        return record.status == "finished" and run == (self.fingerprint, self.corpus)
 
     def finished(self, output: Path) -> Metrics | None:
         """Return the result of this very run if it is there, or was until Snakemake deleted it.

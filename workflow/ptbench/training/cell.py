@@ -33,11 +33,11 @@ from ptbench.corpus.definitions import Split
 from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
-from ptbench.files import write_atomically
+from ptbench.files import remove_leftovers, write_atomically
 from ptbench.model.parameters import parameter_count
 from ptbench.model.recipe import BUDGETS, Keep, Recipe
 from ptbench.training.attempts import Attempt, now
-from ptbench.training.checkpoints import Checkpoints, Identity, packed, write_arrays
+from ptbench.training.checkpoints import Checkpoints, Identity, clear, packed, write_arrays
 from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
 from ptbench.training.hardware import Sampler
@@ -107,6 +107,8 @@ def run_cell(
             write_atomically(paths.metrics, done.model_dump_json(indent=2) + "\n")
         say(f"[{cell.path}] had finished already; to train it again, remove its metrics.json")
         return done
+    if attempt.repeats:
+        clear(paths.checkpoints)  # from the end of the finished run nothing would be trained
     trainer = CellTrainer(cell, specification, paths, threads, attempt, say, nodes)
     trainer.start()
     if asked:
@@ -212,8 +214,7 @@ class CellTrainer:
         """Write the cell's files, `metrics.json` last, and close the attempt."""
         self.attempt.check()
         with self.clocks("checkpointing"):
-            if keep != "none":
-                self.write_best_model(run)
+            self.write_best_model(run, keep)
         # Measured while the replicas' processes are alive.
         peak, peak_on_devices = peak_memory_bytes(), self.backend.peak_device_memory()
         self.facts["cells_at_once"] = max(self.facts["cells_at_once"], cells_at_once())
@@ -231,7 +232,7 @@ class CellTrainer:
             write_atomically(self.paths.output / name, text)
         self.attempt.finish(metrics)
         if keep != "all":
-            self.checkpoints.clear()
+            clear(self.paths.checkpoints)
         return metrics
 
     def identity(self) -> Identity:
@@ -271,9 +272,16 @@ class CellTrainer:
         else:
             self.say(f"{where}  {progress.fraction:.0%}  {train}  {speed}")
 
-    def write_best_model(self, run: Run) -> None:
-        """Write `best.safetensors`: the parameters that were scored, and what they are of."""
-        if run.best_parameters is None or run.best is None:
+    def write_best_model(self, run: Run, keep: Keep) -> None:
+        """Write `best.safetensors`: the parameters that were scored, and what they are of.
+
+        Where there are none, or none are kept, there is no such file: one of an earlier run of the
+        cell would be taken for this run's.
+        """
+        path = self.paths.checkpoints / "best.safetensors"
+        remove_leftovers(path)
+        if keep == "none" or run.best_parameters is None or run.best is None:
+            path.unlink(missing_ok=True)
             return
         metadata = {
             "cell": self.cell.path,
@@ -283,7 +291,7 @@ class CellTrainer:
             "epoch": str(run.best.epoch),
         }
         arrays = packed(run.best_parameters, self.recipe)
-        write_arrays(self.paths.checkpoints / "best.safetensors", arrays, metadata)
+        write_arrays(path, arrays, metadata)
 
     def metrics(self, run: Run, peak: int, peak_on_devices: int | None) -> Metrics:
         """Return `metrics.json` of the finished run."""

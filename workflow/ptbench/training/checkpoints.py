@@ -190,11 +190,12 @@ class Checkpoints(Keeper):
         rest = {name: array for name, array in arrays.items() if not name.startswith(BEST)}
         return header, rest, best
 
-    def clear(self) -> None:
-        """Delete what a finished run does not need; what was set aside stays."""
-        for path in self.paths:
-            path.unlink(missing_ok=True)
-            remove_leftovers(path)
+
+def clear(folder: Path) -> None:
+    """Delete the checkpoints of a finished run; what was set aside stays, and its best model."""
+    for name in NAMES:
+        (folder / name).unlink(missing_ok=True)
+        remove_leftovers(folder / name)
 
 
 def describe(header: Header) -> str:

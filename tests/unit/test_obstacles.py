@@ -132,4 +132,10 @@ def test_a_result_from_elsewhere_counts_all_the_same(tmp_path: Path) -> None:
     assert {cell.state for cell in distinct(study_status(study, tmp_path))} == {"done"}
     plan = plan_experiment(study, "demo")
     assert all(row.problem is None for row in collect_rows(plan, tmp_path))
+    # Not one of a recipe that has changed since: nothing here could renew it.
+    [cell] = [cell for cell in study.cells if study.obstacle(cell)]
+    write_cell(tmp_path, metrics(cell, 4.7, fingerprint="f" * 12))
+    problems = {row.framework: row.problem for row in collect_rows(plan, tmp_path) if row.problem}
+    assert problems.keys() == {"mxnet"}
+    assert problems["mxnet"].startswith("no seed has a result (cannot run here: ")
     assert json.loads(study.plan("demo"))["cannot_run"].keys() == {"mxnet"}

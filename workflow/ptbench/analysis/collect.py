@@ -254,7 +254,7 @@ def collect_rows(
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
         result = _with_rent(_read_usable(cell, results_folder, fingerprint), plan)
-        if result.result is None and (why := obstacle(plan.cannot_run, cell)):
+        if (why := obstacle(plan.cannot_run, cell)) and not _is_current(result, plan):
             result = CellResult(cell, unusable=f"{CANNOT_RUN}: {why}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
         variants[cell.variant].append(result)
@@ -287,6 +287,14 @@ def collect_rows(
             rows.items(), key=lambda r: (order.index(r[0][0]), r[0][1], frameworks.index(r[0][2]))
         )
     ]
+
+
+def _is_current(found: CellResult, plan: ExperimentPlan) -> bool:
+    """Return whether a cell that cannot run here has a result of its present recipe."""
+    if found.result is None:
+        return False
+    now = plan.fingerprints.get(found.cell.variant, {}).get(found.cell.framework)
+    return now in (None, found.result.metrics.fingerprint)
 
 
 def _read_usable(

@@ -55,6 +55,9 @@ class ExperimentPlan(Model):
     cannot_run: dict[Framework, Obstacle] = Field(
         {}, description="Frameworks with runs that are not possible where the study runs, and why."
     )
+    fingerprints: dict[str, dict[Framework, str]] = Field(
+        {}, description="Of the specifications as they are now, by variant, of those frameworks."
+    )
     baseline: str | None = Field(
         None, description="Variant that the others are compared with; null: the first."
     )

@@ -107,6 +107,12 @@ class Specification(Model):
         content["recipe"] = self.recipe.model_dump(mode="json", exclude_defaults=True)
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
+    def on(self, accelerator: Accelerator) -> Specification:
+        """Return the same, to be trained on a kind of device."""
+        if accelerator == self.accelerator:
+            return self
+        return self.model_copy(update={"accelerator": accelerator})
+
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that change exactly when the meaning of the run does."""

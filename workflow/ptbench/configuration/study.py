@@ -114,6 +114,7 @@ class PlannedExperiment:
         """Return what the analysis has to know, as JSON (`ptbench.analysis.plan` reads it)."""
         # What a search finds is no parameter of the analysis: its page says it.
         recipes = [] if self.found else [each.recipe for each in self.specifications]
+        obstructed = [each for each in self.frameworks if each in cannot_run]
         varied = [key for key in Recipe.model_fields if len({getattr(r, key) for r in recipes}) > 1]
         content = {
             "name": self.name,
@@ -127,7 +128,15 @@ class PlannedExperiment:
                 each: config.prices.of(config.accelerator_of(each))[0] for each in self.frameworks
             },
             "currency": config.prices.currency,
-            "cannot_run": {k: each for k, each in cannot_run.items() if k in self.frameworks},
+            "cannot_run": {each: cannot_run[each] for each in obstructed},
+            "fingerprints": {
+                each.variant: {
+                    framework: each.on(config.accelerator_of(framework)).fingerprint
+                    for framework in obstructed
+                }
+                for each in self.specifications
+                if obstructed and each.variant not in self.found
+            },
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {
                 each.variant: {
@@ -313,10 +322,7 @@ class Study:
 
     def on(self, specification: Specification, framework: Framework) -> Specification:
         """Return a specification as a framework is told it, with its kind of device."""
-        accelerator = self.config.accelerator_of(framework)
-        if accelerator == specification.accelerator:
-            return specification
-        return specification.model_copy(update={"accelerator": accelerator})
+        return specification.on(self.config.accelerator_of(framework))
 
     @cached_property
     def _texts(self) -> dict[tuple[str, Accelerator], tuple[str, str]]:

@@ -120,8 +120,10 @@ class Trainer:
         environments.build(self.framework, "cpu", environment)
         return [environment / environments.PYTHON, "-m", "ptbench"]
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """The trainer, in a session of its own."""
+    def start(
+        self, *arguments: str, ignoring: Sequence[signal.Signals] = (), **environment: str
+    ) -> subprocess.Popen[str]:
+        """The trainer, in a session of its own, perhaps ignoring SIGINT or SIGHUP."""
         specification = Specification(variant="faults", recipe=self.recipe, corpus_definition={})
         return subprocess.Popen(
             [
@@ -140,8 +142,11 @@ class Trainer:
                 **self.environment, **environment,
             },
             cwd=ROOT, start_new_session=True, text=True,
-            # A test run behind an `&` ignores it, and so would the trainer.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # A test run behind an `&` ignores SIGINT, one after nohup SIGHUP; so would the trainer.
+            preexec_fn=lambda: [
+                signal.signal(each, signal.SIG_IGN if each in ignoring else signal.SIG_DFL)
+                for each in (signal.SIGINT, signal.SIGHUP)
+            ],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

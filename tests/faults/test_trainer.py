@@ -122,7 +122,7 @@ def test_the_users_shell_and_dot_files_change_nothing(
     assert_ignored(toy, settings)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_told_to_end_it_saves_says_so_and_ends_with_75(
     toy: Toy, name: str, uninterrupted: Any
 ) -> None:
@@ -135,7 +135,7 @@ def test_told_to_end_it_saves_says_so_and_ends_with_75(
     assert process.returncode == 75, said
     assert time.monotonic() - began < 15, "a step takes 0.02 s; the rest is a busy machine's"
     assert f"{name}: saving, and ending" in said
-    assert "was told to end, and did in epoch" in said
+    assert "was told to end, and stopped in epoch" in said
     assert "the same command goes on from there" in toy.log.read_text()
     assert "Traceback" not in toy.log.read_text()
     assert status(toy) == "interrupted"
@@ -162,13 +162,30 @@ def test_a_terminal_that_is_gone_neither_ends_nor_fails_it(toy: Toy, uninterrupt
     assert toy.result() == uninterrupted
 
 
-def test_told_to_end_before_the_first_step_it_ends_at_once(toy: Toy) -> None:
+def test_in_the_background_what_the_terminal_sends_is_ignored(toy: Toy) -> None:
+    """As after `nohup ptbench ... &` in a script."""
+    both = (signal.SIGINT, signal.SIGHUP)
+    process = toy.start(ignoring=both, TOY_SECONDS="0.02")
+    assert toy.wait_for_checkpoint(process)
+    for each in both:
+        os.killpg(process.pid, each)
+    assert toy.wait_for_checkpoint(process)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: saving, and ending" in ended(process)
+
+
+def test_told_to_end_before_the_first_step_it_says_so_and_ends_at_once(toy: Toy) -> None:
+    """Also one that waits for another process."""
     process = toy.start(TOY_START="1000")
     while status(toy) != "running":
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    ended(process)
-    assert process.returncode == 75
+    second = toy.start("--wait-for-lock", "600")
+    assert second.stdout is not None
+    assert "is at it; waiting" in second.stdout.readline()
+    for each in (second, process):
+        each.send_signal(signal.SIGTERM)
+        assert "ptbench: SIGTERM came before the first step; " in ended(each)
+        assert each.returncode == 75
     assert status(toy) == "interrupted"
 
 

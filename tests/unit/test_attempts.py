@@ -299,13 +299,11 @@ def test_who_waits_gets_the_result_of_the_one_before(
     assert "is at it; waiting" in said[0]
 
 
-def test_who_waits_takes_over_from_one_that_died_or_failed_and_stops_when_told(
+def test_who_waits_takes_over_from_one_that_died(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempts, "POLL_SECONDS", 0.02)
     attempt(tmp_path).open(tmp_path)
-    with pytest.raises(InterruptionError, match="told to end while process"):
-        attempt(tmp_path).open(tmp_path, wait=60, interrupted=lambda: True)
     with pytest.raises(PtbenchError, match="is being run by"):
         attempt(tmp_path).open(tmp_path, wait=0.1, say=lambda _: None)
     timer = threading.Timer(0.2, die, (tmp_path, 1))

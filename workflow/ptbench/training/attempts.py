@@ -224,7 +224,6 @@ class Attempt:
         output: Path,
         wait: float = 0.0,
         say: Callable[[str], None] = print,
-        interrupted: Callable[[], bool] = lambda: False,
     ) -> Metrics | None:
         """Begin, unless another process has the cell.
 
@@ -232,13 +231,11 @@ class Attempt:
             output: the cell's folder of results.
             wait: longest time to wait for another process [s].
             say: called with a line that says which process this one waits for.
-            interrupted: returns whether this process has been told to end.
 
         Returns:
             The metrics if there is nothing to do: another attempt at this run has finished.
 
         Raises:
-            InterruptionError: if this process was told to end while it waited.
             PtbenchError: if another process had the cell for all that time.
         """
         began, told = time.monotonic(), False
@@ -256,8 +253,6 @@ class Attempt:
                 say(f"[{self.cell}] {holder} is at it; waiting for that to end")
             told = True
             self.waited = time.monotonic() - began
-            if interrupted():
-                raise InterruptionError(f"{self.cell}: told to end while {holder} was at it")
             if self.waited >= wait:
                 raise PtbenchError(
                     f"{self.cell} is being run by {holder} (attempt {seen.record.attempt}, since "

@@ -101,7 +101,7 @@ def run_cell(
             another process trains the cell.
     """
     attempt, signals = attempt or attempt_at(cell, specification, paths), signals or Signals()
-    done = attempt.open(paths.output, wait_for_lock, say, signals.interrupted)
+    done = attempt.open(paths.output, wait_for_lock, say)
     if done:
         if not paths.metrics.exists():
             write_atomically(paths.metrics, done.model_dump_json(indent=2) + "\n")
@@ -206,7 +206,7 @@ class CellTrainer:
         except InterruptionError:
             where = checkpoints.position or "before its first step"
             raise InterruptionError(
-                f"{self.cell.path} was told to end, and did {where}; the same command goes on "
+                f"{self.cell.path} was told to end, and stopped {where}; the same command goes on "
                 "from there"
             ) from None
 

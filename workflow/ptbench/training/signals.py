@@ -1,4 +1,7 @@
-"""Signals that end a run: SIGTERM (schedulers), SIGUSR1 (Slurm, before a time limit), SIGINT.
+"""Signals that end a run.
+
+These are SIGTERM (of schedulers), SIGUSR1 (of Slurm, before a time limit), SIGINT (of Ctrl-C) and
+SIGHUP (of a terminal that is closed).
 
 A thread of its own receives the signals, so that they are noticed while the main thread is deep in
 a framework's code. They are blocked in every other thread and, because that is inherited, in every
@@ -19,7 +22,7 @@ import psutil
 
 from ptbench.errors import InterruptionError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_SECONDS = 20.0  # Slurm kills 30 s after its SIGTERM (KillWait)
 
 
@@ -56,8 +59,9 @@ class ProcessSignals(Signals):
         self.say: Callable[[str], None] = print  # called with a line when a signal comes
         self.abandon: Callable[[str], None] = lambda _: None  # called with the reason at a hard end
         self.signals = set(SIGNALS)
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells have it behind an `&`
-            self.signals.discard(signal.SIGINT)
+        for one in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(one) == signal.SIG_IGN:  # as `&` in a script, and nohup, have it
+                self.signals.discard(one)
         # Libraries may unblock a signal in another thread: Python writes its number to this pipe
         # whichever thread gets it.
         self._pipe, written = os.pipe()
@@ -82,9 +86,11 @@ class ProcessSignals(Signals):
         self._end(f"{received.name}: the step under way did not end in {GRACE_SECONDS:.0f} s")
 
     def _end(self, reason: str) -> None:
-        """End this process and those it started, whatever they are doing."""
+        """End this process and those it started, whatever they are doing, and say why."""
+        reason += "; the same command goes on from the last checkpoint"
         try:
-            self.abandon(f"{reason}; the same command goes on from the last checkpoint")
+            self.abandon(reason)
+            self.say(f"ptbench: {reason}")
             sys.stdout.flush()
             sys.stderr.flush()
         finally:

@@ -127,6 +127,13 @@ def test_each_attempts_log_is_kept_though_the_rules_own_is_deleted(
         assert failure(tmp_path, number).log_tail == [f"this is {number}"]
 
 
+def test_an_attempt_whose_log_is_gone_still_says_why_it_failed(tmp_path: Path) -> None:
+    run_into(ZeroDivisionError("by 0"), tmp_path, tmp_path / "gone.log")
+    assert content(tmp_path, 1)["status"] == "failed"
+    assert failure(tmp_path, 1).reason == "ZeroDivisionError: by 0"
+    assert failure(tmp_path, 1).log is None
+
+
 def test_a_killed_attempt_is_told_apart_and_buried_by_the_next(tmp_path: Path) -> None:
     folder, log = tmp_path / "attempts", tmp_path / "cell.log"
     log.write_text("epoch 1\n")
@@ -220,6 +227,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path) -> None:
     assert attempts.numbers(tmp_path / "attempts") == [1]
 
 
+@pytest.mark.parametrize("linked", [False, True], ids=["", "on another disk"])
 @pytest.mark.parametrize(
     ("planned", "removed", "given_back"),
     [
@@ -231,9 +239,15 @@ def test_a_finished_cell_is_not_run_again(tmp_path: Path) -> None:
     ],
 )
 def test_what_snakemake_deletes_in_error_is_given_back(
-    tmp_path: Path, planned: float | None, removed: str, given_back: bool
+    tmp_path: Path, planned: float | None, removed: str, given_back: bool, linked: bool
 ) -> None:
     """As of a job that ran on when its Snakemake was killed, and ended after a second had begun."""
+    if linked:
+        disk = tmp_path / "disk/deep/cell"
+        disk.mkdir(parents=True)
+        tmp_path = tmp_path / "results"
+        tmp_path.mkdir()
+        (tmp_path / "cell").symlink_to(disk)
     finish(tmp_path)
     (tmp_path / "cell" / "metrics.json").unlink()
     (tmp_path / "cell" / removed).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -282,6 +283,17 @@ def test_a_corpus_that_does_not_fit_is_said(path: Path, tmp_path: Path) -> None:
     alone.write_bytes(path.read_bytes())
     with pytest.raises(PtbenchError, match="no prepared corpus small near it"):
         inference.open_corpus_of(inference.read_checkpoint(alone))
+
+
+def test_the_corpus_is_found_though_the_models_were_moved_to_another_disk(
+    results: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results, tmp_path / "results")
+    checkpoints = tmp_path / "results/checkpoints"
+    checkpoints.rename(tmp_path / "disk")
+    checkpoints.symlink_to(tmp_path / "disk")
+    moved = inference.read_checkpoint(checkpoints / "mine/best.safetensors")
+    assert inference.open_corpus_of(moved).vocabulary_size == VOCABULARY
 
 
 def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -105,6 +105,14 @@ def write_new(path: Path, text: str) -> bool:
         own.unlink(missing_ok=True)
 
 
+def folders_above(path: Path) -> list[Path]:
+    """Return the folders that a path is in, nearest first: as it is written, then without links.
+
+    A folder of results may have been moved to another disk, with a link in its place.
+    """
+    return list(dict.fromkeys([*path.absolute().parents, *path.resolve().parents]))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes left beside a file while they were writing it."""
     for leftover in path.parent.glob(f".{path.name}.*"):

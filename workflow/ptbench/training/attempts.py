@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from ptbench.errors import InterruptionError, PtbenchError
-from ptbench.files import overwrite, write_atomically, write_new
+from ptbench.files import folders_above, overwrite, write_atomically, write_new
 from ptbench.model.recipe import Model
 from ptbench.training import holders
 from ptbench.training.failures import reason_of, reason_of_death, tail_of
@@ -294,7 +294,7 @@ class Attempt:
         if self.waited:
             return True
         ended = record_path(self.folder, record.attempt).stat().st_mtime
-        studies = (folder / "study.json" for folder in output.resolve().parents)
+        studies = (folder / "study.json" for folder in folders_above(output))
         planned = next((study for study in studies if study.exists()), None)
         if planned is None:
             return False
@@ -397,7 +397,8 @@ class Attempt:
                 if newest(self.folder) > self.record.attempt:
                     return  # taken over, and closed by the process that did
                 if self.log and self._written:
-                    shutil.copyfile(self._written, self.log)
+                    with contextlib.suppress(OSError):  # the record matters more
+                        shutil.copyfile(self._written, self.log)
                 try:
                     write_atomically(self.path, text_of(self.record))
                 except OSError as error:

@@ -20,6 +20,7 @@ from ptbench.configuration.specification import Cell, Specification, parse_cell_
 from ptbench.corpus.definitions import Split
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import PtbenchError
+from ptbench.files import folders_above
 from ptbench.model.parameters import Parameters, check_parameters, parameter_shapes
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.training.cell import feed_split, read_specification
@@ -102,7 +103,7 @@ def open_corpus_of(checkpoint: Checkpoint, folder: Path | None = None) -> Corpus
     """
     if folder is None:
         name = checkpoint.recipe.corpus_folder
-        results = [parent / "corpora" / name for parent in checkpoint.path.resolve().parents]
+        results = [parent / "corpora" / name for parent in folders_above(checkpoint.path)]
         folder = next((path for path in results if (path / "corpus.json").exists()), None)
         if folder is None:
             raise PtbenchError(

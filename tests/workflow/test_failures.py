@@ -14,6 +14,9 @@ import pytest
 from tests.support.sentences import assert_no_frames
 from tests.workflow.conftest import Project
 
+from ptbench.training.attempts import newest
+from ptbench.training.records import read_metrics
+
 CONFIG = ("--config", "frameworks=pytorch", "devices=1", "seeds=[1,2]", "subset=200")
 VARIANT = "demo-lstm+subset=200"
 CELL = f"{VARIANT}/pytorch/devices-1/seed-2"
@@ -152,6 +155,18 @@ def test_the_command_for_a_result_that_cannot_be_read_restores_it_from_its_recor
     assert "had finished already" in log.read_text()
     assert OTHER not in log.read_text()
     assert (project.folder / TARGET).read_bytes() == before
+
+
+def test_a_result_that_cannot_be_read_and_is_asked_for_again_is_trained_again(
+    failed: tuple[Project, str],
+) -> None:
+    project, _ = failed
+    attempts = project.folder / "results" / "attempts" / CELL
+    before = newest(attempts)
+    (project.folder / TARGET).write_text("{")
+    project.snakemake("--cores", "1", *CONFIG, "--force", "--", TARGET)
+    assert newest(attempts) == before + 1
+    assert read_metrics(project.folder / TARGET).attempts == 1
 
 
 def test_a_corpus_that_fails_is_told_again_at_the_end(project: Project) -> None:

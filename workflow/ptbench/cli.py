@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
 from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
-from ptbench.files import sha256, write_atomically
+from ptbench.files import folders_above, sha256, write_atomically
 from ptbench.log import Log
 from ptbench.measurement.competitors import MODELS, OWN
 from ptbench.model.recipe import Keep
@@ -290,7 +290,7 @@ def parsed_cell(
 
 def cells_done(cell_folder: Path) -> str:
     """Say how far the study is, where the workflow has written down its plan."""
-    for results in cell_folder.resolve().parents:
+    for results in folders_above(cell_folder):
         with contextlib.suppress(OSError, ValueError, KeyError):
             planned = json.loads((results / "study.json").read_text())["cells"]
             cells = results / "cells"

@@ -150,11 +150,13 @@ replaced = []  # cells whose result is there and does not count
 # keep a file that is there, though it cannot be read or is of another specification.
 def is_trained(path):
     output = f"results/cells/{path}/metrics.json"
+    if is_forced("train", output):
+        return False
     result = study.result(path)
     if result == "other" and path not in replaced:
         replaced.append(path)
         workflow.dag.forcefiles.add(output)
-    return result == "counts" and not is_forced("train", output)
+    return result == "counts"
 
 
 # What a cell is trained with: its corpus, and its framework's environment, which only has to be there.

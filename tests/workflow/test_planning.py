@@ -210,6 +210,10 @@ def test_profiles_are_made_where_they_are_asked_for(finished: Project) -> None:
     assert sum(each.median for each in phases) > 0
     assert profile.operators
     assert [each.batch for each in profile.prediction] == [1, 10, 100]
+    assert finished.planned(*RUN, profiles[0]) == []
+    finished.replace("workflow/experiments/tiny.yaml", "    layers: 2", "    layers: 3")
+    assert profiles[0] in finished.planned(*RUN, profiles[0])
+    finished.replace("workflow/experiments/tiny.yaml", "    layers: 3", "    layers: 2")
 
 
 def test_a_result_of_another_specification_is_made_again(finished: Project) -> None:

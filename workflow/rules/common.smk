@@ -130,7 +130,8 @@ def runtime_of(wildcards, input):
     return study.runtime_minutes(path, input.corpus, times(output, "time"))
 
 
-# Of a variant that a search has yet to find, Snakemake asks again when its file is there.
+# Of a variant that a search has yet to find, Snakemake asks again when its file is there. A parameter
+# that is made from inputs is not recorded: whether a result counts is decided by `study.result` alone.
 @noted
 def specification_of(wildcards, input):
     return study.text(wildcards.variant, wildcards.framework)
@@ -152,7 +153,7 @@ def is_trained(path):
     output = f"results/cells/{path}/metrics.json"
     if is_forced("train", output):
         return False
-    result = study.result(path)
+    result = study.result(path, output)
     if result == "other" and path not in replaced:
         replaced.append(path)
         workflow.dag.forcefiles.add(output)
@@ -192,15 +193,25 @@ def inputs_of(wildcards):
     return inputs
 
 
-# A profile is of a variant in a framework, whatever the seed.
+# A profile is of a variant in a framework, whatever the seed. As of cells, Snakemake would keep one of
+# another specification.
 @noted
 def profiled_cell(wildcards):
     return CELL.format(**wildcards, seed=1)
 
 
+def profile_of(wildcards):
+    row = profiled_cell(wildcards).rpartition("/")[0]
+    return f"results/profiles/{row}/profile.json"
+
+
 @noted
 def profiled_corpus(wildcards):
-    corpus = or_exit(study.corpus_of_cell, profiled_cell(wildcards))
+    path = profiled_cell(wildcards)
+    corpus = or_exit(study.corpus_of_cell, path)
+    output = profile_of(wildcards)
+    if not workflow.remote_exec and study.result(path, output) == "other":
+        workflow.dag.forcefiles.add(output)
     return f"results/corpora/{corpus}/corpus.json"
 
 
@@ -227,14 +238,14 @@ def cores_of_profile(wildcards):
 
 # What its job asks for: the memory that a cell does, and 30 minutes.
 @noted
-def memory_of_profile(wildcards, input, output):
-    path = profiled_cell(wildcards)
-    return study.memory_megabytes(path, input.corpus, times(str(output), "memory"))
+def memory_of_profile(wildcards, input):
+    again = times(profile_of(wildcards), "memory")
+    return study.memory_megabytes(profiled_cell(wildcards), input.corpus, again)
 
 
 @noted
-def runtime_of_profile(wildcards, output):
-    asked = 30 * times(str(output), "time")
+def runtime_of_profile(wildcards):
+    asked = 30 * times(profile_of(wildcards), "time")
     return min(asked, study.config.max_runtime or asked)
 
 

@@ -1,5 +1,5 @@
-# One run. Its specification is a parameter, so a change of meaning re-runs exactly the cells
-# concerned. Checkpoints are no output, because Snakemake deletes outputs before every run.
+# One run. A change of its specification re-runs exactly the cells concerned: see `is_trained`.
+# Checkpoints are no output, because Snakemake deletes outputs before every run.
 rule train:
     input:
         unpack(inputs_of),

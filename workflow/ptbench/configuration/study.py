@@ -383,10 +383,10 @@ class Study:
         check_framework(specification, cell.framework, f"{where}: framework")
         return specification.recipe.corpus_folder
 
-    def result(self, path: str) -> Literal["counts", "other", "none"]:
-        """Return what a cell has: a result of its specification, another file, or none."""
+    def result(self, path: str, file: str) -> Literal["counts", "other", "none"]:
+        """Return what a cell has in a file: a result of its specification, another, or none."""
         try:
-            found = json.loads(Path(f"results/cells/{path}/metrics.json").read_bytes())
+            found = json.loads(Path(file).read_bytes())
             own = found["fingerprint"] == self._text_and_fingerprint(*path.split("/")[:2])[1]
         except FileNotFoundError:
             return "none"

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-
 # Signals are of a process, and other tests have handlers in this one: each is tried in its own.
 HOLDER = """
 import os, signal, threading

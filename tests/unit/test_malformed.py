@@ -33,6 +33,7 @@ from ptbench.cli import main
 from ptbench.configuration.specification import Specification
 from ptbench.configuration.study import load_study
 from ptbench.model.recipe import Recipe
+from ptbench.training import signals
 
 Files = dict[str, bytes]
 
@@ -47,11 +48,15 @@ def files(folder: Path) -> Files:
 
 
 @pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+def refused(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
     """Run a command that must fail with a message, no traceback, and all files as they were.
 
     What may be new is its log and the record of a failed attempt.
     """
+    # The signals of this process, and of those it starts, stay what they are for other tests.
+    monkeypatch.setattr(signals, "ProcessSignals", signals.Signals)
 
     def kept(before_or_after: Files) -> Files:
         return {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -53,15 +55,21 @@ sys.exit(signals.received.name)
 NOT_READY = 'print("starting", flush=True); sys.stdin.readline()'
 
 
-def started(trainer: str) -> subprocess.Popen[str]:
-    """A stand-in for Snakemake that has started a trainer."""
+@contextlib.contextmanager
+def started(trainer: str) -> Iterator[subprocess.Popen[str]]:
+    """A stand-in for Snakemake that has started a trainer; killed with it at the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", SNAKEMAKE, trainer], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "passing on\n"
-    return process
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "passing on\n"
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.parametrize("sent", ["SIGUSR1", "SIGTERM"])

@@ -98,10 +98,11 @@ def pass_on_signals() -> None:
 
 
 def _pass_on(received: int) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    passed_on = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     while True:
         [number] = os.read(received, 1)
-        if number in (signal.SIGTERM, signal.SIGUSR1):
+        if number in passed_on:
             for child in psutil.Process().children():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.send_signal(number)

@@ -47,10 +47,10 @@ import sys, time
 {first}
 from ptbench.training.signals import ProcessSignals
 signals = ProcessSignals()
-signals.losable = {losable}
+signals.losable = {ready}
 signals.say = lambda _: None
 print("training", flush=True)
-while not signals.interrupted():
+while not ({ready} and signals.interrupted()):
     time.sleep(0.01)
 sys.exit(signals.received.name)
 """
@@ -76,7 +76,7 @@ def started(trainer: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("sent", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_to_snakemake_in_a_job_reaches_its_trainer(sent: str) -> None:
-    with started(TRAINER.format(first="", losable=True)) as snakemake:
+    with started(TRAINER.format(first="", ready=True)) as snakemake:
         assert snakemake.stdout.readline() == "training\n"
         snakemake.send_signal(signal.Signals[sent])
         _, said = snakemake.communicate(timeout=60)
@@ -85,7 +85,7 @@ def test_a_signal_to_snakemake_in_a_job_reaches_its_trainer(sent: str) -> None:
 
 @pytest.mark.parametrize("all_of_the_step", [True, False])
 def test_a_warning_before_the_trainer_is_ready_is_not_lost(all_of_the_step: bool) -> None:
-    with started(TRAINER.format(first=NOT_READY, losable=False)) as snakemake:
+    with started(TRAINER.format(first=NOT_READY, ready=False)) as snakemake:
         assert snakemake.stdout.readline() == "starting\n"
         if all_of_the_step:
             os.killpg(snakemake.pid, signal.SIGUSR1)

@@ -149,12 +149,17 @@ def test_speeds_of_runs_that_shared_their_machine_are_shown_with_a_warning(
     assert words.speed_title(found).endswith("(not a fair comparison)")
 
 
-@pytest.mark.parametrize(("job", "fair"), [("7", True), (None, False)])
+@pytest.mark.parametrize(
+    ("job", "accelerator", "fair"),
+    [("7", "cuda", True), (None, "cuda", False), ("7", "cpu", False)],
+)
 def test_gpus_that_slurm_gave_to_one_job_are_shared_with_nobody(
-    tmp_path: Path, job: str | None, fair: bool
+    tmp_path: Path, job: str | None, accelerator: str, fair: bool
 ) -> None:
+    """The node's GPUs are recorded with runs on its CPUs, too, which do share those."""
     facts = {"cells_at_once": 4, "gpus": [{"name": "H100"}], "slurm_job": job}
-    found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO), planted, **facts))
+    experiment = plan("x", ("a",), TWO, accelerators=dict.fromkeys(TWO, accelerator))
+    found = speeds_of(of_speeds(tmp_path, experiment, planted, **facts))
     assert found.fair is fair
 
 

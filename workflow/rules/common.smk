@@ -44,7 +44,8 @@ USES_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_m
 # Rules say `python`: the one that runs Snakemake, unless conda brings another. Training runs in its
 # framework's environment. The user's own settings of Python are overridden: compiled bytecode is kept,
 # because frameworks then start in half the time; MXNet cannot be imported without docstrings (-OO);
-# development mode and the tracing of memory are slow; warnings are no errors; and the packages in the user's home folder are nobody's lock.
+# development mode and the tracing of memory are slow; warnings are no errors; and the packages in the
+# user's home folder are nobody's lock.
 PYTHON_SETTINGS = (
     "PYTHONPATH=workflow PYTHONDONTWRITEBYTECODE= PYTHONOPTIMIZE= PYTHONWARNINGS= PYTHONDEVMODE="
     " PYTHONMALLOC= PYTHONTRACEMALLOC= PYTHONNOUSERSITE=1"

@@ -81,15 +81,6 @@ class Provenance(BaseModel):
     started: str | None = Field(None, description="When the attempt that finished it began (UTC).")
     finished: str | None = Field(None, description="When it ended (UTC).")
 
-    @property
-    def shared_by(self) -> int | None:
-        """Return the most cells that shared what it trained on; None if that is unknown.
-
-        Slurm gives a GPU to one job alone. Runs on the node's other GPUs take nothing from it as
-        long as there are cores for all, which `Hardware.busy` tells.
-        """
-        return 1 if self.gpus and self.slurm_job else self.cells_at_once
-
 
 @dataclass(frozen=True)
 class CellResult:
@@ -194,8 +185,14 @@ class Row:
 
     @property
     def cells_at_once(self) -> int | None:
-        """Return the most cells that shared what its runs trained on; None if that is unknown."""
-        counts = [cell.provenance.shared_by for cell in self.cells if cell.result]
+        """Return the most cells that shared what its runs trained on; None if that is unknown.
+
+        Slurm gives a GPU to one job alone. Runs on the node's other GPUs take nothing from it as
+        long as there are cores for all, which `Hardware.busy` tells.
+        """
+        runs = [cell.provenance for cell in self.cells if cell.result]
+        on_gpus = self.accelerator == "cuda"
+        counts = [1 if on_gpus and run.slurm_job else run.cells_at_once for run in runs]
         most = max((count for count in counts if count), default=None)
         return None if most == 1 and None in counts else most
 

@@ -137,6 +137,13 @@ def is_alone(row: Placed) -> bool:
     return row.cells_at_once == 1 and not row.busy
 
 
+def most_at_once(counts: Iterable[int | None]) -> int | None:
+    """Return the most cells at once; None if a run does not know, so may have had others beside."""
+    found = list(counts)
+    most = max(filter(None, found), default=None)
+    return None if most == 1 and None in found else most
+
+
 def comparable(metric: str, rows: Iterable[Placed]) -> bool:
     """Return whether rows' numbers of a metric may be set against each other.
 
@@ -192,9 +199,7 @@ class Row:
         """
         runs = [cell.provenance for cell in self.cells if cell.result]
         on_gpus = self.accelerator == "cuda"
-        counts = [1 if on_gpus and run.slurm_job else run.cells_at_once for run in runs]
-        most = max((count for count in counts if count), default=None)
-        return None if most == 1 and None in counts else most
+        return most_at_once(1 if on_gpus and run.slurm_job else run.cells_at_once for run in runs)
 
     @property
     def busy(self) -> int:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ptbench.analysis.collect import comparable
+from ptbench.analysis.collect import comparable, most_at_once
 from ptbench.analysis.experiment import Analysis, PairResult, RowResult
 from ptbench.analysis.statistics import SIGNIFICANCE, joint_equivalence_p, t_interval
 from ptbench.backends import FRAMEWORKS
@@ -88,11 +88,9 @@ def compare_speeds(groups: Groups) -> Comparison | None:
     if found is None:
         return None
     rows = [row for own in groups.values() for row in own.values()]
-    counts = [row.cells_at_once for row in rows]
-    most = max(filter(None, counts), default=None)
     return found._replace(
         fair=fair is not None,
-        cells_at_once=None if most == 1 and None in counts else most,
+        cells_at_once=most_at_once(row.cells_at_once for row in rows),
         busy=sum(row.busy for row in rows),
     )
 

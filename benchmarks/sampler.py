@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from ptbench.backends.isolation import isolate
+from ptbench.isolation import isolate
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def train(task: dict[str, Any]) -> None:
 
 def main(tasks: list[dict[str, Any]]) -> None:
     """Train the cells, all of one framework on as many devices."""
-    from ptbench.backends.isolation import isolate
+    from ptbench.isolation import isolate
 
     isolate(tasks[0]["framework"], tasks[0]["devices"], tasks[0]["devices"])
     for task in tasks:

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from ptbench.backends import FRAMEWORKS
-from ptbench.backends.isolation import EVERYWHERE, KERAS_DEFAULTS, LEAVE, RULES, THREADS
 from ptbench.cli import COMMANDS
+from ptbench.isolation import EVERYWHERE, KERAS_DEFAULTS, LEAVE, RULES, THREADS
 
 ISOLATE = """
 import json, os, sys
-from ptbench.backends import isolation
+from ptbench import isolation
 isolation.isolate(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 print(json.dumps([dict(os.environ), isolation.ignored(), isolation.ignored_sentence()]))
 """
@@ -202,7 +202,7 @@ def test_validate_runs_without_docstrings(tmp_path: Path) -> None:
 DRAW = """
 import sys
 from pathlib import Path
-from ptbench.backends.isolation import FIGURES, isolate
+from ptbench.isolation import FIGURES, isolate
 
 isolate(FIGURES, threads=1)
 sys.path.insert(0, ".")

@@ -12,8 +12,10 @@ import json
 import math
 import os
 import subprocess
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,34 +75,44 @@ class Failure:
     wrong: str
 
 
-def train_all(cells: Iterable[Cell], study: Study, results: Path) -> list[Failure]:
+def train_all(cells: Sequence[Cell], study: Study, results: Path) -> list[Failure]:
     """Train stand-ins of the cells, and return those that failed."""
     corpus = results / "corpora" / "synthetic"
     prepare("synthetic", study.corpora["synthetic"], None, results / "downloads", corpus)
+    for framework in {cell.framework for cell in cells}:
+        folder = ROOT / "results" / "environments" / f"{framework}-cpu"
+        environments.build(framework, "cpu", folder)
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         specification = stand_in(study.specification(cell.variant)).text()
         files = {"results": str(results), "corpus": str(corpus)}
         task = cell.model_dump() | files | {"specification": specification}
         groups[cell.framework, cell.devices].append(task)
+    parts = [
+        tasks[i : i + AT_ONCE] for tasks in groups.values() for i in range(0, len(tasks), AT_ONCE)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a process of its own
+        return list(itertools.chain(*pool.map(train_part, parts)))
+
+
+def train_part(tasks: list[dict[str, Any]]) -> list[Failure]:
+    """Train cells of one framework, in a new process after each that fails; return the failures."""
     failures = []
-    for tasks in groups.values():
-        left = tasks
-        while left:
-            done, wrong = train_in_one_process(left[:AT_ONCE], results)
-            if wrong:
-                cell = Cell.model_validate({key: left[done][key] for key in Cell.model_fields})
-                failures.append(Failure(cell.path, wrong))
-            left = left[done + bool(wrong) :]
+    while tasks:
+        done, wrong = train_in_one_process(tasks)
+        if wrong:
+            cell = Cell.model_validate({key: tasks[done][key] for key in Cell.model_fields})
+            failures.append(Failure(cell.path, wrong))
+        tasks = tasks[done + bool(wrong) :]
     return failures
 
 
-def train_in_one_process(tasks: list[dict[str, Any]], results: Path) -> tuple[int, str | None]:
+def train_in_one_process(tasks: list[dict[str, Any]]) -> tuple[int, str | None]:
     """Return how many of the first cells were trained, and what was wrong with the one after."""
-    framework = tasks[0]["framework"]
+    framework, results = tasks[0]["framework"], Path(tasks[0]["results"])
     folder = ROOT / "results" / "environments" / f"{framework}-cpu"
-    environments.build(framework, "cpu", folder)
-    file, errors = results / "tasks.json", results / "stderr"
+    file = Path(tempfile.mkstemp(".json", dir=results)[1])
+    errors = file.with_suffix(".stderr")
     file.write_text(json.dumps(tasks))
     # JAX keeps what it compiles: many variants differ by a rate alone.
     settings = {

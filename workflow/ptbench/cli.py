@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
-from ptbench.backends.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.errors import PtbenchError, in_words
 from ptbench.files import folders_above, sha256, write_atomically
+from ptbench.isolation import FIGURES, ignored_sentence, isolate
 from ptbench.log import Log
 from ptbench.measurement.competitors import MODELS, OWN
 from ptbench.model.recipe import Keep

@@ -1,8 +1,8 @@
 """The frameworks that are compared, one row each. Nothing here imports one of them.
 
 `base.py` defines what a backend must do, `oracle.py` does it in float64 for the tests, and each
-framework's folder does it with that framework. `isolation.py` keeps the user's shell out of the
-results. `features.yaml` lists what each framework has built in.
+framework's folder does it with that framework. `features.yaml` lists what each framework has built
+in.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ptbench.backends.isolation import isolate
 from ptbench.errors import PtbenchError
+from ptbench.isolation import isolate
 
 if TYPE_CHECKING:
     from ptbench.backends.base import Backend, Setup

@@ -24,9 +24,9 @@ import numpy as np
 from pydantic import Field
 
 from ptbench.backends import FRAMEWORKS
-from ptbench.backends.isolation import isolate
 from ptbench.environments import PYTHON
 from ptbench.files import write_atomically
+from ptbench.isolation import isolate
 from ptbench.model.recipe import Model
 
 FILE = Path(__file__).parents[1] / "backends" / "mistakes.yaml"

@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-from ptbench.backends.isolation import isolate
+from ptbench.isolation import isolate
 
 WARM_UP_STEPS = 3
 

@@ -17,7 +17,6 @@ import psutil
 
 from ptbench.backends import create
 from ptbench.backends.base import Backend, Setup
-from ptbench.backends.isolation import ignored_sentence
 from ptbench.configuration.specification import PROTOCOL, Cell, Specification, code_digest
 from ptbench.corpus.batching import (
     Feed,
@@ -34,6 +33,7 @@ from ptbench.corpus.sources import Source
 from ptbench.corpus.store import Corpus, open_corpus
 from ptbench.errors import InterruptionError, PtbenchError
 from ptbench.files import remove_leftovers, write_atomically
+from ptbench.isolation import ignored_sentence
 from ptbench.model.parameters import parameter_count
 from ptbench.model.recipe import BUDGETS, Keep, Recipe
 from ptbench.training.attempts import Attempt, now

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 import ptbench
-from ptbench.backends.isolation import ignored
+from ptbench.isolation import ignored
 
 PROJECT = Path(__file__).resolve().parents[3]
 

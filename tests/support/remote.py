@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.support import probes, wire
 from tests.support.problems import VOCABULARY, new_oracle
@@ -31,7 +32,7 @@ from ptbench.model.recipe import Accelerator, Recipe
 
 ROOT = Path(__file__).parents[2]
 THREADS = 2
-MOST_BACKENDS = 200  # in one process: what a framework has compiled stays in its memory
+MOST_MEMORY = 3 * 2**30  # of the session's workers: what a framework has compiled stays [bytes]
 SECONDS_TO_END = 30  # for a worker that was asked to end; frameworks take a few to clean up
 
 
@@ -44,7 +45,6 @@ class Worker:
 
     def __init__(self, python: str | Path, log: Path) -> None:
         self.log = log
-        self.backends = 0  # made in it
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [python, "-m", "tests.support.worker"],
@@ -84,6 +84,12 @@ class Worker:
         error.add_note(f"In the worker:\n{answer['traceback']}")
         raise error
 
+    def memory(self) -> int:
+        """Return the resident memory of the process [bytes]; 0 if it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).memory_info().rss
+        return 0
+
     def close(self) -> None:
         """Ask the process to end, and make sure that it does."""
         assert self.process.stdin is not None
@@ -116,7 +122,6 @@ class RemoteBackend(Backend):
     ) -> None:
         # without the base's __init__, whose attributes are the worker's
         self.worker = worker
-        worker.backends += 1
         arguments = recipe.model_dump_json(), VOCABULARY, devices, seed, accelerator, THREADS
         self.handle = worker.ask("create", framework, *arguments)
 
@@ -267,12 +272,13 @@ class Backends:
         return backend
 
     def renew(self) -> None:
-        """End the workers that have made many backends; no test may be using one."""
-        for key, worker in list(self.workers.items()):
-            if worker.backends >= MOST_BACKENDS:
-                worker.close()
-                del self.workers[key]
-                self.made = {k: v for k, v in self.made.items() if (k[0], k[2]) != key}
+        """End the largest workers while all need too much memory; no test may be using one."""
+        memory = {key: worker.memory() for key, worker in self.workers.items()}
+        while sum(memory.values()) > MOST_MEMORY:
+            largest = max(memory, key=lambda key: memory[key])
+            del memory[largest]
+            self.workers.pop(largest).close()
+            self.made = {k: v for k, v in self.made.items() if (k[0], k[2]) != largest}
 
     def close(self) -> None:
         for worker in self.workers.values():

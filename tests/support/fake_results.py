@@ -126,6 +126,7 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
                 "git_dirty": False,
                 "framework_version": "1.2.3",
                 "cpu": "Example CPU",
+                "cells_at_once": 1,
                 "gpus": [],
                 "started": "2030-01-01T12:00:00+00:00",
                 "finished": "2030-01-01T12:21:30+00:00",
@@ -136,11 +137,11 @@ def write_cell(results: Path, result: Metrics, epochs: Sequence[Epoch] | None = 
     write_atomically(folder / "metrics.json", result.model_dump_json(indent=1))
 
 
-def write_alone(results: Path) -> None:
-    """Say of every run that it had its machine to itself."""
+def write_unknown(results: Path) -> None:
+    """Say of no run whether it had its machine to itself."""
     for path in results.glob("cells/**/provenance.json"):
         content = json.loads(path.read_text())
-        write_atomically(path, json.dumps(content | {"cells_at_once": 1}))
+        write_atomically(path, json.dumps(content | {"cells_at_once": None}))
 
 
 def write_diverged(results: Path, cell: Cell, epochs: int = 0, **changes: Any) -> None:

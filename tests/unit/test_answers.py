@@ -12,9 +12,9 @@ from tests.support.fake_results import (
     metrics,
     plan,
     score_of,
-    write_alone,
     write_cell,
     write_diverged,
+    write_unknown,
 )
 
 from ptbench.analysis.answers import Answers
@@ -104,8 +104,8 @@ def answers_of(results: Path, made_of_it: str = "", alone: bool = True) -> Answe
             run(cell, 0.004 * (cell.seed - 3))
         else:
             write_diverged(results, cell, epochs=2)
-    if alone:
-        write_alone(results)
+    if not alone:
+        write_unknown(results)
     analyse_experiment(experiment, results, folder.parent, results / "experiments" / "widths")
     output = results / "papers" / "example2018"
     return answer_paper(folder, [results / "experiments" / "widths"], output)

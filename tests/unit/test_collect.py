@@ -65,7 +65,7 @@ def test_every_number_that_a_run_records_is_a_metric() -> None:
     given = {"vocabulary_size"}  # by the corpus
     recorded = Metrics.model_fields.keys() - {"train", "valid", "test", "seconds", "hardware"}
     sampled = Hardware.model_fields.keys() - {"seconds", "cores", "threads", "sampling_seconds"}
-    sampled -= {"gpu_memory_bytes"}  # beside the framework's own count
+    sampled -= {"gpu_memory_bytes", "cells_at_once"}  # beside the framework's own; a condition
     assert set(METRICS) >= clocks | scores | sampled | (recorded - not_measured - given)
 
 
@@ -177,7 +177,7 @@ def test_a_partial_report_counts_cells_of_the_present_recipe_alone(tmp_path: Pat
     assert [cell.state for cell in a.cells] == ["missing", "ok", "missing"]
     assert list(a.values("test_perplexity").values()) == pytest.approx([4.7])
     assert a.problem == (
-        f"invalid: seed 1 has no result ({OUTDATED}), seed 3 has no result ({OUTDATED})"
+        f"incomplete: seed 1 has no result ({OUTDATED}), seed 3 has no result ({OUTDATED})"
     )
     assert b.problem == f"no seed has a result ({OUTDATED})"
     analysis = analyse(experiment, [a, b], CorpusFacts(), [])
@@ -333,3 +333,26 @@ def test_changes_that_were_not_committed_are_marked(tmp_path: Path) -> None:
     (row,) = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []).rows
     assert row.commits == ("a" * 12 + "+changes",)
     assert row.machines == ("X + Y",)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "sampled", "known"),
+    [(1, None, 1), (2, None, None), (2, 3, 3)],
+)
+def test_a_run_that_went_on_knows_what_was_beside_it_only_if_it_looked_all_the_time(
+    tmp_path: Path, attempts: int, sampled: int | None, known: int | None
+) -> None:
+    """The provenance of older runs has the count of the last attempt alone."""
+    experiment = plan(
+        frameworks=("jax",), seeds=(1,), accelerators={"jax": "cuda"}, rents={"jax": 3.6}
+    )
+    [cell] = experiment.cells
+    hardware = Hardware(
+        seconds=9, cores=2, threads=2, own_cores=1, other_cores=0, memory_bytes=1,
+        sampling_seconds=0, cells_at_once=sampled, gpu_utilization=0.9, gpu_joules=5.0,
+    )  # fmt: skip
+    write_cell(tmp_path, metrics(cell, 4.7, attempts=attempts, hardware=hardware))
+    [row] = collect_rows(experiment, tmp_path)
+    assert row.cells_at_once == known
+    of_the_gpu = [row.values(name) for name in ("gpu_joules", "gpu_utilization", "rent")]
+    assert all(of_the_gpu) == any(of_the_gpu) == (known == 1)  # nothing of a GPU that was shared

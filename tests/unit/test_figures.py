@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from tests.support.fake_results import (
     plan,
-    write_alone,
     write_corpus,
     write_diverged,
     write_results,
@@ -263,7 +262,6 @@ def studied(
     experiment = experiment.model_copy(update={"variants": known})
     write_results(results, experiment, speed={"jax": 20_000.0})
     write_diverged(results, experiment.cells[0], epochs=2)
-    write_alone(results)
     rows = collect_rows(experiment, results)
     value = PublishedValue(
         experiment="demo", variant=whole(next(iter(settings))), framework=None, devices=1,

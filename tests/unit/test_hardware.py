@@ -51,11 +51,27 @@ def test_a_block_shorter_than_the_interval_is_sampled() -> None:
 def test_an_attempt_adds_what_the_ones_before_it_found() -> None:
     sampler = Sampler(threads=1)
     sampler.totals |= {"seconds": 2.0, "own_seconds": 2.0, "gpu_memory_bytes": 5.0}
-    sampler.add({"seconds": 6.0, "own_seconds": 18.0, "gpu_memory_bytes": 3.0})
+    sampler.totals["cells_at_once"] = 1.0
+    before = {"seconds": 6.0, "own_seconds": 18.0, "gpu_memory_bytes": 3.0, "cells_at_once": 4.0}
+    sampler.add(before)
     found = sampler.hardware()
     assert found is not None
     assert (found.seconds, found.own_cores) == (8, 2.5)
     assert sampler.totals["gpu_memory_bytes"] == 5
+    assert found.cells_at_once == 4
+
+
+def test_what_was_beside_a_run_is_unknown_if_one_of_its_attempts_did_not_look() -> None:
+    sampler = Sampler(threads=1)
+    with sampler:
+        pass
+    alone = sampler.hardware()
+    sampler.add({"seconds": 6.0})  # from a checkpoint of an older version
+    found = sampler.hardware()
+    assert alone is not None
+    assert alone.cells_at_once is not None
+    assert found is not None
+    assert found.cells_at_once is None
 
 
 @pytest.mark.parametrize(

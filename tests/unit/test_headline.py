@@ -64,17 +64,17 @@ def test_speeds_on_different_kinds_of_device_are_not_compared(tmp_path: Path) ->
     assert set(found.ratios) == {"pytorch", "jax"}
 
 
-def test_the_factor_is_a_geometric_mean_over_devices_and_then_over_recipes(
+def test_the_factor_is_a_geometric_mean_over_recipes_on_the_fewest_devices(
     tmp_path: Path,
 ) -> None:
     found = speeds_of(of_speeds(tmp_path, plan("x", ("a", "b"), TWO, (1, 2)), planted))
     ratio = found.ratios["jax"]
-    assert (found.reference, found.fair, ratio.n, ratio.over) == ("pytorch", True, 2, "recipes")
-    assert ratio.value == pytest.approx(2.0)  # of 4, which is that of 2 and 8, and 1
-    logs = [math.log(4), 0.0]
+    assert (found.reference, ratio.n, ratio.over) == ("pytorch", 2, "recipes")
+    assert ratio.value == pytest.approx(math.sqrt(2))  # of 2 and 1; on two devices it is another
+    logs = [math.log(2), 0.0]
     half = stats.t.ppf(0.975, 1) * math.dist(logs[:1], logs[1:]) / math.sqrt(2) / math.sqrt(2)
-    assert ratio.low == pytest.approx(math.exp(math.log(2) - half))
-    assert ratio.high == pytest.approx(math.exp(math.log(2) + half))
+    assert ratio.low == pytest.approx(math.exp(math.log(2) / 2 - half))
+    assert ratio.high == pytest.approx(math.exp(math.log(2) / 2 + half))
     back = found.pairs["pytorch", "jax"]
     assert (back.value, back.low) == pytest.approx((1 / ratio.value, 1 / ratio.high))
 
@@ -136,17 +136,17 @@ def test_of_one_variant_the_interval_is_over_its_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"cells_at_once": 3}, "up to 3 runs shared a machine"),
-        ({"cells_at_once": None}, "it was not recorded whether runs shared their machine"),
+        ({"cells_at_once": 3}, "Up to 3 runs shared a machine, so"),
+        ({"cells_at_once": None}, "It was not recorded whether runs shared their machine, so"),
     ],
 )
-def test_speeds_of_runs_that_shared_their_machine_are_shown_with_a_warning(
+def test_speeds_of_runs_that_shared_their_machine_give_no_factor(
     tmp_path: Path, facts: Mapping[str, object], said: str
 ) -> None:
-    found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO), planted, **facts))
-    assert not found.fair
-    assert words.speed_warning(found).startswith(said)
-    assert words.speed_title(found).endswith("(not a fair comparison)")
+    found = of_speeds(tmp_path, plan("x", ("a",), TWO), planted, **facts)
+    assert compare_speeds(groups_of([found])) is None
+    assert words.speed_sentence(None, found.rows).startswith(said)
+    assert words.speed_title(None, found.rows).startswith("No two frameworks have speeds")
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_gpus_that_slurm_gave_to_one_job_are_shared_with_nobody(
     """The node's GPUs are recorded with runs on its CPUs, too, which do share those."""
     facts = {"cells_at_once": 4, "gpus": [{"name": "H100"}], "slurm_job": job}
     experiment = plan("x", ("a",), TWO, accelerators=dict.fromkeys(TWO, accelerator))
-    found = speeds_of(of_speeds(tmp_path, experiment, planted, **facts))
-    assert found.fair is fair
+    found = compare_speeds(groups_of([of_speeds(tmp_path, experiment, planted, **facts)]))
+    assert (found is not None) is fair
 
 
-def test_speeds_beside_other_processes_are_shown_with_a_warning(tmp_path: Path) -> None:
+def test_speeds_beside_other_processes_give_no_factor(tmp_path: Path) -> None:
     experiment = plan("x", ("a",), TWO)
     of_speeds(tmp_path, experiment, planted)
     disturbed = experiment.cells[0]
@@ -179,18 +179,15 @@ def test_speeds_beside_other_processes_are_shown_with_a_warning(tmp_path: Path) 
     lines = {line.path: line.note for row in found.rows for line in row.cells}
     assert {path for path, note in lines.items() if note} == {disturbed.path}
     assert "0.8 of 2 cores" in str(lines[disturbed.path])
-    speeds = speeds_of(found)
-    assert not speeds.fair
-    assert words.speed_warning(speeds).startswith("other processes took cores that 1 run could")
+    assert compare_speeds(groups_of([found])) is None
+    assert "Other processes took cores that 1 run could" in words.speed_sentence(None, found.rows)
 
 
 def test_a_run_that_had_its_machine_to_itself_outvotes_those_that_shared(tmp_path: Path) -> None:
     alone = of_speeds(tmp_path, plan("x", ("b",), TWO), planted)
     shared = of_speeds(tmp_path, plan("y", ("a",), TWO), planted, cells_at_once=2)
     found = speeds_of(alone, shared)
-    assert found.fair
     assert found.ratios["jax"].value == pytest.approx(1.0)
-    assert words.speed_warning(found) == ""
 
 
 @pytest.mark.parametrize(
@@ -205,8 +202,9 @@ def test_speeds_on_other_machines_or_beside_more_runs_do_not_compare(
         if cell.framework == "jax":
             path = tmp_path / "cells" / cell.path / "provenance.json"
             path.write_text(json.dumps(other))
-    assert compare_speeds(groups_of([analysed(tmp_path, experiment)])) is None
-    assert "one kind of machine" in words.speed_sentence(None)
+    found = analysed(tmp_path, experiment)
+    assert compare_speeds(groups_of([found])) is None
+    assert "To compare speeds, run with --cores 1" in words.speed_sentence(None, found.rows)
 
 
 def test_frameworks_on_another_machine_are_named_as_apart(tmp_path: Path) -> None:
@@ -221,7 +219,7 @@ def test_frameworks_on_another_machine_are_named_as_apart(tmp_path: Path) -> Non
     found = speeds_of(analysed(tmp_path, experiment))
     assert found.ratios.keys() == {"pytorch", "tensorflow", "jax"}
     assert found.apart == ("keras", "mxnet")
-    assert "same kind of machine: Keras and MXNet." in words.speed_sentence(found)
+    assert "same kind of machine, alone: Keras and MXNet." in words.speed_sentence(found, [])
 
 
 def test_a_framework_that_does_not_compare_with_the_slowest_is_apart(tmp_path: Path) -> None:
@@ -273,7 +271,7 @@ def test_a_lead_within_its_interval_is_shared(tmp_path: Path) -> None:
     found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), ("keras", "mxnet", "jax")), speed))
     assert sorted(found.leaders()) == ["jax", "keras"]
     assert found.reference == "mxnet"
-    title = words.speed_title(found)
+    title = words.speed_title(found, [])
     assert "JAX" in title
     assert "Keras" in title
     assert "train fastest, up to 1.5" in title
@@ -281,8 +279,8 @@ def test_a_lead_within_its_interval_is_shared(tmp_path: Path) -> None:
 
 def test_one_seed_proves_nothing_and_says_so(tmp_path: Path) -> None:
     found = speeds_of(of_speeds(tmp_path, plan("x", ("a",), TWO, seeds=(1,)), planted))
-    assert words.speed_title(found) == "No framework is proven faster than all others"
-    assert words.speed_sentence(found) == (
+    assert words.speed_title(found, []) == "No framework is proven faster than all others"
+    assert words.speed_sentence(found, []) == (
         "JAX trained 2.00 times as fast as PyTorch, by 1 seed alone, which gives no interval."
     )
 
@@ -293,7 +291,7 @@ def test_frameworks_that_never_ran_the_same_variant_are_not_compared(tmp_path: P
         of_speeds(tmp_path, plan("y", ("b",), ("jax",)), planted),
     ]
     assert compare_speeds(groups_of(analyses)) is None
-    assert words.speed_title(None) == "No two frameworks have speeds that can be compared"
+    assert words.speed_title(None, []) == "No two frameworks have speeds that can be compared"
 
 
 def test_memory_is_compared_alike(tmp_path: Path) -> None:
@@ -325,6 +323,7 @@ def test_perplexities_of_one_law_do_not_differ_and_others_do(tmp_path: Path) -> 
     assert both.couples["pytorch", "jax"].difference == pytest.approx(-0.2, abs=0.01)
     assert {analysis.name for analysis, _ in both.different} == {"unlike"}
     assert words.perplexity_sentence(both) == (
-        "Of 4 pairs of frameworks, 2 are equivalent within 2.0 % and 2 differ after Holm's "
-        "correction within each experiment (PyTorch and JAX; MXNet and JAX)."
+        "Of 4 comparisons of frameworks, 3 pairs by variants and devices, 2 are equivalent "
+        "within 2.0 % and 2 differ after Holm's correction within each experiment (PyTorch and "
+        "JAX; MXNet and JAX)."
     )

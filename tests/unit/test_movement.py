@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from tests.support.fake_results import plan, write_results
+from tests.support.fake_results import plan, write_results, write_unknown
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import Analysis, analyse
@@ -25,6 +25,7 @@ def folder(
 ) -> list[Analysis]:
     experiment = plan("x", ("a", "b"), FRAMEWORKS, seeds=SEEDS)
     write_results(results, experiment, nll, noise=0.002, speed=speed, seed=seed)
+    write_unknown(results)
     return [analyse(experiment, collect_rows(experiment, results), CorpusFacts(), [])]
 
 

@@ -45,7 +45,7 @@ def test_time_and_rent_are_those_until_every_run_has_reached_the_perplexity(tmp_
     for cell in experiment.cells:
         write(tmp_path, cell)
         facts = tmp_path / "cells" / cell.path / "provenance.json"
-        facts.write_text(json.dumps({"threads": 5}))
+        facts.write_text(json.dumps({"threads": 5, "cells_at_once": 1}))
     rows = collect_rows(experiment, tmp_path)
     (found,) = compare_reaching(rows)
     assert (found.devices, found.perplexity) == (2, 54.60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.fake_results import metrics, plan, write_alone, write_cell
+from tests.support.fake_results import metrics, plan, write_cell, write_unknown
 
 from ptbench.analysis.experiment import Analysis
 from ptbench.report.experiment import analyse_experiment
@@ -28,8 +28,8 @@ def analyses_of(results: Path, alone: bool = True) -> list[Analysis]:
         for cell in experiment.cells:
             if speed := variants[cell.variant].get(cell.framework):
                 write_cell(results, metrics(cell, 4.6, tokens_per_second=speed))
-        if alone:
-            write_alone(results)
+        if not alone:
+            write_unknown(results)
         folder = results / "experiments" / name
         found.append(analyse_experiment(experiment, results, results / "none", folder))
     return found

@@ -359,7 +359,7 @@ def test_a_row_with_a_failed_seed_is_never_equivalent() -> None:
     )
     assert equal.p_equivalence is None
     assert equal.verdict == "inconclusive"
-    assert equal.reason.endswith("a seed failed, so equivalence is not tested")
+    assert equal.reason.endswith("a seed has no result, so equivalence is not tested")
     assert different.verdict == "different"
 
 

@@ -11,9 +11,9 @@ from tests.support.fake_results import (
     metrics,
     plan,
     score_of,
-    write_alone,
     write_cell,
     write_diverged,
+    write_unknown,
 )
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
@@ -138,7 +138,6 @@ def swept(
             write_cell(results, faster)
         else:
             write_diverged(results, cell, epochs=1)
-    write_alone(results)
     return analyse(experiment, collect_rows(experiment, results), CorpusFacts(), [])
 
 
@@ -197,11 +196,11 @@ def test_speeds_of_runs_that_may_have_shared_their_machine_are_not_set_against_e
     experiment = plan(variants=names, frameworks=("jax",))
     for cell in experiment.cells:
         write_cell(tmp_path, metrics(cell, 5, tokens_per_second=1e4 + cell.seed))
+    [fair] = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []).comparisons
+    write_unknown(tmp_path)
     [shared] = analyse(
         experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []
     ).comparisons
-    write_alone(tmp_path)
-    [fair] = analyse(experiment, collect_rows(experiment, tmp_path), CorpusFacts(), []).comparisons
     assert (shared.speed, shared.speed_low) == (None, None)
     assert fair.speed == pytest.approx(1)
 

@@ -20,6 +20,7 @@ from ptbench.analysis.claims import Result, judge_claims, read_claims
 from ptbench.analysis.collect import SHARED, comparable
 from ptbench.analysis.exhibits import ExhibitResult, fill_exhibit, read_exhibits
 from ptbench.analysis.experiment import Analysis, RowResult, judge_row
+from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.published import (
     LeftOut,
     PublishedValue,
@@ -123,8 +124,12 @@ class Answers(Model):
 
     @property
     def numbers_reproduced(self) -> tuple[int, int]:
-        """Return how many numbers are reproduced or close, of how many that could be told."""
-        counts = self.numbers_by_verdict()
+        """Return how many numbers are reproduced or close, of how many that could be told.
+
+        What the recipe decides, such as the number of parameters, is no result of a run.
+        """
+        measured = (n for n in self.published if not METRICS[n.published.metric].is_decided)
+        counts = Counter(number.verdict for number in measured)
         held = counts["reproduced"] + counts["close"]
         return held, held + counts["not reproduced"]
 

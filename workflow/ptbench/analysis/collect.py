@@ -74,7 +74,11 @@ class Provenance(BaseModel):
     cpu: str | None = Field(None, description="Processor.")
     gpus: tuple[dict[str, str], ...] = Field((), description="Name and driver of each GPU.")
     threads: int | None = Field(None, description="CPU threads that it was given.")
-    cells_at_once: int | None = Field(None, description="Most cells that its machine trained.")
+    cells_at_once: int | None = Field(
+        None,
+        description="Of older runs: cells that its machine trained when its last attempt "
+        "began or ended, whichever are more.",
+    )
     asked_megabytes: int | None = Field(None, description="Memory that its job asked for [MB].")
     asked_minutes: int | None = Field(None, description="Time that its job asked for [minutes].")
     slurm_job: str | None = Field(None, description="Number of its Slurm job.")
@@ -104,8 +108,26 @@ class CellResult:
     @property
     def machine(self) -> str | None:
         """Return its processor and its kinds of GPU."""
-        names = [self.provenance.cpu, *(gpu.get("name") for gpu in self.provenance.gpus)]
+        hardware = self.result.metrics.hardware if self.result else None
+        cores = f", {hardware.cores} cores" if hardware else ""
+        cpu = self.provenance.cpu and f"{self.provenance.cpu}{cores}"
+        names = [cpu, *(gpu.get("name") for gpu in self.provenance.gpus)]
         return " + ".join(dict.fromkeys(name for name in names if name)) or None
+
+    def at_once(self, accelerator: Accelerator | None) -> int | None:
+        """Return the most cells that shared what it trained on; None if that is unknown.
+
+        Slurm gives a GPU to one job alone. Runs on the node's other GPUs take nothing from it as
+        long as there are cores for all, which `Hardware.busy` tells.
+        """
+        if accelerator == "cuda" and self.provenance.slurm_job:
+            return 1
+        if self.result is None:
+            return None
+        metrics = self.result.metrics
+        if metrics.hardware and metrics.hardware.cells_at_once:
+            return metrics.hardware.cells_at_once
+        return self.provenance.cells_at_once if metrics.attempts == 1 else None
 
     @property
     def busy(self) -> str | None:
@@ -192,14 +214,8 @@ class Row:
 
     @property
     def cells_at_once(self) -> int | None:
-        """Return the most cells that shared what its runs trained on; None if that is unknown.
-
-        Slurm gives a GPU to one job alone. Runs on the node's other GPUs take nothing from it as
-        long as there are cores for all, which `Hardware.busy` tells.
-        """
-        runs = [cell.provenance for cell in self.cells if cell.result]
-        on_gpus = self.accelerator == "cuda"
-        return most_at_once(1 if on_gpus and run.slurm_job else run.cells_at_once for run in runs)
+        """Return the most cells that shared what its runs trained on; None if that is unknown."""
+        return most_at_once(run.at_once(self.accelerator) for run in self.cells if run.result)
 
     @property
     def busy(self) -> int:
@@ -231,7 +247,10 @@ class Row:
             for c in self.cells
             if c.state != "ok"
         )
-        return listed if self.usable else f"invalid: {listed}"
+        if self.usable:
+            return listed
+        diverged = any(cell.state == "diverged" for cell in self.cells)
+        return f"{'invalid' if diverged else 'incomplete'}: {listed}"
 
 
 def collect_rows(
@@ -255,7 +274,7 @@ def collect_rows(
     variants: dict[str, list[CellResult]] = defaultdict(list)
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
-        result = _with_rent(_read_usable(cell, results_folder, fingerprint), plan)
+        result = _with_rent(_of_itself(_read_usable(cell, results_folder, fingerprint), plan), plan)
         if (why := obstacle(plan.cannot_run, cell)) and not _is_current(result, plan):
             result = CellResult(cell, unusable=f"{CANNOT_RUN}: {why}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
@@ -314,12 +333,28 @@ def _read_usable(
     return found
 
 
+def _of_itself(found: CellResult, plan: ExperimentPlan) -> CellResult:
+    """Return a cell without what counters say of all runs that shared its GPU or machine."""
+    accelerator = plan.accelerators.get(found.cell.framework)
+    if found.result is None or found.at_once(accelerator) == 1:
+        return found
+    metrics = found.result.metrics
+    if metrics.hardware is None:
+        return found
+    without = dict.fromkeys(("gpu_utilization", "gpu_memory_bytes", "gpu_joules", "cpu_joules"))
+    hardware = metrics.hardware.model_copy(update=without)
+    metrics = metrics.model_copy(update={"hardware": hardware})
+    return replace(found, result=found.result._replace(metrics=metrics))
+
+
 def _with_rent(found: CellResult, plan: ExperimentPlan) -> CellResult:
     """Return a cell with what a second of its GPUs or CPU cores costs, where that is known."""
     hour = plan.rents.get(found.cell.framework)
     if found.result is None or hour is None:
         return found
     accelerator, threads = plan.accelerators.get(found.cell.framework), found.provenance.threads
+    if accelerator == "cuda" and found.at_once(accelerator) != 1:
+        return found  # the others would pay, too
     if accelerator != "cuda" and threads is None:
         return found
     hardware = found.result.metrics.hardware

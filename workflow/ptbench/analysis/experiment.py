@@ -41,7 +41,7 @@ from ptbench.analysis.variants import (
 from ptbench.backends import Framework
 from ptbench.configuration.experiments import Compared
 from ptbench.configuration.papers import NamedRow
-from ptbench.configuration.specification import Cell, reductions, whole
+from ptbench.configuration.specification import Cell, is_smoke, reductions, whole
 from ptbench.model.recipe import Accelerator, Implementation, Model
 
 NOT_JUDGED = Judgement("cannot tell")
@@ -235,11 +235,12 @@ def analyse(
         published: published numbers of all experiments; those of this one are taken.
     """
     results = tuple(_row_result(row) for row in rows)
-    pairs = _pairs(plan, rows)
+    concluding = [row for row in rows if not is_smoke(row.variant)]
+    pairs = _pairs(plan, concluding)
     settings = {row.variant: row.planned.settings for row in rows}
     labels = variant_labels(settings)
     sweeps = find_sweeps(settings)
-    compared = compare_variants(plan, rows, sweeps)
+    compared = compare_variants(plan, concluding, sweeps)
     return Analysis(
         name=plan.name,
         title=plan.title,
@@ -408,15 +409,15 @@ def _beside(
 ) -> PublishedResult:
     """Set a published number beside ours and judge it by the seeds that finished.
 
-    Ours is the row's summary of the metric, if the row is usable. A ratio is that of two rows'
-    numbers; a bound has no gap.
+    Ours is the row's summary of the metric. A ratio is that of two rows' numbers; a bound has no
+    gap.
     """
-    summary = row.metrics.get(value.metric) if row.usable else None
+    summary = row.metrics.get(value.metric)
     ours, low, high = (summary.value, summary.low, summary.high) if summary else (None, None, None)
     over = None
     if value.over is not None:
         over = _divisor(value.over, row.framework, rows)
-        below = over.value(value.metric) if over and over.usable else None
+        below = over.value(value.metric) if over else None
         ours, low, high = (ours / below if ours and below else None), None, None
     found = judge_row(value, row, over, margin)
     verdict: PublishedVerdict = "not run"

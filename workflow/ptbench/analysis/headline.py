@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ptbench.analysis.collect import comparable, most_at_once
+from ptbench.analysis.collect import comparable
 from ptbench.analysis.experiment import Analysis, PairResult, RowResult
 from ptbench.analysis.statistics import SIGNIFICANCE, joint_equivalence_p, t_interval
 from ptbench.backends import FRAMEWORKS
+from ptbench.configuration.specification import is_smoke
 
 Groups = Mapping[tuple[str, int], Mapping[str, RowResult]]  # rows by (variant, devices)
-ByVariant = dict[str, list[float]]  # log ratios, one for each number of devices
 
 
 class Ratio(NamedTuple):
@@ -42,9 +42,6 @@ class Comparison(NamedTuple):
     reference: str
     ratios: dict[str, Ratio]  # by framework, highest first, the reference too
     pairs: dict[tuple[str, str], Ratio]  # of the first framework to the second
-    fair: bool = True  # whether every number is of a run that had its machine to itself
-    cells_at_once: int | None = None  # most runs that shared a machine, where that is known
-    busy: int = 0  # runs whose machine was busy with other processes
     apart: tuple[str, ...] = ()  # frameworks whose numbers do not compare with the reference's
 
     def leaders(self) -> list[str]:
@@ -57,72 +54,58 @@ class Comparison(NamedTuple):
 def groups_of(analyses: Iterable[Analysis]) -> Groups:
     """Return the usable rows by variant and number of devices, then by framework.
 
-    Of a row that several experiments have, the one with most seeds is taken.
+    Of a row that several experiments have, the one with most seeds is taken. Runs of the budget
+    `smoke` are left out: nothing is concluded from them.
     """
     groups: dict[tuple[str, int], dict[str, RowResult]] = defaultdict(dict)
     for analysis in analyses:
         for row in analysis.rows:
             own = groups[row.variant, row.devices]
-            if row.usable and (row.framework not in own or row.n_ok > own[row.framework].n_ok):
+            if is_smoke(row.variant) or not row.usable:
+                continue
+            if row.framework not in own or row.n_ok > own[row.framework].n_ok:
                 own[row.framework] = row
     return groups
-
-
-def alike(a: RowResult, b: RowResult) -> bool:
-    """Return whether speeds say something: on one kind of machine, with as many runs beside."""
-    one_kind = a.machines == b.machines and len(a.machines) < 2
-    return one_kind and a.accelerator == b.accelerator and a.cells_at_once == b.cells_at_once
 
 
 def compare_speeds(groups: Groups) -> Comparison | None:
     """Compare training speeds, by the rows whose runs had their machine to themselves.
 
-    Where there are none, rows that are `alike` are taken and the comparison is not `fair`.
-
     Returns:
         None if no two frameworks have such a speed of the same variant and number of devices.
     """
-    metric = "tokens_per_second"
-    fair = compare(groups, metric, lambda a, b: comparable(metric, (a, b)))
-    found = fair or compare(groups, metric, alike)
-    if found is None:
-        return None
-    rows = [row for own in groups.values() for row in own.values()]
-    return found._replace(
-        fair=fair is not None,
-        cells_at_once=most_at_once(row.cells_at_once for row in rows),
-        busy=sum(row.busy for row in rows),
-    )
+    return compare(groups, "tokens_per_second")
 
 
-def compare(
-    groups: Groups, metric: str, allowed: Callable[[RowResult, RowResult], bool] | None = None
-) -> Comparison | None:
-    """Compare frameworks by a positive metric.
+def compare(groups: Groups, metric: str) -> Comparison | None:
+    """Compare frameworks by a positive metric, where their rows are `comparable`.
 
-    The ratio of two frameworks is the geometric mean, over recipes, of the ratios of the numbers
-    that stand for their rows (medians of speeds), after the geometric means over the numbers of
-    devices of a variant and over the variants of a recipe. Its interval is the t interval of the
-    mean logarithm over recipes: fourteen learning rates of one recipe are no fourteen models. Where
-    there is one recipe alone, it is over the seeds that all of its rows have.
+    Of a variant, the fewest devices count on which two frameworks can be compared: what more of
+    them bring is another question. The ratio of two frameworks is the geometric mean, over recipes,
+    of the ratios of the numbers that stand for their rows (medians of speeds), after the geometric
+    mean over the variants of a recipe. Its interval is the t interval of the mean logarithm over
+    recipes: fourteen learning rates of one recipe are no fourteen models. Where there is one recipe
+    alone, ratio and interval are over the seeds that all of its rows have.
 
     Where not all frameworks can be compared with the reference, the others are `apart`.
 
     Args:
         groups: as `groups_of` returns them.
         metric: its name.
-        allowed: whether two rows may be compared; None: any.
 
     Returns:
         None if no two frameworks can be compared.
     """
     rows: dict[tuple[str, str], list[tuple[RowResult, RowResult]]] = defaultdict(list)
     names: set[str] = set()
-    for own in groups.values():
+    compared: set[str] = set()
+    for (variant, _), own in sorted(groups.items()):
         having = [own[name] for name in FRAMEWORKS if name in own and own[name].value(metric)]
         names |= {row.framework for row in having}
-        for a, b in permutations(having, 2):
-            if allowed is None or allowed(a, b):
+        couples = [both for both in permutations(having, 2) if comparable(metric, both)]
+        if variant not in compared:
+            for a, b in couples:
+                compared.add(variant)
                 rows[a.framework, b.framework].append((a, b))
     if not rows:
         return None
@@ -171,25 +154,20 @@ def _logs(
     rows: Sequence[tuple[RowResult, RowResult]], metric: str
 ) -> tuple[list[float], Literal["recipes", "seeds"]]:
     """Return the log ratios of a to b: one for each recipe, or for each seed of the only one."""
-    recipes: dict[str, ByVariant] = defaultdict(lambda: defaultdict(list))
-    seeds: dict[int, ByVariant] = defaultdict(lambda: defaultdict(list))
+    recipes: dict[str, list[float]] = defaultdict(list)
+    seeds: dict[int, list[float]] = defaultdict(list)
     for a, b in rows:
         first, second = a.value(metric), b.value(metric)
         assert first
         assert second
-        recipes[a.variant.partition("+")[0]][a.variant].append(math.log(first / second))
+        recipes[a.variant.partition("+")[0]].append(math.log(first / second))
         own = [row.good_seeds(metric) for row in (a, b)]
         for seed in own[0].keys() & own[1].keys():
-            seeds[seed][a.variant].append(math.log(own[0][seed] / own[1][seed]))
-    shared = [of for _, of in sorted(seeds.items()) if sum(map(len, of.values())) == len(rows)]
+            seeds[seed].append(math.log(own[0][seed] / own[1][seed]))
+    shared = [logs for _, logs in sorted(seeds.items()) if len(logs) == len(rows)]
     if len(recipes) == 1 and shared:
-        return [_mean_of_means(of) for of in shared], "seeds"
-    return [_mean_of_means(of) for of in recipes.values()], "recipes"
-
-
-def _mean_of_means(logs: ByVariant) -> float:
-    """Return the mean over variants of their means over numbers of devices."""
-    return float(np.mean([np.mean(of) for of in logs.values()]))
+        return [float(np.mean(logs)) for logs in shared], "seeds"
+    return [float(np.mean(logs)) for logs in recipes.values()], "recipes"
 
 
 class Couple(NamedTuple):

@@ -113,11 +113,13 @@ def write_bytes(value: float) -> str:
 
 
 def write_seconds(value: float) -> str:
-    """Write seconds up to two minutes, then minutes, then hours and minutes."""
-    if value < 120:
-        return f"{value:.1f} s"
+    """Write seconds up to ten minutes, then minutes, then hours and minutes: three digits."""
+    if value < 600:
+        return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+    if value < 2 * 60 * 60:
+        return f"{value / 60:.1f} min"
     minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def write_short_seconds(value: float) -> str:
@@ -180,15 +182,18 @@ class Metric:
             "money",
         )
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the recipe decides it: parameters, and batches per epoch."""
+        return self.kind is LARGEST and self.better == "neither"
+
     def is_certain(self, seeds: Sequence[float]) -> bool:
         """Return whether seeds leave no doubt about a count or size: all have the same.
 
-        The recipe decides parameters and batches per epoch, so one seed tells them. Epochs and
-        memory take two.
+        Of what the recipe decides, one seed tells. Epochs and memory take two.
         """
-        decided = self.kind is LARGEST and self.better == "neither"
         counted = self.kind is LARGEST or (self.better == "neither" and not self.unit)
-        return counted and len(seeds) >= (1 if decided else 2) and len(set(seeds)) == 1
+        return counted and len(seeds) >= (1 if self.is_decided else 2) and len(set(seeds)) == 1
 
     def shown(self, value: float) -> float:
         """Return a number as `read` gives it in the metric's own unit: exp(nll), else itself."""
@@ -272,7 +277,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("train_perplexity", "Training perplexity", "Train perplexity", "", "lower", PERPLEXITY,
            write_perplexity, lambda run: nll_of(run.metrics.train)),
     Metric("test_accuracy", "Accuracy of the next word", "Accuracy", "", "higher", MEDIAN,
-           "{:.2%}".format, lambda run: run.metrics.test_accuracy),
+           "{:.1%}".format, lambda run: run.metrics.test_accuracy),
     Metric("tokens_per_second", "Training speed", "Tokens/s", "tokens/s", "higher", MEDIAN,
            write_count, lambda run: run.metrics.tokens_per_second),
     Metric("seconds_per_epoch", "Time per epoch", "Time per epoch", "s", "lower", MEDIAN,

@@ -388,5 +388,5 @@ def _reason(
     detected = p_holm < SIGNIFICANCE
     if found == "equivalent":
         return "a difference, smaller than the margin" if detected else "within the margin"
-    failed = "" if pair.complete else "; a seed failed, so equivalence is not tested"
-    return ("a difference is detected" if detected else "too few seeds to tell") + failed
+    why = "" if pair.complete else "; a seed has no result, so equivalence is not tested"
+    return ("a difference is detected" if detected else "too few seeds to tell") + why

@@ -82,6 +82,11 @@ def reductions(variant: str) -> list[str]:
     return [each for each in variant.split("+")[1:] if each.startswith(REDUCED)]
 
 
+def is_smoke(variant: str) -> bool:
+    """Return whether a variant is of the budget `smoke`, whose runs take a few steps."""
+    return "budget=smoke" in reductions(variant)
+
+
 class Specification(Model):
     """One variant resolved: all that a framework is told, whatever its devices and seed.
 

@@ -33,10 +33,11 @@ def print_results(folders: Sequence[Path], report: Path, console: Console | None
     if 0 < len(rows) <= MOST_ROWS:
         console.print(results_table(analyses))
     speeds = headline.compare_speeds(headline.groups_of(analyses))
-    warning = words.speed_warning(speeds)
+    finished = [row for row in rows if row.n_ok or row.n_diverged]
     found = (
-        words.speed_title(speeds),
-        f"Speeds do not compare: {warning}" if warning else "",
+        words.speed_title(speeds, finished),
+        "" if speeds else words.speed_sentence(speeds, finished),
+        words.reduced_warning(sorted({each for a in analyses for each in a.reductions})),
         words.perplexity_sentence(headline.compare_perplexities(analyses)),
     )
     for sentence in filter(None, found):

@@ -60,6 +60,15 @@ def study_command(results: Path) -> list[str]:
         return ["uv", "run", "snakemake", "--cores", "1"]
 
 
+def renewing_command(results: Path) -> list[str] | None:
+    """Return what renews the runs of a report; None if they are not of this project's workflow.
+
+    It writes into `results` alone, so no command of it makes runs of another folder.
+    """
+    own = results.resolve() == Path("results").resolve() or (results / "study.json").exists()
+    return study_command(results) if own else None
+
+
 def run_again(command: Sequence[str], target: Path) -> str:
     """Return the command line that runs one cell alone.
 

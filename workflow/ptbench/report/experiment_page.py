@@ -120,9 +120,8 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         machines=_distinct(analysis, "machines"),
         commits=_distinct(analysis, "commits"),
         versions=versions_of(analysis.rows),
-        cells_at_once=max((r.cells_at_once for r in analysis.rows if r.cells_at_once), default=0),
-        busy=sum(row.busy for row in analysis.rows),
-        alone=bool(finished) and all(row.alone for row in finished),
+        rows=finished,
+        fairness=words.fairness(finished),
         cell_files=CELL_FILES,
         table_files=[name for name in TABLE_FILES if (folder / name).exists()],
     )

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ptbench.analysis.collect import CellResult, Row, comparable
+from ptbench.analysis.collect import CellResult, Row, comparable, is_alone
 from ptbench.analysis.experiment import Analysis, FigureFile, RowResult
 from ptbench.analysis.metrics import METRICS, PERPLEXITY, Metric, write_seconds
 from ptbench.analysis.published import PublishedValue
@@ -47,6 +47,7 @@ from ptbench.report.palette import (
     LIGHT_BACKGROUND,
     MUTED,
 )
+from ptbench.report.words import fairness
 from ptbench.training.records import perplexity
 
 ROW_HEIGHT = 0.26  # inches per framework in a list
@@ -102,7 +103,7 @@ def choose(analysis: Analysis, rows: Sequence[Row]) -> Iterator[Drawing]:
     times = several and len(analysis.variants) <= MOST_LINES  # shown by the figure of scaling
     if listed and (len(grouped(analysis.rows)) <= SINGLY or not times):
         yield _speed(analysis)
-    if len(ok) > 1:
+    if len(ok) > 1 and comparable("total_seconds", ok):
         yield _front(analysis)
     problems = max(map(len, profile(analysis).values()), default=0)
     if len({row.framework for row in ok}) > 1 and problems >= LEAST_PROBLEMS:
@@ -149,6 +150,12 @@ QUARTILES = "quartiles, or of fewer than five seeds the range"
 
 def _sentences(*parts: str | None) -> str:
     return " ".join(part for part in parts if part)
+
+
+def _unfair(analysis: Analysis) -> str | None:
+    """Say why times and speeds of a figure do not compare; None if they do."""
+    rows = [row for row in analysis.rows if row.n_ok]
+    return None if all(map(is_alone, rows)) else fairness(rows)
 
 
 def _diverged(rows: Iterable[RowResult]) -> bool:
@@ -405,8 +412,11 @@ def _speed(analysis: Analysis) -> Drawing:
         FigureFile(
             name="tokens-per-second",
             title="Training speed by framework",
-            caption=f"Markers are medians over seeds, thick bars are {QUARTILES}; "
-            f"{metric.better} is better.",
+            caption=_sentences(
+                f"Markers are medians over seeds, thick bars are {QUARTILES}; {metric.better} is "
+                "better.",
+                _unfair(analysis),
+            ),
             alternative="Median tokens per second. "
             + _describe(analysis, _value_text(metric), metric),
         ),
@@ -622,6 +632,10 @@ def _scaling(analysis: Analysis) -> Drawing:
                 "Medians over seeds. Speed-up is tokens per second over those of the fewest "
                 "devices, efficiency is speed-up over the factor of devices; the grey line is "
                 "ideal.",
+                "Replicas on a CPU share its cores: beyond their number there is nothing to gain."
+                if any(row.accelerator != "cuda" for row in analysis.rows)
+                else None,
+                _unfair(analysis),
                 f"Geometric means over the variants that a framework finished on every number of "
                 f"devices: {_whole_variants(analysis)} of {len(analysis.variants)}."
                 if many
@@ -1176,6 +1190,7 @@ def _seconds(analysis: Analysis) -> Drawing:
             caption=_sentences(
                 "Wall-clock seconds of one run by clock, means over seeds; the clocks do not "
                 "overlap.",
+                _unfair(analysis),
                 f"A bar is the mean over those {len(groups)} of {len(grouped(analysis.rows))} "
                 "variants and numbers of devices that all frameworks shown have finished."
                 if many

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Protocol, TypeVar
 
-from ptbench.analysis.metrics import METRICS, NOTHING, Metric, Summary
+from ptbench.analysis.metrics import METRICS, NOTHING, PERPLEXITY, Metric, Summary
 from ptbench.analysis.published import PublishedValue
 from ptbench.backends import FRAMEWORKS
 
@@ -128,6 +128,16 @@ def format_published(value: PublishedValue, write: Callable[[float], str] | None
     """
     if value.kind == "diverges":
         return "diverges"
-    write = write or (format_ratio if value.over else METRICS[value.metric].write)
+    write = write or (format_ratio if value.over else _as_printed(value))
     text = {"above": "> ", "below": "< "}.get(value.kind, "") + write(value.value)
     return text if value.std is None or value.over else f"{text} ± {write(value.std)}"
+
+
+def _as_printed(value: PublishedValue) -> Callable[[float], str]:
+    """Return what writes a published number's metric with as many digits as were printed."""
+    if METRICS[value.metric].kind is PERPLEXITY and value.rounding:
+        digits = max(0, -round(math.log10(2 * value.rounding)))
+        return lambda number: f"{number:,.{digits}f}"
+    if value.metric == "parameters" and value.value >= 1e6:
+        return lambda number: f"{number / 1e6:g} M"
+    return METRICS[value.metric].write

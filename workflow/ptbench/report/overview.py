@@ -29,7 +29,7 @@ from ptbench.backends.features import read_features
 from ptbench.configuration.requests import SEEDS, SMOKE
 from ptbench.measurement.mistakes import read_mistakes
 from ptbench.report import words
-from ptbench.report.commands import study_command
+from ptbench.report.commands import renewing_command
 from ptbench.report.runs import Run, asked_over_used, missing, runs_of, versions_of
 from ptbench.report.site import Site
 
@@ -97,6 +97,7 @@ def write_overview(
         "reductions": sorted({each for analysis in analyses for each in analysis.reductions}),
         "documents": documents,
         "searches": [read_search_result(folder) for folder in search_folders],
+        "rows": finished,
         "runs": runs,
         "states": Counter(run.state for run in runs.values()),
         "unfinished": [run for run in runs.values() if run.state in ("failed", "interrupted")],
@@ -113,8 +114,9 @@ def write_overview(
             framework: (sum(each.built_in for each in features.values()), len(features))
             for framework, features in read_features().items()
         },
+        "source": read_source(),
         "words": words,
-        "command": shlex.join(study_command(site.results)),
+        "command": shlex.join(renewing_command(site.results) or []),
     }
     lines = [
         Line(
@@ -131,13 +133,11 @@ def write_overview(
         margins=sorted({analysis.equivalence_margin for analysis in analyses}),
         seeds_margin=SEEDS,
         smoke_margin=SMOKE,
-        alone=bool(finished) and all(row.alone for row in finished),
     )
     site.write(
         "frameworks.html.j2",
         "frameworks.html",
         features=read_features(),
-        source=read_source(),
         mistakes=read_mistakes(),
         kernels={name: row.kernels for name, row in FRAMEWORKS.items()},
         run_with=facts_of(runs, site.results),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ptbench.analysis.collect import CANNOT_RUN
 from ptbench.analysis.experiment import CellLine, RowResult
 from ptbench.backends import FRAMEWORKS
-from ptbench.report.commands import run_again, study_command
+from ptbench.report.commands import renewing_command, run_again
 from ptbench.report.status import State, attempt_state
 from ptbench.training.attempts import look
 
@@ -25,7 +25,7 @@ class Run(NamedTuple):
     state: State
     reason: str | None  # why it is in this state
     log: Path | None  # of its newest attempt, if it has no result
-    again: str | None  # command that runs it alone, if it has no result
+    again: str | None  # command that runs it alone, if it has no result and there is one
 
 
 def runs_of(rows: Iterable[RowResult], results: Path) -> dict[str, Run]:
@@ -35,11 +35,11 @@ def runs_of(rows: Iterable[RowResult], results: Path) -> dict[str, Run]:
         rows: of any experiments, which may share runs.
         results: the results folder; the attempts in it say why a run has no result.
     """
-    command = study_command(results)
+    command = renewing_command(results)
     return {line.path: _run(row, line, results, command) for row in rows for line in row.cells}
 
 
-def _run(row: RowResult, line: CellLine, results: Path, command: Sequence[str]) -> Run:
+def _run(row: RowResult, line: CellLine, results: Path, command: Sequence[str] | None) -> Run:
     if line.state != "missing":
         return Run(row, line, "done" if line.state == "ok" else "diverged", line.reason, None, None)
     folder = results / "attempts" / line.path
@@ -53,7 +53,7 @@ def _run(row: RowResult, line: CellLine, results: Path, command: Sequence[str]) 
         state,
         line.reason or reason,
         log if log and log.exists() else None,
-        run_again(command, results / "cells" / line.path / "metrics.json"),
+        run_again(command, results / "cells" / line.path / "metrics.json") if command else None,
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ptbench.analysis.experiment import Analysis
+from ptbench.analysis.collect import is_alone, most_at_once
+from ptbench.analysis.experiment import Analysis, RowResult
 from ptbench.analysis.headline import Comparison, Couple, Perplexities, Ratio
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.statistics import CONFIDENCE
 from ptbench.analysis.variants import CHOSEN_BY
+from ptbench.configuration.specification import is_smoke
+from ptbench.model.recipe import BUDGETS
 from ptbench.report.formatting import format_devices, format_p, format_percent, framework_name
 
 
@@ -20,7 +23,8 @@ def listed(words: Sequence[str]) -> str:
 
 def count(number: int, noun: str) -> str:
     """Write `1 run` or `2 runs`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
 def factor(value: float) -> str:
@@ -28,29 +32,37 @@ def factor(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def speed_title(speeds: Comparison | None) -> str:
-    """Say in a line which framework is fastest."""
+def speed_title(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
+    """Say in a line which framework is fastest; `rows` are those that speeds were looked for in."""
+    if speeds is None and any(is_smoke(row.variant) for row in rows):
+        return "A smoke run, from which nothing is concluded"
     if speeds is None:
         return "No two frameworks have speeds that can be compared"
     leaders = [framework_name(name) for name in speeds.leaders()]
     slowest = framework_name(speeds.reference)
     ratio = next(iter(speeds.ratios.values()))
     if len(leaders) == len(speeds.ratios):
-        said = "No framework is proven faster than all others"
-    elif len(leaders) == 1:
-        said = f"{leaders[0]} trains fastest, {factor(ratio.value)} times as fast as {slowest}"
-    else:
-        said = (
-            f"{listed(leaders)} train fastest, up to {factor(ratio.value)} times as fast as "
-            f"{slowest}"
-        )
-    return said if speeds.fair else f"{said} (not a fair comparison)"
+        return "No framework is proven faster than all others"
+    if len(leaders) == 1:
+        return f"{leaders[0]} trains fastest, {factor(ratio.value)} times as fast as {slowest}"
+    return (
+        f"{listed(leaders)} train fastest, up to {factor(ratio.value)} times as fast as {slowest}"
+    )
 
 
-def speed_sentence(speeds: Comparison | None) -> str:
-    """Say how sure the factor of `speed_title` is, and how far the second framework is behind."""
+def speed_sentence(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
+    """Say how sure the factor of `speed_title` is, and how far the second framework is behind.
+
+    Without a factor, say why there is none.
+    """
     if speeds is None:
-        return "That takes runs on one kind of machine, with as many other runs beside them."
+        with_speed = {row.framework for row in rows if row.value("tokens_per_second")}
+        if len(with_speed) < 2 or any(is_smoke(row.variant) for row in rows):
+            return ""
+        why = fairness(rows)
+        if all(map(is_alone, rows)):
+            why = "No two frameworks ran the same on one kind of machine."
+        return f"{why} To compare speeds, run with --cores 1 on one quiet machine."
     (first, ratio), (second, _), *_ = speeds.ratios.items()
     over = _units([ratio])
     slowest = framework_name(speeds.reference)
@@ -91,33 +103,39 @@ def _apart(speeds: Comparison) -> str:
     if not speeds.apart:
         return ""
     names = listed([framework_name(name) for name in speeds.apart])
-    why = "for want of the same variants with as little beside them on the same kind of machine"
+    why = "for want of the same variants on the same kind of machine, alone"
     return f" Not compared with these, {why}: {names}."
 
 
-def speed_warning(speeds: Comparison | None) -> str:
-    """Say why speeds do not compare; nothing where they do."""
-    if speeds is None or speeds.fair:
-        return ""
-    if speeds.cells_at_once is None:
-        why = "it was not recorded whether runs shared their machine"
-    elif speeds.cells_at_once > 1:
-        why = f"up to {speeds.cells_at_once} runs shared a machine"
-    elif speeds.busy:
-        runs = count(speeds.busy, "run")
-        why = f"other processes took cores that {runs} could have used"
+def fairness(rows: Sequence[RowResult]) -> str:
+    """Say whether the times and speeds of rows that have a result may be compared."""
+    most = most_at_once(row.cells_at_once for row in rows)
+    busy = sum(row.busy for row in rows)
+    if most is None:
+        why = "It was not recorded whether runs shared their machine"
+    elif most > 1:
+        why = f"Up to {most} runs shared a machine"
+    elif busy:
+        why = f"Other processes took cores that {count(busy, 'run')} could have used"
     else:
-        why = "where the runs were made was not recorded"
-    return f"{why}; run with --cores 1 on one quiet machine to compare speed."
+        return "Every run had its machine to itself."
+    return f"{why}, so times and speeds are not a fair comparison."
 
 
 def reduced_warning(reduced: Sequence[str]) -> str:
     """Say that runs were made smaller, or on another text; nothing where none was."""
     if not reduced:
         return ""
+    budgets = [BUDGETS[name] for name in BUDGETS if f"budget={name}" in reduced]
+    sizes = [
+        f"at most {count(each.epochs, 'epoch')} of {count(each.batches, 'batch')}, scored on "
+        f"{each.evaluation_batches}"
+        for each in budgets
+    ]
+    least = f" ({listed(sizes)})" if sizes else ""
     return (
-        f"Runs were made with {listed(reduced)}, so these are not numbers of the documents, and "
-        "none of theirs is judged by them."
+        f"Runs were made with {listed(reduced)}{least}, so these are not numbers of the "
+        "documents, and none of theirs is judged by them."
     )
 
 
@@ -147,7 +165,9 @@ def perplexity_sentence(found: Perplexities) -> str:
         parts.append(f"{counts['inconclusive']:,} cannot be told with these seeds")
     if found.missing:
         parts.append(f"{found.missing:,} more {'has' if found.missing == 1 else 'have'} no result")
-    return f"Of {count(total, 'pair')} of frameworks, {listed(parts)}."
+    couples = len(found.couples)
+    among = "" if couples == total else f", {count(couples, 'pair')} by variants and devices"
+    return f"Of {count(total, 'comparison')} of frameworks{among}, {listed(parts)}."
 
 
 def variants_sentence(analysis: Analysis) -> str:

@@ -42,7 +42,7 @@ from ptbench.training.clocks import Clocks
 from ptbench.training.devices import check_devices
 from ptbench.training.hardware import Sampler
 from ptbench.training.loop import Progress, Run, Splits, train
-from ptbench.training.provenance import cells_at_once, peak_memory_bytes, provenance
+from ptbench.training.provenance import peak_memory_bytes, provenance
 from ptbench.training.records import Metrics, Score, Seconds, history_csv, perplexity
 from ptbench.training.signals import Signals
 
@@ -168,7 +168,6 @@ class CellTrainer:
             "threads": self.threads,
             "nodes": self.nodes,
             "corpus": self.corpus.description,
-            "cells_at_once": cells_at_once(),
             "started": self.began,
         }
         count = len(self.facts["devices"])
@@ -217,7 +216,6 @@ class CellTrainer:
             self.write_best_model(run, keep)
         # Measured while the replicas' processes are alive.
         peak, peak_on_devices = peak_memory_bytes(), self.backend.peak_device_memory()
-        self.facts["cells_at_once"] = max(self.facts["cells_at_once"], cells_at_once())
         self.facts["attempts"] = self.attempt.count
         self.facts["finished"] = now()
         self.backend.close()

@@ -22,15 +22,16 @@ from ptbench.training.devices import LISTS, device_list
 from ptbench.training.records import Hardware
 
 INTERVAL = 1.0  # seconds between two samples
-CHILDREN_EVERY = 30  # samples between two looks for child processes, which take the longest
+PROCESSES_EVERY = 30  # samples between two looks at the list of processes, which take the longest
+MAXIMA = ("gpu_memory_bytes", "cells_at_once")  # the other totals are sums over time
 POWERCAP = Path("/sys/class/powercap")
 
 
 class Sampler:
     """Samples while its block runs: `with sampler: ...`; `hardware` says what it found.
 
-    All that it keeps are sums over time and one maximum, in `totals`. An attempt that goes on from
-    a checkpoint adds those of the attempts before it.
+    All that it keeps are sums over time and maxima, in `totals`. An attempt that goes on from a
+    checkpoint adds those of the attempts before it.
     """
 
     def __init__(self, threads: int, gpus: int = 0, interval: float = INTERVAL) -> None:
@@ -48,6 +49,7 @@ class Sampler:
         self.samples = 0
         self.stopped = threading.Event()
         self.last: Reading | None = None
+        self.cells_known = True  # whether all attempts looked for other cells
 
     def __enter__(self) -> Sampler:
         self.last = self.read()
@@ -60,6 +62,7 @@ class Sampler:
     ) -> None:
         self.stopped.set()
         self.thread.join()
+        self.maximum("cells_at_once", cells_at_once())
 
     def work(self) -> None:
         """Sample until the block has ended, and once more."""
@@ -87,14 +90,15 @@ class Sampler:
             totals[counter] += now.joules[counter] - before.joules[counter]
         if gpus := self.gpus.now():
             totals["gpu_seconds"] += seconds * gpus.utilization
-            totals["gpu_memory_bytes"] = max(totals["gpu_memory_bytes"], gpus.memory)
+            self.maximum("gpu_memory_bytes", gpus.memory)
 
     def read(self) -> Reading:
         """Return the counters as they are now."""
-        if self.samples % CHILDREN_EVERY == 0:
+        if self.samples % PROCESSES_EVERY == 0:
             own = psutil.Process()
             with contextlib.suppress(psutil.Error):  # a system that hides processes
                 self.processes = [own, *own.children(recursive=True)]
+            self.maximum("cells_at_once", cells_at_once())
         self.samples += 1
         spent, memory = {}, 0
         for process in self.processes:
@@ -108,11 +112,16 @@ class Sampler:
 
     def add(self, totals: Mapping[str, float]) -> None:
         """Add what the attempts before this one found."""
+        self.cells_known &= "cells_at_once" in totals
         for name, value in totals.items():
-            if name == "gpu_memory_bytes":
-                self.totals[name] = max(self.totals[name], value)
+            if name in MAXIMA:
+                self.maximum(name, value)
             else:
                 self.totals[name] += value
+
+    def maximum(self, name: str, value: float) -> None:
+        """Keep the largest of a total's values."""
+        self.totals[name] = max(self.totals[name], value)
 
     def hardware(self) -> Hardware | None:
         """Return what was found; None if nothing was sampled."""
@@ -129,11 +138,22 @@ class Sampler:
             other_cores=totals["other_seconds"] / seconds,
             memory_bytes=round(totals["byte_seconds"] / seconds),
             sampling_seconds=totals["sampling_seconds"],
+            cells_at_once=round(totals["cells_at_once"]) if self.cells_known else None,
             gpu_utilization=totals["gpu_seconds"] / seconds if has_gpus else None,
             gpu_memory_bytes=round(totals["gpu_memory_bytes"]) if has_gpus else None,
             gpu_joules=totals.get("gpu_joules"),
             cpu_joules=totals.get("cpu_joules"),
         )
+
+
+def cells_at_once() -> int:
+    """Return how many cells this machine is training now, this one counted."""
+    count = 0
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        # as the workflow calls it: python -m ptbench train ...
+        count += words[1:4] == ["-m", "ptbench", "train"]
+    return max(count, 1)
 
 
 class Reading(NamedTuple):

@@ -133,16 +133,6 @@ def run_facts() -> dict[str, Any]:
     }
 
 
-def cells_at_once() -> int:
-    """Return how many cells this machine is training now, this one counted."""
-    count = 0
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        # as the workflow calls it: python -m ptbench train ...
-        count += words[1:4] == ["-m", "ptbench", "train"]
-    return max(count, 1)
-
-
 def peak_memory_bytes() -> int:
     """Return the largest resident memory of this process plus that of its replicas [bytes]."""
     import resource

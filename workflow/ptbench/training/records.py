@@ -97,14 +97,18 @@ class Hardware(Model):
     other_cores: float = Field(description="Cores that all other processes kept busy.")
     memory_bytes: int = Field(description="Resident memory of the run's processes [bytes].")
     sampling_seconds: float = Field(description="Processor time that sampling took [s].")
+    cells_at_once: int | None = Field(
+        None, description="Most cells that the machine trained at once; null: not recorded."
+    )
     gpu_utilization: float | None = Field(
-        None, description="Share of the time in which the run's GPUs had work, by NVML."
+        None,
+        description="Share of the time in which the run's GPUs had work, whoever gave it, by NVML.",
     )
     gpu_memory_bytes: int | None = Field(
-        None, description="Largest memory in use on the run's GPUs, by NVML [bytes]."
+        None, description="Largest memory in use on the run's GPUs, by whomever, by NVML [bytes]."
     )
     gpu_joules: float | None = Field(
-        None, description="Energy of the run's GPUs, by NVML's counter [J]."
+        None, description="Energy of the run's GPUs, whoever used them, by NVML's counter [J]."
     )
     cpu_joules: float | None = Field(
         None,

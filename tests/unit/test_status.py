@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,13 +356,16 @@ def test_the_time_left_comes_from_finished_seeds_and_is_shared_by_what_runs_at_o
     assert "takes 4 h 0 min on 1 core at best" in left(1).sentence
     assert "2 by other seeds of the same row" in left(1).sentence
     with attempt(tmp_path, pytorch[1]):
-        record = tmp_path / "attempts" / pytorch[1].path / "attempt-1.json"
-        content = json.loads(record.read_text())
-        began = datetime.now(UTC) - timedelta(hours=0.5)
-        record.write_text(json.dumps(content | {"started": began.isoformat(timespec="seconds")}))
-        under_way = left()
-        assert under_way.at_once == 1  # that of the run under way
-        assert under_way.hours == pytest.approx(3.5, abs=0.01)
+        log = tmp_path / "attempts" / pytorch[1].path / "attempt-1.log"
+        log.write_text(
+            "[demo-lstm pytorch devices 1 seed 2] epoch 2/4  50%  train 9.10  9 tokens/s\n"
+        )
+        assert left().at_once == 1  # that of the run under way
+        assert left().hours == pytest.approx(4.0 - 2.0 * 1.5 / 4)
+        log.write_text("[demo-lstm pytorch devices 1 seed 2] epoch 2/4  train 9.10  valid 9.10\n")
+        assert left().hours == pytest.approx(4.0 - 2.0 * 2 / 4)
+    # It continues from there.
+    assert left().hours == pytest.approx(4.0 - 2.0 * 2 / 4)
     shutil.rmtree(tmp_path / "attempts")
     for cell in pytorch:
         write_cell(tmp_path, finished(study, cell))

@@ -234,9 +234,21 @@ def test_a_corpus_of_unknown_size_is_named() -> None:
 def test_the_command_counts_every_run_once(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "slurm/reproduction.yaml", "--gpus", "32", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["runs"] == len(load(Path("slurm/reproduction.yaml")).cells)
+    assert found["runs"] == len(load([Path("slurm/reproduction.yaml")]).cells)
     assert found["sources"] == {"bound": found["runs"]}
     assert sum(each["runs"] for each in found["experiments"].values()) > found["runs"]
     assert found["left_hours"] == pytest.approx(found["unit_hours"] / 32)
     main(["plan"])
     assert "The dearest rows" in capsys.readouterr().out
+
+
+def test_a_study_is_planned_as_snakemake_would_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("seeds: [1, 2, 3, 4]\nprices: {gpu_hour: 9}\n")
+    Path("mine.yaml").write_text("seeds: 7\n")
+    config = load([Path("mine.yaml")], ["frameworks=jax"]).config
+    assert (config.prices.gpu_hour, config.seeds, config.frameworks) == (9, [7], ["jax"])
+    Path("config.yaml").unlink()
+    assert load([Path("mine.yaml")]).config.prices.gpu_hour == 3

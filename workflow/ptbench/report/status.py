@@ -308,18 +308,19 @@ def status_json(status: Mapping[str, Sequence[CellStatus]], hours_left: float | 
 def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
     """Print the grid by experiment and framework, and what the cells are at that are under way."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("experiment", overflow="fold")
+    every = distinct(status)
+    states = [state for state in STATES if state == "done" or any(c.state == state for c in every)]
+    table.add_column("experiment", overflow="fold", min_width=12)
     table.add_column("framework", no_wrap=True)
     table.add_column("planned", justify="right", no_wrap=True)
-    for state, style in STATES.items():
-        table.add_column(state, justify="right", style=style, no_wrap=True)
+    for state in states:
+        table.add_column(state, justify="right", style=STATES[state], no_wrap=True)
     for name, cells in status.items():
         for index, framework in enumerate(dict.fromkeys(c.cell.framework for c in cells)):
             own = [cell for cell in cells if cell.cell.framework == framework]
-            table.add_row("" if index else name, framework_name(framework), *_counts(own))
+            table.add_row("" if index else name, framework_name(framework), *_counts(own, states))
         table.add_section()
-    every = distinct(status)
-    table.add_row("all", "", *_counts(every), style="bold")
+    table.add_row("all", "", *_counts(every, states), style="bold")
     console.print(table)
     lines = [
         f"[cyan]running[/] {c.path}: attempt {c.attempts}, on {c.host} since {c.since}"
@@ -337,9 +338,9 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False)
 
 
-def _counts(cells: Sequence[CellStatus]) -> list[str]:
+def _counts(cells: Sequence[CellStatus], states: Sequence[State]) -> list[str]:
     counts = Counter(cell.state for cell in cells)
-    return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in STATES)]
+    return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in states)]
 
 
 def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str]) -> str:

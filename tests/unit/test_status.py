@@ -337,6 +337,11 @@ def test_the_grid_has_every_framework_and_state(study: Study, tmp_path: Path) ->
     assert ["demo", "PyTorch", "3", "1", "2"] in lines
     assert ["JAX", "3", "·", "3"] in lines
     assert ["all", "6", "1", "5"] in lines
+    console = Console(record=True, width=40)
+    show(study_status(study, tmp_path), console)
+    assert console.export_text().splitlines() == [
+        "demo PyTorch: 1 done, 2 missing", "demo JAX: 3 missing", "all: 1 done, 5 missing",
+    ]  # fmt: skip
 
 
 def test_the_command_says_what_to_type_and_why_the_time_left_is_not_known(

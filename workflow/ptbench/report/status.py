@@ -310,19 +310,32 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     every = distinct(status)
     states = [state for state in STATES if state == "done" or any(c.state == state for c in every)]
-    table.add_column("experiment", overflow="fold", min_width=12)
+    table.add_column("experiment", no_wrap=True)
     table.add_column("framework", no_wrap=True)
     table.add_column("planned", justify="right", no_wrap=True)
     for state in states:
         table.add_column(state, justify="right", style=STATES[state], no_wrap=True)
+    lines = []  # in place of the table where that is too wide
+
+    def add(name: str, framework: str, cells: Sequence[CellStatus], first: bool = True) -> None:
+        counts = Counter(cell.state for cell in cells)
+        shown = [f"{counts[state]:,}" if counts[state] else "·" for state in states]
+        table.add_row(name if first else "", framework, f"{len(cells):,}", *shown)
+        of = ", ".join(f"{counts[state]:,} {state}" for state in states if counts[state])
+        lines.append(f"{name} {framework}".strip() + f": {of}")
+
     for name, cells in status.items():
         for index, framework in enumerate(dict.fromkeys(c.cell.framework for c in cells)):
             own = [cell for cell in cells if cell.cell.framework == framework]
-            table.add_row("" if index else name, framework_name(framework), *_counts(own, states))
+            add(name, framework_name(framework), own, first=index == 0)
         table.add_section()
-    table.add_row("all", "", *_counts(every, states), style="bold")
-    console.print(table)
-    lines = [
+    add("all", "", every)
+    table.rows[-1].style = "bold"
+    natural = console.measure(table, options=console.options.update(width=10_000)).maximum
+    if natural <= console.width:
+        console.print(table)
+        lines = []
+    lines += [
         f"[cyan]running[/] {c.path}: attempt {c.attempts}, on {c.host} since {c.since}"
         for c in every
         if c.state == "running"
@@ -336,11 +349,6 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
     lines += [f"{count:,} {reason}" for reason, count in reasons.items()]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
-
-
-def _counts(cells: Sequence[CellStatus], states: Sequence[State]) -> list[str]:
-    counts = Counter(cell.state for cell in cells)
-    return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in states)]
 
 
 def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str]) -> str:

@@ -200,6 +200,7 @@ def sentences(total: Costs, estimator: Estimator, at_once: int) -> list[str]:
             f"{prices.currency} an hour and to use {prices.of(kind)[1]:g} W (key `prices`)."
             for kind in kinds
         ),
+        "Disk is for the parameters that are kept (key `keep_checkpoints`), without environments.",
         f"At {prices.kilowatt_hour:g} {prices.currency} a kWh the energy "
         f"alone costs {energy:,.2f} {prices.currency}.",
     ]

@@ -154,7 +154,9 @@ def test_gpus_and_cores_are_counted_and_paid_apart(tmp_path: Path) -> None:
     assert total.other_hours == cores[0].unit_hours
     gpus = sum(run.unit_hours for run in total.runs if run not in cores)
     assert total.unit_hours == pytest.approx(gpus)
-    assert left_sentence(total, 4).endswith(f" best, beside {total.other_hours:,.1f} core-hours.")
+    assert left_sentence(total, 4).endswith(
+        f", and {total.other_hours:,.1f} core-hours beside them."
+    )
     on_gpus = load_study(
         config | {"accelerator": "cpu", "accelerators": dict.fromkeys(FIVE, "cuda")}
     )

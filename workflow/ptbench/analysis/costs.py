@@ -87,7 +87,7 @@ class Costs:
 
     @property
     def unit_hours(self) -> float:
-        """Return GPU-hours or core-hours, of the runs on most runs' kind of device."""
+        """Return GPU-hours or core-hours, on the kind of device that most runs have."""
         return sum(r.unit_hours for r in self.runs if r.accelerator == self.accelerator)
 
     @property

@@ -84,7 +84,7 @@ def left_sentence(left: Costs, at_once: int) -> str:
     if not left.runs:
         return "Nothing is left to run."
     unit, other = ("GPU", "core") if left.accelerator == "cuda" else ("core", "GPU")
-    beside = f", beside {left.other_hours:,.1f} {other}-hours" if left.other_hours else ""
+    beside = f", and {left.other_hours:,.1f} {other}-hours beside them" if left.other_hours else ""
     return (
         f"What is left takes {write_seconds(3600 * left.hours(at_once))} on {at_once} {unit}"
         f"{'' if at_once == 1 else 's'} at best{beside}."

@@ -53,12 +53,13 @@ onstart:
         or_exit(study.write, Path("results/study.json"), replaced, command())
 
 
-if workflow.output_settings.dryrun:
+if workflow.output_settings.dryrun and not silent:
     print(
         *study.obstacles, sep="\n", end="\n" if study.obstacles else "", file=sys.stderr
     )
     print(
-        "What this takes in hours, disk and money: uv run ptbench plan", file=sys.stderr
+        f"What this takes in hours, disk and money: {plan_command(files, values)}",
+        file=sys.stderr,
     )
 
 
@@ -71,7 +72,7 @@ onsuccess:
     from ptbench.report.live import finish
 
     finish(logger)
-    if modified("results/report/index.html") != report_before:
+    if modified("results/report/index.html") != report_before and not silent:
         print_results(
             [Path("results/experiments") / name for name in study.experiments],
             Path("results/report/index.html"),

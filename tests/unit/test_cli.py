@@ -11,6 +11,7 @@ import pytest
 from tests.support.sentences import assert_no_frames
 
 from ptbench import cli
+from ptbench.report.closing import print_results
 
 
 def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -27,6 +28,8 @@ def ptbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         (["validate", "no-such.yaml"], 2, "cannot read no-such.yaml: No such file"),
         (["environments", "torch", "--output", "x"], 2, "invalid choice: 'torch'"),
         (["compare", "here", "there"], 2, "here has no experiments/*/analysis.json"),
+        (["benchmark", "--seconds", "nan"], 2, "nan is not a number from 0"),
+        (["plan", "--config", "seeds=1", "mine.yaml"], 2, "mine.yaml is not KEY=VALUE; files come"),
         (["status", "--study", "nope"], 2, "nope: cannot be read: No such file"),
         (
             ["corpus", "--corpus", "{}", "--downloads", "y", "--output", "z"],
@@ -58,6 +61,11 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPatch
     cli.main(["show"])
     sys.stdout.flush()
     assert shown.getvalue() == b"gr?n\n"
+    # Snakemake prints the results in its own process.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown := io.BytesIO(), encoding="ascii"))
+    print_results([], Path("grün/index.html"))
+    sys.stdout.flush()
+    assert shown.getvalue().endswith(b"The report is at gr?n/index.html\n")
 
 
 def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> None:

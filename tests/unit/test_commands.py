@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from tests.support.fake_results import plan
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import analyse
+from ptbench.cli import parser
 from ptbench.configuration.study import load_study
-from ptbench.report.commands import command_without_targets, study_command
+from ptbench.report.commands import command_without_targets, plan_command, study_command
 from ptbench.report.runs import missing, runs_of
 
 PARSER = get_argument_parser()
@@ -50,6 +52,16 @@ def test_a_study_tells_how_it_was_begun(tmp_path: Path) -> None:
     load_study({}).write(tmp_path / "study.json", [], command)
     assert study_command(tmp_path) == ["snakemake", "--profile", "slurm", "--config",
                                        "mirrors={ptb: x}"]  # fmt: skip
+
+
+def test_a_dry_run_names_the_plan_of_its_own_study() -> None:
+    assert plan_command(["config.yaml"], []) == "uv run ptbench plan"
+    files = ["config.yaml", Path("slurm/reproduction.yaml").absolute()]
+    typed = plan_command(files, ["papers=[zaremba2014]"])
+    assert typed == "uv run ptbench plan slurm/reproduction.yaml --config 'papers=[zaremba2014]'"
+    words = parser().parse_args(shlex.split(typed)[3:])
+    assert words.configs == [Path("slurm/reproduction.yaml")]
+    assert words.config == ["papers=[zaremba2014]"]
 
 
 def test_a_shell_makes_of_missing_runs_their_paths(tmp_path: Path) -> None:

@@ -383,12 +383,16 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_progress_bar_is_drawn_on_a_terminal_alone(server: Server, tmp_path: Path) -> None:
+def test_progress_is_drawn_on_a_terminal_or_else_written_to_the_log(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     terminal, pipe = Terminal(), io.StringIO()
     fetch("mine", corpus(plain(server.url)), tmp_path / "d1", terminal)
-    fetch("mine", corpus(plain(server.url)), tmp_path / "d2", pipe)
     assert "train.txt: 100%" in terminal.getvalue()
+    assert capsys.readouterr().err == ""
+    fetch("mine", corpus(plain(server.url)), tmp_path / "d2", pipe)
     assert pipe.getvalue() == ""
+    assert "train.txt: 100%" in capsys.readouterr().err
 
 
 def test_a_folder_of_the_users_own_is_used_where_it_is(tmp_path: Path) -> None:

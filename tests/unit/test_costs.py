@@ -10,7 +10,8 @@ import pytest
 from tests.support.checkpoints import small_corpus
 from tests.support.fake_results import metrics, write_cell
 
-from ptbench.analysis.costs import Costs, Estimator, planned_size
+from ptbench.analysis.costs import LINE_TOKENS, Costs, Estimator, planned_size
+from ptbench.backends import FRAMEWORKS as FIVE
 from ptbench.cli import load, main
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study, load_study
@@ -19,7 +20,8 @@ from ptbench.corpus.definitions import CORPUS_DEFINITION
 from ptbench.corpus.prepare import prepare
 from ptbench.model import work
 from ptbench.model.work import CorpusSize
-from ptbench.report.costs import costs_of, too_large
+from ptbench.report.costs import costs_of, left_sentence, time_left, too_large
+from ptbench.report.status import CellStatus
 from ptbench.training.records import Seconds, score
 
 PTB = {"train": 929_589, "valid": 73_760, "test": 82_430}
@@ -60,6 +62,8 @@ def test_nothing_finished_leaves_the_bound_of_the_job(study: Study, tmp_path: Pa
     minutes = work.runtime_minutes(recipe, "cpu", 1, CorpusSize(PTB, 10_000))
     assert (run.seconds, run.source) == (60 * minutes, "bound")
     assert run.disk_bytes == 4 * 4_651_600  # float32
+    every = load_study(study.config.model_dump() | {"keep_checkpoints": "all"})
+    assert Estimator(every, tmp_path).run(cell).disk_bytes == 3 * 4 * 4_651_600  # SGD has no slots
 
 
 def test_finished_runs_and_other_seeds_take_what_was_measured(study: Study, tmp_path: Path) -> None:
@@ -67,8 +71,12 @@ def test_finished_runs_and_other_seeds_take_what_was_measured(study: Study, tmp_
     estimator = Estimator(study, tmp_path)
     assert estimator.run(cell)[1:3] == (1270, "finished")
     assert estimator.run(cell_of("zaremba-small", 2))[1:3] == (1270, "other seeds")
-    total = costs_of(study.experiment("zaremba-small").cells, estimator)
-    assert len(total.left.runs) == len(total.runs) - 1
+    diverged = finish(study, tmp_path, "zaremba-medium", 1, status="diverged", test=None)
+    estimator = Estimator(study, tmp_path)
+    assert estimator.run(diverged)[1:3] == (1270, "finished")  # and is never run again
+    total = costs_of(study.cells, estimator)
+    assert len(total.left.runs) == len(total.runs) - 2
+    assert left_sentence(Costs([], total.prices, "cpu"), 1) == "Nothing is left to run."
 
 
 def test_another_model_takes_longer_by_its_products(study: Study, tmp_path: Path) -> None:
@@ -82,6 +90,14 @@ def test_another_model_takes_longer_by_its_products(study: Study, tmp_path: Path
     # What is left: loading, start-up, compiling and checkpointing.
     expected = 80 + medium / small * (3 * (1000 + 130) + 50 + 10)
     assert run.seconds == pytest.approx(expected, rel=1e-3)
+    # In a smaller budget too, of 2 epochs and few batches.
+    quick = "zaremba-medium+budget=quick"
+    recipe = study.specification(quick).recipe
+    assert recipe.within_budget().epochs < 39
+    bound = 60 * work.runtime_minutes(recipe, "cpu", 1, CorpusSize(PTB, 10_000))
+    run = Estimator(study, tmp_path).run(cell_of(quick, 1))
+    assert run.source == "speeds"
+    assert run.seconds < bound
     kernel = "zaremba-small+kernel=stepwise"  # as fast as it is, and not as its products are
     assert Estimator(study, tmp_path).run(cell_of(kernel, 1)).source == "bound"
 
@@ -96,8 +112,12 @@ def test_a_smoke_run_of_the_same_row_tells_what_the_whole_takes(
         small, tmp_path, "zaremba-small+budget=smoke", 1, seconds=seconds, epochs=1,
         tokens_per_second=1000.0, **tokens,
     )  # fmt: skip
-    run = Estimator(study, tmp_path).run(cell_of("zaremba-small", 2))
+    estimator = Estimator(study, tmp_path)
+    run = estimator.run(cell_of("zaremba-small", 2))
     assert run.source == "smoke"
+    assert run.memory_bytes == 1.5 * metrics(run.cell, 4.7).peak_memory_bytes
+    # Six steps tell nothing of other models.
+    assert estimator.run(cell_of("zaremba-medium", 2)).source == "bound"
     epoch = PTB["train"] / 1000 + 2 * PTB["valid"] / 400
     assert run.seconds == pytest.approx(9 + 13 * epoch + 2 * PTB["test"] / 40)
 
@@ -121,6 +141,8 @@ def test_the_error_is_that_of_the_speeds_of_other_models(study: Study, tmp_path:
     seconds, _ = estimator.without_its_row(medium, recipe, estimator.size(recipe))
     assert 1270 / seconds in estimator.error()
     assert len(estimator.error()) == 2
+    finish(study, tmp_path, "zaremba-large", 1)  # of no experiment here
+    assert len(Estimator(study, tmp_path).error()) == 2
 
 
 def test_gpus_and_cores_are_counted_and_paid_apart(tmp_path: Path) -> None:
@@ -132,6 +154,16 @@ def test_gpus_and_cores_are_counted_and_paid_apart(tmp_path: Path) -> None:
     assert total.other_hours == cores[0].unit_hours
     gpus = sum(run.unit_hours for run in total.runs if run not in cores)
     assert total.unit_hours == pytest.approx(gpus)
+    assert left_sentence(total, 4).endswith(
+        f", and {total.other_hours:,.1f} core-hours beside them."
+    )
+    on_gpus = load_study(
+        config | {"accelerator": "cpu", "accelerators": dict.fromkeys(FIVE, "cuda")}
+    )
+    assert Estimator(on_gpus, tmp_path).accelerator == "cuda"
+    [mxnet] = cores
+    under_way = [CellStatus(r.cell.path, r.cell, "running") for r in (mxnet, total.runs[0])]
+    assert time_left(under_way, Estimator(study, tmp_path)).at_once == 1  # GPU, whatever cores
     assert total.money == pytest.approx(3.0 * gpus + 0.05 * total.other_hours)
     assert total.kilowatt_hours == pytest.approx((350 * gpus + 6 * total.other_hours) / 1000)
 
@@ -190,6 +222,8 @@ def test_a_text_of_ones_own_is_counted_as_preparing_it_counts(tmp_path: Path) ->
     prepared = work.corpus_size(str(tmp_path / "corpora" / "small" / "corpus.json"))
     definition = CORPUS_DEFINITION.validate_python({"kind": "folder", "folder": tmp_path / "raw"})
     assert planned_size("mine", definition) == prepared
+    assert planned_size("mine", definition, 2).tokens["train"] == 2 * LINE_TOKENS
+    assert planned_size("mine", definition, 10**6) == prepared
 
 
 def test_a_corpus_of_unknown_size_is_named() -> None:
@@ -202,9 +236,21 @@ def test_a_corpus_of_unknown_size_is_named() -> None:
 def test_the_command_counts_every_run_once(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "slurm/reproduction.yaml", "--gpus", "32", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["runs"] == len(load(Path("slurm/reproduction.yaml")).cells)
+    assert found["runs"] == len(load([Path("slurm/reproduction.yaml")]).cells)
     assert found["sources"] == {"bound": found["runs"]}
     assert sum(each["runs"] for each in found["experiments"].values()) > found["runs"]
     assert found["left_hours"] == pytest.approx(found["unit_hours"] / 32)
     main(["plan"])
     assert "The dearest rows" in capsys.readouterr().out
+
+
+def test_a_study_is_planned_as_snakemake_would_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("seeds: [1, 2, 3, 4]\nprices: {gpu_hour: 9}\n")
+    Path("mine.yaml").write_text("seeds: 7\n")
+    config = load([Path("mine.yaml")], ["frameworks=jax"]).config
+    assert (config.prices.gpu_hour, config.seeds, config.frameworks) == (9, [7], ["jax"])
+    Path("config.yaml").unlink()
+    assert load([Path("mine.yaml")]).config.prices.gpu_hour == 3

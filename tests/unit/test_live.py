@@ -98,8 +98,48 @@ def test_a_failure_names_the_log_and_is_counted_until_a_retry_succeeds(run: Run)
     assert run.said()[-1] == f"tiny jax devices 2 seed 3 failed; see {log}"
     assert "1 failed" in run.picture()
     run.train(2)
-    run.log("job_finished", job_id=2)
     assert "failed" not in run.picture()
+    for number, framework in enumerate(("jax", "keras"), start=3):  # of one variant
+        run.begin("profile", number, variant="tiny", framework=framework, devices="1")
+        run.log("job_error", level=logging.ERROR, jobid=number, rule_name="profile")
+    assert "2 failed" in run.picture()
+    assert run.said()[-1].startswith("profile tiny keras 1 failed; see ")
+
+
+def test_the_time_left_goes_by_what_the_running_ones_have_done(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 runs, 4 at once that take an hour each."""
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    run.display.progress.total["train"] = 8
+    logs = [run.train(number) for number in range(4)]
+
+    def at(hours: float, epoch: str) -> str:
+        nonlocal now
+        now = 1000 + 3600 * hours
+        for log in logs:
+            log.write_text(f"[tiny jax devices 2 seed 3] epoch {epoch}  train 9.10\n")
+        return run.picture().splitlines()[0]
+
+    assert "left" not in at(0.25, "1/4")  # the wait in the queue and the first epoch
+    assert "about 1 h 15 min left" in at(0.75, "3/4")
+    run.log("job_finished", job_id=0)
+    assert "about 1 h 0 min left" in at(1.0, "4/4")
+
+
+def test_a_framework_s_own_words_do_not_hide_how_far_a_run_is(run: Run) -> None:
+    run.train().write_text("[tiny jax devices 2 seed 3] epoch 1/8\n[01:02:03] graph.cc: Subgraph\n")
+    assert "epoch 1/8" in run.picture()
+    run.begin("corpus", 2, corpus_folder="ptb").write_text("ptb.zip:  10%\rptb.zip:  34%\rptb.z")
+    assert "corpus ptb                 ptb.zip:  34%" in run.picture()
+
+
+def test_a_long_name_leaves_room_for_what_a_run_says(run: Run) -> None:
+    long = run.begin("train", 1, variant="v" * 60, framework="jax", devices="1", seed="3")
+    said = "epoch 12/39  45%  train 123.45  12,345 tokens/s"
+    long.write_text(f"[{'v' * 60} jax devices 1 seed 3] {said}\n")
+    assert f"v…vvvv jax seed 3  {said}" in run.picture()
 
 
 def test_the_display_shows_what_a_cell_says_at_the_end_of_its_log(run: Run) -> None:

@@ -85,13 +85,25 @@ def test_the_gpu_that_is_asked_is_the_first_that_runs_may_use(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByIndex=lambda index: [(9, 0), (8, 6)][index],
         nvmlDeviceGetCudaComputeCapability=lambda capability: capability,
+        nvmlDeviceGetCount=lambda: 2,
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
     for visible, capability in (("0,1", 9.0), ("1", 8.6), ("1,0", 8.6)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert obstacles.capability_here() == capability
+        assert obstacles.gpus_here() == len(visible.split(","))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert obstacles.capability_here() is None
+
+
+def test_runs_on_more_gpus_than_this_machine_has_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obstacles, "gpus_here", lambda: 1)
+    asked = {"experiments": ["demo"], "accelerator": "cuda", "cuda_capability": 9.0, "seeds": 1}
+    study = load_study(asked, on_cluster=False)
+    assert {cell.devices for cell in study.runnable(study.cells)} == {1}
+    assert "4 of 10 runs cannot run here: this machine has 1 GPU" in study.obstacles
+    assert study.cannot_run["mxnet"].devices == 1  # on none of these GPUs
+    assert {each.devices for each in load_study(asked).runnable(study.cells)} == {1, 2}
 
 
 def test_it_is_said_with_what_would_help() -> None:

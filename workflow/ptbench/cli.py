@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
@@ -22,7 +21,7 @@ from ptbench.backends import FRAMEWORKS, ORACLE, backend_class
 from ptbench.errors import PtbenchError, in_words
 from ptbench.files import folders_above, sha256, write_atomically
 from ptbench.isolation import FIGURES, ignored_sentence, isolate
-from ptbench.log import Log
+from ptbench.log import Log, replace_unshowable
 from ptbench.measurement.competitors import MODELS, OWN
 from ptbench.model.recipe import Keep
 
@@ -102,11 +101,25 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text} is not a share above 0, at most 1")
 
 
+def setting(text: str) -> str:
+    """Read a key and its value."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is not KEY=VALUE; files come before --config")
+    return text
+
+
 ASKED_HELP = "memory and time that its job asked for, to be recorded"
 WAIT_HELP = "wait so long if another process trains the cell"
 SNAKEMAKE_LOG_HELP = "of a run: the cells whose jobs failed in it are listed, begun or not"
 
 # Arguments of several commands.
+CONFIGS = argument(
+    "configs", type=Path, nargs="*", help="configuration files, on top of config.yaml if it is here"
+)
+VALUES = argument(
+    "--config", type=setting, nargs="+", default=[], metavar="KEY=VALUE",
+    help="values on top of them, as of Snakemake's --config",
+)  # fmt: skip
 ACCELERATOR = argument("--accelerator", choices=("cpu", "cuda"), default="cpu")
 ENVIRONMENTS = argument("--environments", type=Path, default=Path("results/environments"))
 NODES = argument("--nodes", type=positive, default=1, help="of the job, which share the devices")
@@ -769,24 +782,26 @@ def status(
     from ptbench.corpus import CorpusError
     from ptbench.report import costs
     from ptbench.report import status as report
-    from ptbench.report.commands import study_command
+    from ptbench.report.commands import run_again, study_command
 
     written = study or results / "study.json"
     runs = shlex.split(again) if again else study_command(results)
-    planned = read_study(written) if study or written.exists() else load(config)
+    planned = read_study(written) if study or written.exists() else load([config])
     found = report.study_status(planned, results)
-    left = None
+    left, unknown = None, ""
     if not failed:
-        with contextlib.suppress(CorpusError):  # its size is not known before it is fetched
+        try:
             estimator = Estimator(planned, results)
             left = costs.time_left(report.distinct(found), estimator, at_once)
+        except CorpusError as error:  # its size is not known before it is fetched
+            unknown = f"How long what is left takes is not known: {error}"
     if as_json:
         print(report.status_json(found, left and left.hours))
         return
     if not failed:
         report.show(found, Console(width=None if sys.stdout.isatty() else 120))
-    if left and left.sentence:
-        print(left.sentence)
+    if takes := left.sentence if left else unknown:
+        print(takes)
     log = "".join(path.read_text(errors="replace") for path in snakemake_log)
     if sentence := report.disk_sentence(results):
         print(sentence)
@@ -798,12 +813,13 @@ def status(
     if failures:
         print(failures)
     if failures or unprepared:
-        print(f"The report on what is there: {shlex.join([*runs, 'partial'])}")
+        print(f"The report on what is there: {run_again(runs, 'partial')}")
 
 
 @command(
     "Say what a study takes: hours, disk, energy and money, before it runs.",
-    argument("configs", type=Path, nargs="*", help="configuration files; default: config.yaml"),
+    CONFIGS,
+    VALUES,
     argument("--results", type=Path, default=Path("results"), help="whose finished runs are used"),
     argument(
         "--gpus", "--cores", dest="at_once", type=positive, default=1, metavar="N",
@@ -811,13 +827,15 @@ def status(
     ),
     argument("--json", dest="as_json", action="store_true", help="for machines"),
 )  # fmt: skip
-def plan(configs: list[Path], results: Path, at_once: int, as_json: bool) -> None:
+def plan(
+    configs: list[Path], config: list[str], results: Path, at_once: int, as_json: bool
+) -> None:
     from rich.console import Console
 
     from ptbench.analysis.costs import Estimator
     from ptbench.report import costs
 
-    study = load(*configs or [Path("config.yaml")])
+    study = load(configs, config)
     estimator = Estimator(study, results)
     if as_json:
         print(costs.as_json(study, estimator, at_once))
@@ -828,15 +846,16 @@ def plan(configs: list[Path], results: Path, at_once: int, as_json: bool) -> Non
 
 @command(
     "Check a configuration and the folders of the papers, and say what would run.",
-    argument("config", type=Path, nargs="?", default=Path("config.yaml")),
+    CONFIGS,
+    VALUES,
 )
-def validate(config: Path) -> None:
+def validate(configs: list[Path], config: list[str]) -> None:
     from ptbench.analysis.claims import read_claims
     from ptbench.analysis.exhibits import read_exhibits
     from ptbench.analysis.published import read_left_out, read_published
     from ptbench.configuration.experiments import WORKFLOW, read_papers
 
-    study = load(config)
+    study = load(configs, config)
     for paper in read_papers():
         read_claims(WORKFLOW / "papers" / paper)
         read_exhibits(WORKFLOW / "papers" / paper)
@@ -847,14 +866,19 @@ def validate(config: Path) -> None:
     print(f"{len(study.cells)} cells in all")
 
 
-def load(*paths: Path) -> Study:
-    """Return the study of configuration files, the later of which win."""
+def load(named: Sequence[Path], values: Sequence[str] = ()) -> Study:
+    """Return the study that Snakemake runs with these files and values of `--config`.
+
+    As there, they come on top of config.yaml, and later ones win.
+    """
     from ptbench.configuration.config import read_configuration
     from ptbench.configuration.study import load_study
 
+    own = Path("config.yaml")
+    paths = [own, *named] if own.exists() or not named else named
     if not paths[0].exists() and Path.cwd() != PROJECT:
         raise PtbenchError(f"there is no {paths[0]} here; give this command in {PROJECT}")
-    return load_study(read_configuration(paths), paths[-1].name)
+    return load_study(read_configuration(paths, values), paths[-1].name)
 
 
 def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:
@@ -888,7 +912,7 @@ def generate(output: Path) -> None:
     ACCELERATOR,
     argument("--threads", type=positive, default=2, help="CPU threads of each"),
     argument("--rounds", type=positive, default=5, help="turns of each"),
-    argument("--seconds", type=float, default=4.0, help="least length of a turn"),
+    argument("--seconds", type=nonnegative, default=4.0, help="least length of a turn"),
     ENVIRONMENTS,
     argument("--output", type=Path, default=Path("results/benchmark")),
 )
@@ -898,7 +922,7 @@ def benchmark(
     from ptbench.measurement.benchmark import Benchmark, all_competitors, show
 
     asked = Benchmark(**settings)
-    show(asked.run(models, all_competitors(frameworks, implementations)))
+    show(asked.run(list(dict.fromkeys(models)), all_competitors(frameworks, implementations)))
     if asked.failures:
         raise PtbenchError("; ".join(asked.failures))
 
@@ -918,8 +942,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; a PtbenchError is one message on standard error and its exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every word
+    replace_unshowable()
     arguments = vars(parser().parse_args(argv))
     try:
         if PROJECT in Path.cwd().parents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -37,6 +38,12 @@ class Log:
         if self.terminal is not sys.stdout:
             with contextlib.suppress(OSError, ValueError):  # the terminal is gone, or closed
                 print(line, file=self.terminal, flush=True)
+
+
+def replace_unshowable() -> None:
+    """Print a question mark for each character that standard output cannot encode."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

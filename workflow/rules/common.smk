@@ -14,7 +14,7 @@ from ptbench.configuration.specification import parse_cell_path
 from ptbench.configuration.start import pass_on_signals, take_sigterm
 from ptbench.configuration.study import load_study, read_study
 from ptbench.errors import or_exit
-from ptbench.report.commands import command_without_targets
+from ptbench.report.commands import command_without_targets, plan_command
 from ptbench.report.dry_run import Summary
 from ptbench.slurm import ran_out, refuse_duplicates, refuse_paths
 from ptbench.training.attempts import has_failed
@@ -289,6 +289,10 @@ def modified(file):
 # Slurm signals a job's step before a time limit, and when it cancels the job. The trainer must get it.
 if workflow.remote_exec:
     pass_on_signals()
+
+
+# Whether only failures are to be printed, as in `ptbench.report.live`.
+silent = bool({"all", "progress"} & set(map(str, workflow.output_settings.quiet or ())))
 
 
 # A dry run of thousands of jobs is summed up, unless how to print it was asked for.

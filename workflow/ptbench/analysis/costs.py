@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ptbench.configuration.config import Prices
-from ptbench.configuration.requests import Used, used
+from ptbench.configuration.requests import SMOKE, Used, used
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
 from ptbench.corpus import CorpusError
@@ -32,6 +32,7 @@ from ptbench.corpus.definitions import (
 from ptbench.corpus.vocabulary import tokenize
 from ptbench.errors import ConfigurationError
 from ptbench.model import work
+from ptbench.model.optimizers import OPTIMIZER_SLOTS
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.shapes import stored_bytes
 from ptbench.model.work import CorpusSize
@@ -39,7 +40,7 @@ from ptbench.training.records import Metrics, read_metrics
 
 Source = Literal["finished", "other seeds", "smoke", "speeds", "bound"]
 SOURCES: dict[Source, str] = {
-    "finished": "have finished, and took what they took",
+    "finished": "by their own results",
     "other seeds": "by other seeds of the same row",
     "smoke": "by the same run in the budget smoke, scaled to its text and epochs",
     "speeds": "by the speed of their framework in other finished runs",
@@ -47,8 +48,12 @@ SOURCES: dict[Source, str] = {
 }
 
 
+# Tokens of a line, its end counted: of PTB's sentences. Lines of other texts may be longer.
+LINE_TOKENS = 22
+
+
 class Measured(NamedTuple):
-    """A finished run and what its time depends on."""
+    """A run that ended well, and what its time depends on."""
 
     metrics: Metrics
     recipe: Recipe
@@ -63,7 +68,7 @@ class RunCost(NamedTuple):
     source: Source
     units: int  # GPUs that it holds, or CPU cores
     accelerator: Accelerator  # which of the two
-    disk_bytes: int  # of its best parameters
+    disk_bytes: int  # of the parameters that are kept
     memory_bytes: int  # main memory, at most; measured where a seed of its row has finished
 
     @property
@@ -78,11 +83,11 @@ class Costs:
 
     runs: Sequence[RunCost]
     prices: Prices
-    accelerator: Accelerator  # of the study; single frameworks may have another
+    accelerator: Accelerator  # of most runs of the study; single frameworks may have another
 
     @property
     def unit_hours(self) -> float:
-        """Return GPU-hours or core-hours, of the runs on the study's kind of device."""
+        """Return GPU-hours or core-hours, on the kind of device that most runs have."""
         return sum(r.unit_hours for r in self.runs if r.accelerator == self.accelerator)
 
     @property
@@ -107,7 +112,7 @@ class Costs:
 
     @property
     def disk_bytes(self) -> int:
-        """Return the size of all best parameters [bytes]."""
+        """Return the size of all parameters that are kept [bytes]."""
         return sum(run.disk_bytes for run in self.runs)
 
     @property
@@ -133,6 +138,7 @@ class Estimator:
     def __init__(self, study: Study, results: Path) -> None:
         """Read every finished run whose variant and meaning the study knows."""
         self.study, self.results = study, results
+        self.ended: dict[Cell, Metrics] = {}  # diverged ones too, which are never run again
         self.finished: dict[Cell, Measured] = {}
         self.rows: dict[tuple[str, str, int], list[Metrics]] = defaultdict(list)
         self.smoke: dict[str, list[Used]] = {}
@@ -147,12 +153,21 @@ class Estimator:
             specification = self.study.on(specification, metrics.cell.framework)
         except (OSError, ValueError, ConfigurationError):
             return  # of another configuration; what cannot be read is no measurement
-        if metrics.fingerprint != specification.fingerprint or metrics.status != "ok":
+        if metrics.fingerprint != specification.fingerprint:
             return
         recipe, cell = specification.recipe, metrics.cell
+        self.ended[cell] = metrics
+        if metrics.status != "ok":
+            return
         flops = work.flops_per_token(recipe, metrics.vocabulary_size)
         self.finished[cell] = Measured(metrics, recipe, flops)
         self.rows[cell.variant, cell.framework, cell.devices].append(metrics)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Return the kind of device that most runs of the study have."""
+        kinds = map(self.study.config.accelerator_of, (c.framework for c in self.study.cells))
+        return Counter(kinds).most_common(1)[0][0]
 
     def size(self, recipe: Recipe) -> CorpusSize:
         """Return the size of a recipe's corpus, as prepared or else as defined."""
@@ -162,7 +177,7 @@ class Estimator:
             if prepared.exists():
                 self.sizes[folder] = work.corpus_size(str(prepared))
             else:
-                self.sizes[folder] = planned_size(*self.study.corpus(folder)[:2])
+                self.sizes[folder] = planned_size(*self.study.corpus(folder))
         return self.sizes[folder]
 
     def run(self, cell: Cell) -> RunCost:
@@ -173,11 +188,12 @@ class Estimator:
         config = self.study.config
         accelerator = config.accelerator_of(cell.framework)
         cores = None
-        if cell in self.finished and (hardware := self.finished[cell].metrics.hardware):
+        if cell in self.ended and (hardware := self.ended[cell].hardware):
             cores = hardware.cores
         units = work.units_held(accelerator, cell.devices, config.threads, cores)
-        keeps = config.keep_checkpoints != "none"
-        disk = stored_bytes(recipe, size.vocabulary_size) if keeps else 0
+        # The last checkpoint has the present and the best parameters, and the optimizer's arrays.
+        copies = {"none": 0, "best": 1, "all": 3 + len(OPTIMIZER_SLOTS[recipe.optimizer])}
+        disk = copies[config.keep_checkpoints] * stored_bytes(recipe, size.vocabulary_size)
         memory = self._memory_bytes(cell, size)
         return RunCost(cell, seconds, source, units, accelerator, disk, memory)
 
@@ -188,11 +204,13 @@ class Estimator:
     def _memory_bytes(self, cell: Cell, size: CorpusSize) -> int:
         if row := self._row(cell):
             return max(metrics.peak_memory_bytes for metrics in row)
+        if smoke := self._smoke(cell):
+            return round(SMOKE.memory * max(used.memory_bytes for used in smoke))
         return 1_000_000 * self.study.memory_bound(cell, size)
 
     def _seconds(self, cell: Cell, recipe: Recipe, size: CorpusSize) -> tuple[float, Source]:
-        if cell in self.finished:
-            return self.finished[cell].metrics.seconds.total, "finished"
+        if cell in self.ended:
+            return self.ended[cell].seconds.total, "finished"
         if row := self._row(cell):
             return statistics.median(each.seconds.total for each in row), "other seeds"
         if smoke := self._smoke(cell):
@@ -217,19 +235,22 @@ class Estimator:
             and measured.recipe.implementation == recipe.implementation
             and measured.recipe.precision == recipe.precision
             and measured.recipe.kernel == recipe.kernel
+            and measured.recipe.budget in ("full", recipe.budget)  # few steps tell little of many
             and other.variant != cell.variant
         ]
         if alike:
             nearest = min(alike, key=lambda m: abs(math.log(m.flops / flops)))
             run, ratio = used(nearest.metrics.model_dump()), flops / nearest.flops
-            return run.scaled_seconds(recipe.epochs, size, ratio), "speeds"
+            read = work.budgeted(recipe, cell.devices, size)
+            return run.scaled_seconds(recipe.within_budget().epochs, read, ratio), "speeds"
         accelerator = self.study.config.accelerator_of(cell.framework)
         return 60.0 * work.runtime_minutes(recipe, accelerator, cell.devices, size), "bound"
 
     def error(self) -> list[float]:
-        """Return, for finished runs, the time they took over the estimate by other models."""
+        """Return, for the study's finished runs, their time over the estimate by other models."""
         ratios = []
-        for cell, measured in self.finished.items():
+        for cell in filter(self.finished.__contains__, self.study.cells):
+            measured = self.finished[cell]
             seconds, source = self.without_its_row(
                 cell, measured.recipe, self.size(measured.recipe)
             )
@@ -238,14 +259,24 @@ class Estimator:
         return ratios
 
 
-def planned_size(name: str, definition: CorpusDefinition) -> CorpusSize:
-    """Return the size of a corpus before it is prepared, all of its lines taken.
+def planned_size(name: str, definition: CorpusDefinition, subset: int | None = None) -> CorpusSize:
+    """Return the size of a corpus before it is prepared.
 
-    A synthetic text ends with a whole sentence, so it has a few tokens more.
+    A synthetic text ends with a whole sentence, so it has a few tokens more. Of a subset the number
+    of lines is known, and the vocabulary is taken to be the whole one.
+
+    Args:
+        name: of the corpus.
+        definition: where its text comes from.
+        subset: lines of each split that are used; None: all.
 
     Raises:
         CorpusError: if a text of a folder is missing, or only preparing the corpus can tell.
     """
+    if subset is not None:
+        every = planned_size(name, definition)
+        tokens = {s: min(count, subset * LINE_TOKENS) for s, count in every.tokens.items()}
+        return CorpusSize(tokens, every.vocabulary_size)
     if isinstance(definition, FolderCorpus):
         paths = texts_in(name, definition.folder)
         words = {split: tokenize(path.read_text(encoding="utf-8")) for split, path in paths.items()}

@@ -30,15 +30,24 @@ def obstacle(obstacles: Obstacles, cell: Cell) -> str | None:
     return found.why if found and cell.devices >= found.devices else None
 
 
-def cannot_run(config: Config) -> dict[Framework, Obstacle]:
-    """Return the frameworks of a configuration of which runs cannot be, and why."""
+def cannot_run(config: Config, on_cluster: bool = True) -> dict[Framework, Obstacle]:
+    """Return the frameworks of a configuration of which runs cannot be, and why.
+
+    Args:
+        config: of the study.
+        on_cluster: whether runs are made on other machines than this one.
+    """
     found = {}
+    on_gpus = [each for each in config.frameworks if config.accelerator_of(each) == "cuda"]
+    if on_gpus and not on_cluster and (gpus := gpus_here()):
+        why = f"this machine has {gpus} GPU{'' if gpus == 1 else 's'}"
+        found = dict.fromkeys(on_gpus, Obstacle(gpus + 1, why))
     if config.devices_per_node:
         for framework in config.frameworks:
             if not FRAMEWORKS[framework].spans_nodes:
                 found[framework] = Obstacle(config.devices_per_node + 1, one_node(framework))
     for framework, newest in NEWEST_CAPABILITY.items():
-        if framework in config.frameworks and config.accelerator_of(framework) == "cuda":
+        if framework in on_gpus:
             capability = config.cuda_capability or capability_here()
             if capability is not None and capability > newest:
                 found[framework] = Obstacle(
@@ -60,3 +69,14 @@ def capability_here() -> float | None:
             major, minor = gpus.nvml.nvmlDeviceGetCudaComputeCapability(handle)
             return float(f"{major}.{minor}")
     return None
+
+
+def gpus_here() -> int | None:
+    """Return how many of this machine's GPUs runs may use; None if unknown."""
+    from ptbench.training.hardware import Gpus, quietly, visible_gpus
+
+    gpus, count = Gpus(1), None
+    with quietly():
+        if gpus.handles:
+            count = len(visible_gpus(gpus.nvml.nvmlDeviceGetCount()))
+    return count

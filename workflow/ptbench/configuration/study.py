@@ -666,9 +666,8 @@ def load_study(
             planned |= {each.name: each for each in experiments}
         else:
             planned[name] = plan_experiment(name, library, corpora, settings, place)
-    return Study(
-        settings, corpora, library.recipes, planned, code_digest(), searches, cannot_run(settings)
-    )
+    obstacles = cannot_run(settings, on_cluster)
+    return Study(settings, corpora, library.recipes, planned, code_digest(), searches, obstacles)
 
 
 def chosen(settings: Config, library: Library, place: Place) -> list[str]:

@@ -199,11 +199,11 @@ def _download(url: str, path: Path, definition: DownloadedCorpus, terminal: Text
                 desc=url.rsplit("/", 1)[-1],
                 unit="B",
                 unit_scale=True,
-                file=terminal,
-                disable=not terminal.isatty(),
+                file=terminal if terminal.isatty() else sys.stderr,  # which may be a log
+                mininterval=0.1 if terminal.isatty() else 5.0,
             ) as bar:
                 download: Callable[..., Any] = pooch.HTTPDownloader(
-                    progressbar=False if bar.disable else bar,
+                    progressbar=bar,
                     chunk_size=CHUNK_BYTES,
                     timeout=definition.timeout_seconds,
                     headers=HEADERS,

@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -394,4 +395,4 @@ def show(results: Sequence[Result]) -> None:
             f"{row['tokens_per_second']:,.0f}", f"{row['lowest']:,.0f} to {row['highest']:,.0f}",
             f"{result.fraction_of_bound:.2f}", f"{row['peak_memory_mb']:,} MB",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

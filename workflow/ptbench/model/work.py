@@ -105,6 +105,20 @@ def units_held(
     return held if cores is None else min(held, cores)
 
 
+def budgeted(recipe: Recipe, devices: int, size: CorpusSize) -> CorpusSize:
+    """Return how much of a corpus a pass over each split reads within the recipe's budget."""
+    batches = {
+        "train": recipe.global_batch_size(devices),
+        "valid": recipe.evaluation_batch_size,
+        "test": recipe.test_batch_size,
+    }
+    tokens = {
+        split: int(min(size.tokens[split], recipe.budget_tokens(split, batch)))
+        for split, batch in batches.items()
+    }
+    return CorpusSize(tokens, size.vocabulary_size)
+
+
 def runtime_minutes(
     recipe: Recipe, accelerator: Accelerator, devices: int, size: CorpusSize, times: int = 1
 ) -> int:
@@ -115,10 +129,10 @@ def runtime_minutes(
     latter counts for batches of one sequence, as when the test split is scored.
     """
 
-    recipe = recipe.within_budget()
+    recipe, size = recipe.within_budget(), budgeted(recipe, devices, size)
 
     def seconds(split: str, batch_size: int, work: int) -> float:
-        tokens = min(size.tokens[split], recipe.budget_tokens(split, batch_size))
+        tokens = size.tokens[split]
         multiplications = 2 * weights_per_token(recipe, size.vocabulary_size) * tokens
         latency = STEP_LATENCY[accelerator] * recipe.layers * devices * tokens / batch_size
         return work * (multiplications / FLOPS[accelerator]) + latency

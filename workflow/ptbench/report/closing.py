@@ -11,6 +11,7 @@ from rich.table import Table
 from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis
 from ptbench.analysis.metrics import METRICS
+from ptbench.log import replace_unshowable
 from ptbench.report import words
 from ptbench.report.formatting import framework_name, kind_of_device
 from ptbench.report.overview import read_analysis
@@ -27,6 +28,7 @@ def print_results(folders: Sequence[Path], report: Path, console: Console | None
         report: its first page.
         console: where to print; None: standard output.
     """
+    replace_unshowable()
     console = console or Console(highlight=False, markup=False)
     analyses = [read_analysis(folder) for folder in folders]
     rows = [row for analysis in analyses for row in analysis.rows]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,24 @@ def renewing_command(results: Path) -> list[str] | None:
     return study_command(results) if own else None
 
 
-def run_again(command: Sequence[str], target: Path) -> str:
-    """Return the command line that runs one cell alone.
+def run_again(command: Sequence[str], target: Path | str) -> str:
+    """Return the command line that makes one target.
 
     Args:
         command: what runs the workflow.
-        target: the cell's metrics.json.
+        target: such as a cell's metrics.json.
     """
     return shlex.join([*command, "--", str(target)])
+
+
+def plan_command(files: Iterable[Path | str], values: Sequence[str]) -> str:
+    """Return the command line that says what a run of these configuration files and values takes.
+
+    Args:
+        files: as Snakemake reads them.
+        values: of its --config.
+    """
+    paths = [os.path.relpath(file) for file in files]
+    named = [path for path in paths if path != "config.yaml"]  # which is read by itself
+    given = ["--config", *values] if values else []
+    return shlex.join(["uv", "run", "ptbench", "plan", *named, *given])

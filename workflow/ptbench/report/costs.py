@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -21,6 +20,7 @@ from ptbench.analysis.metrics import write_bytes, write_count, write_seconds
 from ptbench.configuration.experiments import load_library
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
+from ptbench.report.live import share_done
 from ptbench.report.status import CellStatus
 
 DEAREST = 10  # rows that are listed
@@ -28,9 +28,9 @@ DEAREST = 10  # rows that are listed
 
 def costs_of(cells: Iterable[Cell], estimator: Estimator) -> Costs:
     """Return what runs take, each counted once."""
-    study, config = estimator.study, estimator.study.config
+    study = estimator.study
     runs = [estimator.run(cell) for cell in study.runnable(dict.fromkeys(cells))]
-    return Costs(runs, config.prices, config.accelerator)
+    return Costs(runs, study.config.prices, estimator.accelerator)
 
 
 def groups(study: Study) -> dict[str, list[str]]:
@@ -47,8 +47,8 @@ def groups(study: Study) -> dict[str, list[str]]:
 
 def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> None:
     """Print what the study takes, by document and experiment, and its ten dearest runs."""
-    prices, cuda = study.config.prices, study.config.accelerator == "cuda"
-    unit, other = ("GPU", "core") if cuda else ("core", "GPU")
+    prices, kind = study.config.prices, estimator.accelerator
+    unit, other = ("GPU", "core") if kind == "cuda" else ("core", "GPU")
     total = costs_of(study.cells, estimator)
     mixed = total.other_hours > 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -73,9 +73,22 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
     add("all, each run once", total, "bold")
     console.print(table)
     said = [*study.obstacles, *too_large(total, study.config.max_memory)]
-    for sentence in [*said, *sentences(total, estimator, at_once, unit)]:
+    for sentence in [*said, *sentences(total, estimator, at_once)]:
         console.print(sentence, soft_wrap=True)
-    console.print(dearest_rows(total))
+    if total.runs:
+        console.print(dearest_rows(total))
+
+
+def left_sentence(left: Costs, at_once: int) -> str:
+    """Say how long what is left takes."""
+    if not left.runs:
+        return "Nothing is left to run."
+    unit, other = ("GPU", "core") if left.accelerator == "cuda" else ("core", "GPU")
+    beside = f", and {left.other_hours:,.1f} {other}-hours beside them" if left.other_hours else ""
+    return (
+        f"What is left takes {write_seconds(3600 * left.hours(at_once))} on {at_once} {unit}"
+        f"{'' if at_once == 1 else 's'} at best{beside}."
+    )
 
 
 class Left(NamedTuple):
@@ -94,20 +107,15 @@ class Left(NamedTuple):
         """Say how long it takes, and how that is known."""
         if not self.costs.runs:
             return ""
-        cuda = self.costs.accelerator == "cuda"
-        unit = f"{'GPU' if cuda else 'core'}{'' if self.at_once == 1 else 's'}"
         sources = self.costs.by_source.items()
         ways = "; ".join(f"{count:,} {SOURCES[source]}" for source, count in sources)
-        return (
-            f"What is left takes {write_seconds(3600 * self.hours)} on {self.at_once} {unit} at "
-            f"best. Runs left: {ways}."
-        )
+        return f"{left_sentence(self.costs, self.at_once)} Runs left: {ways}."
 
 
 def time_left(
     cells: Iterable[CellStatus], estimator: Estimator, at_once: int | None = None
 ) -> Left:
-    """Return what a study still takes. Of a run that is under way, its attempt's time is taken off.
+    """Return what a study still takes. Of a run that was begun, its share done is taken off.
 
     Args:
         cells: all of the study, each once.
@@ -118,7 +126,7 @@ def time_left(
     Raises:
         CorpusError: if the size of a corpus is not known yet.
     """
-    config, now = estimator.study.config, datetime.now(UTC)
+    kind = estimator.accelerator
     rows: dict[tuple[str, str, int], RunCost] = {}  # seeds of a row are estimated alike
     runs, busy = [], 0
     for status in cells:
@@ -130,15 +138,14 @@ def time_left(
         if key not in rows:
             rows[key] = estimator.run(cell)
         run = rows[key]._replace(cell=cell)
-        if status.state == "running":
+        if status.state == "running" and run.accelerator == kind:
             busy += run.units
-            if status.since:
-                spent = (now - datetime.fromisoformat(status.since)).total_seconds()
-                run = run._replace(seconds=max(run.seconds - spent, 0.0))
+        if status.log and status.state != "missing":  # it is under way, or goes on from there
+            run = run._replace(seconds=run.seconds * (1 - share_done(Path(status.log))))
         runs.append(run)
     cores = os.cpu_count() or 1
-    at_once = at_once or busy or (1 if config.accelerator == "cuda" else cores)
-    return Left(Costs(runs, config.prices, config.accelerator), at_once)
+    at_once = at_once or busy or (1 if kind == "cuda" else cores)
+    return Left(Costs(runs, estimator.study.config.prices, kind), at_once)
 
 
 def dearest_rows(total: Costs) -> Table:
@@ -180,27 +187,27 @@ def too_large(total: Costs, max_memory: int | None) -> list[str]:
     ]
 
 
-def sentences(total: Costs, estimator: Estimator, at_once: int, unit: str) -> list[str]:
+def sentences(total: Costs, estimator: Estimator, at_once: int) -> list[str]:
     """Return how long it takes, how that is known, and how far such estimates were off."""
-    units = f"{at_once} {unit}{'' if at_once == 1 else 's'}"
     prices = total.prices
     kinds = dict.fromkeys([total.accelerator, *(run.accelerator for run in total.runs)])
     energy = total.kilowatt_hours * prices.kilowatt_hour
     found = [
-        f"What is left takes {write_seconds(3600 * total.left.hours(at_once))} on {units} at best.",
-        *(f"{count:,} runs {SOURCES[source]}." for source, count in total.by_source.items()),
+        left_sentence(total.left, at_once),
+        *(f"Runs timed {SOURCES[source]}: {count:,}." for source, count in total.by_source.items()),
         *(
             f"A {'GPU' if kind == 'cuda' else 'core'} is taken to cost {prices.of(kind)[0]:g} "
             f"{prices.currency} an hour and to use {prices.of(kind)[1]:g} W (key `prices`)."
             for kind in kinds
         ),
+        "Disk is for the parameters that are kept (key `keep_checkpoints`), without environments.",
         f"At {prices.kilowatt_hour:g} {prices.currency} a kWh the energy "
         f"alone costs {energy:,.2f} {prices.currency}.",
     ]
     if ratios := estimator.error():
         found.append(
-            f"{len(ratios)} finished runs took {statistics.median(ratios):.2f} times what the "
-            f"speeds of other models say (from {min(ratios):.2f} to {max(ratios):.2f})."
+            f"What has finished took {statistics.median(ratios):.2f} times what the speeds of "
+            f"other models say (from {min(ratios):.2f} to {max(ratios):.2f}, runs: {len(ratios)})."
         )
     return found
 
@@ -221,12 +228,12 @@ def as_json(study: Study, estimator: Estimator, at_once: int) -> str:
 
     ratios = estimator.error()
     content = facts(total) | {
-        "unit": "GPU" if study.config.accelerator == "cuda" else "core",
+        "unit": "GPU" if estimator.accelerator == "cuda" else "core",
         "currency": study.config.prices.currency,
         "left_hours": total.left.hours(at_once),
         "at_once": at_once,
         "sources": total.by_source,
-        "error": math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None,
+        "error": statistics.median(ratios) if ratios else None,
         "experiments": {
             name: facts(costs_of(planned.cells, estimator))
             for name, planned in study.experiments.items()

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,10 @@ from rich.text import Text
 REFRESH = 2.0  # pictures a second
 SHOWN = 12  # running jobs in the display
 TAIL = 4096  # bytes of a log's end
+PACE = 10.0  # seconds between two looks at how far all runs are
+FEW = 0.02  # share of each running run, from which on their pace is known
+EPOCH = re.compile(r"\] epoch (\d+)/(\d+)  (?:(\d+)%)?")  # of a line that a cell says
+SAYS = 50  # columns that such a line takes
 NOISE = (  # what Snakemake says of itself
     "Assuming unrestricted", "Building DAG", "Using shell", "Provided ", "Rules claiming",
     "Conda environments", "Select jobs", "Complete log", "Job stats", "no more jobs", "Singularity",
@@ -68,7 +73,7 @@ class Job:
         """What it is called: a cell by its variant, framework, devices and seed."""
         own = self.wildcards
         if self.rule != "train":
-            return " ".join([self.rule, *own.values()][:2])
+            return " ".join([self.rule, *(own[key] for key in own if key != "digest")])
         devices = "" if own["devices"] == "1" else f" devices {own['devices']}"
         return f"{own['variant']} {own['framework']}{devices} seed {own['seed']}"
 
@@ -79,12 +84,28 @@ class Job:
 
     def said(self) -> str:
         """Return the newest line of its log, without its name."""
-        with contextlib.suppress(OSError, IndexError), open(self.logs[0], "rb") as log:  # noqa: PTH123
-            log.seek(max(log.seek(0, os.SEEK_END) - TAIL, 0))
-            lines = log.read().decode(errors="replace").split("\n")[:-1]
-            newest = next((line for line in reversed(lines) if line.startswith(("[", "Build"))), "")
-            return newest.partition("] ")[2] if newest.startswith("[") else newest
-        return ""
+        # Frameworks write lines of their own beside those that name the cell.
+        mark = f"[{self.wildcards['variant']}" if self.rule == "train" else ""
+        lines = newest_lines(Path(self.logs[0])) if self.logs else []
+        newest = next((line for line in lines if line.startswith(mark) and line.strip()), "")
+        return newest.partition("] ")[2] if newest.startswith("[") else newest
+
+
+def newest_lines(log: Path) -> list[str]:
+    """Return the whole lines at the end of a log, the newest first; none if it cannot be read."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - TAIL, 0))
+        return re.split(r"[\r\n]", file.read().decode(errors="replace"))[-2::-1]
+    return []
+
+
+def share_done(log: Path) -> float:
+    """Return which share of its epochs a run has trained, by its log."""
+    for line in newest_lines(log):
+        if found := EPOCH.search(line):
+            epoch, epochs, percent = found.groups()
+            return (int(epoch) - (1 - int(percent) / 100 if percent else 0)) / int(epochs)
+    return 0.0
 
 
 @dataclass
@@ -96,7 +117,9 @@ class Progress:
     running: dict[int, Job] = field(default_factory=dict)  # by Snakemake's number
     failed: dict[str, Job] = field(default_factory=dict)  # by name
     began: float = field(default_factory=time.monotonic)
-    first_run: float | None = None  # when the first cell began
+    first: tuple[float, float] | None = None  # when a run first said how far it is; runs done then
+    look_again: float = 0.0  # when the time left is to be estimated again
+    estimate: float | None = None  # of the time left [s]
 
     def summary(self) -> str:
         """Say what there is to do."""
@@ -107,11 +130,24 @@ class Progress:
         return "To do: " + (", ".join(parts) or "one step")
 
     def left(self) -> float | None:
-        """Return the seconds that the other runs take at the pace so far; None: unknown."""
-        done, total = self.done["train"], self.total["train"]
-        if not done or done == total or self.first_run is None:
-            return None
-        return (time.monotonic() - self.first_run) / done * (total - done)
+        """Return the seconds that the runs still take at the pace so far; None: unknown.
+
+        Running ones count by their share done. The pace is taken from when the first of them said
+        how far it is, so waiting in a queue and building environments are no part of it.
+        """
+        now, total = time.monotonic(), self.total["train"]
+        if now < self.look_again:
+            return self.estimate
+        self.look_again = now + PACE
+        logs = [Path(job.logs[0]) for job in self.running.values() if job.rule == "train"]
+        shares = list(filter(None, map(share_done, logs)))
+        done = self.done["train"] + sum(shares)
+        if self.first is None and done:
+            self.first = now, done
+        began, before = self.first or (now, done)
+        known = total > done >= before + FEW * max(len(shares), 1)
+        self.estimate = (now - began) / (done - before) * (total - done) if known else None
+        return self.estimate
 
     def ended(self, job: Job) -> str:
         """Return the line of a job that ended well; empty for one that nobody waits for."""
@@ -213,11 +249,9 @@ class Display(logging.Handler):
         """Note a job that begins."""
         facts = record.__dict__
         wildcards = dict(facts["wildcards"].items()) if facts["wildcards"] else {}
-        if facts["rule_name"] == "train" and self.progress.first_run is None:
-            self.progress.first_run = time.monotonic()
-        self.progress.running[facts["jobid"]] = Job(
-            facts["rule_name"], wildcards, facts["output"], facts["log"], time.monotonic()
-        )
+        job = Job(facts["rule_name"], wildcards, facts["output"], facts["log"], time.monotonic())
+        self.progress.running[facts["jobid"]] = job
+        self.progress.failed.pop(job.name, None)  # it is tried again
 
     def on_job_finished(self, record: logging.LogRecord) -> None:
         """Say what came of a job."""
@@ -225,7 +259,6 @@ class Display(logging.Handler):
         if job is None:
             return
         self.progress.done[job.rule] += 1
-        self.progress.failed.pop(job.name, None)
         line = self.progress.ended(job)
         if line and not self.silent:
             self.say(line)
@@ -267,9 +300,12 @@ class Display(logging.Handler):
         table.add_column(no_wrap=True, overflow="ellipsis", style="dim")
         # Snakemake calls a job of Slurm's running once it is queued: those with a log come first.
         jobs = sorted(progress.running.values(), key=lambda job: not job.has_log)
+        half = max(self.console.width - SAYS, 20) // 2  # of the room that a name has
         for job in jobs[:SHOWN]:
             said = job.said() or duration(time.monotonic() - job.began)
-            table.add_row(Text(job.name), Text(said))
+            long = len(job.name) > 2 * half
+            name = f"{job.name[: half - 1]}…{job.name[-half:]}" if long else job.name
+            table.add_row(Text(name), Text(said))
         if len(jobs) > SHOWN:
             table.add_row(f"and {len(jobs) - SHOWN:,} more", "")
         bar = Table.grid()

@@ -308,20 +308,34 @@ def status_json(status: Mapping[str, Sequence[CellStatus]], hours_left: float | 
 def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
     """Print the grid by experiment and framework, and what the cells are at that are under way."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("experiment", overflow="fold")
+    every = distinct(status)
+    states = [state for state in STATES if state == "done" or any(c.state == state for c in every)]
+    table.add_column("experiment", no_wrap=True)
     table.add_column("framework", no_wrap=True)
     table.add_column("planned", justify="right", no_wrap=True)
-    for state, style in STATES.items():
-        table.add_column(state, justify="right", style=style, no_wrap=True)
+    for state in states:
+        table.add_column(state, justify="right", style=STATES[state], no_wrap=True)
+    lines = []  # in place of the table where that is too wide
+
+    def add(name: str, framework: str, cells: Sequence[CellStatus], first: bool = True) -> None:
+        counts = Counter(cell.state for cell in cells)
+        shown = [f"{counts[state]:,}" if counts[state] else "·" for state in states]
+        table.add_row(name if first else "", framework, f"{len(cells):,}", *shown)
+        of = ", ".join(f"{counts[state]:,} {state}" for state in states if counts[state])
+        lines.append(f"{name} {framework}".strip() + f": {of}")
+
     for name, cells in status.items():
         for index, framework in enumerate(dict.fromkeys(c.cell.framework for c in cells)):
             own = [cell for cell in cells if cell.cell.framework == framework]
-            table.add_row("" if index else name, framework_name(framework), *_counts(own))
+            add(name, framework_name(framework), own, first=index == 0)
         table.add_section()
-    every = distinct(status)
-    table.add_row("all", "", *_counts(every), style="bold")
-    console.print(table)
-    lines = [
+    add("all", "", every)
+    table.rows[-1].style = "bold"
+    natural = console.measure(table, options=console.options.update(width=10_000)).maximum
+    if natural <= console.width:
+        console.print(table)
+        lines = []
+    lines += [
         f"[cyan]running[/] {c.path}: attempt {c.attempts}, on {c.host} since {c.since}"
         for c in every
         if c.state == "running"
@@ -335,11 +349,6 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
     lines += [f"{count:,} {reason}" for reason, count in reasons.items()]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
-
-
-def _counts(cells: Sequence[CellStatus]) -> list[str]:
-    counts = Counter(cell.state for cell in cells)
-    return [str(len(cells)), *(str(counts[state]) if counts[state] else "·" for state in STATES)]
 
 
 def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str]) -> str:

@@ -749,8 +749,9 @@ def compare(first: Path, second: Path, every: bool, as_json: bool) -> None:
 
 @command(
     "Say how far the study is: which cells are done, running, failed or missing.",
-    argument("--study", type=Path, help="default: results/study.json, if it is there"),
-    argument("--config", type=Path, default=Path("config.yaml"), help="before any run"),
+    CONFIGS,
+    VALUES,
+    argument("--study", type=Path, help="without these: results/study.json, if it is there"),
     argument("--results", type=Path, default=Path("results")),
     argument("--json", dest="as_json", action="store_true", help="for machines"),
     argument("--failed", action="store_true", help="only the cells that failed"),
@@ -766,8 +767,9 @@ def compare(first: Path, second: Path, every: bool, as_json: bool) -> None:
     ),
 )
 def status(
+    configs: list[Path],
+    config: list[str],
     study: Path | None,
-    config: Path,
     results: Path,
     as_json: bool,
     failed: bool,
@@ -786,7 +788,8 @@ def status(
 
     written = study or results / "study.json"
     runs = shlex.split(again) if again else study_command(results)
-    planned = read_study(written) if study or written.exists() else load([config])
+    newest = written.exists() and not configs and not config
+    planned = read_study(written) if study or newest else load(configs, config)
     found = report.study_status(planned, results)
     left, unknown = None, ""
     if not failed:

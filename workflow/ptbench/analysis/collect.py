@@ -72,6 +72,7 @@ class Provenance(BaseModel):
     git_dirty: bool | None = Field(None, description="Whether the work tree had changes.")
     framework_version: str | None = Field(None, description="Version of the framework.")
     cpu: str | None = Field(None, description="Processor.")
+    cores: int | None = Field(None, description="CPU cores that it could use.")
     gpus: tuple[dict[str, str], ...] = Field((), description="Name and driver of each GPU.")
     threads: int | None = Field(None, description="CPU threads that it was given.")
     cells_at_once: int | None = Field(
@@ -109,8 +110,8 @@ class CellResult:
     def machine(self) -> str | None:
         """Return its processor and its kinds of GPU."""
         hardware = self.result.metrics.hardware if self.result else None
-        cores = f", {hardware.cores} cores" if hardware else ""
-        cpu = self.provenance.cpu and f"{self.provenance.cpu}{cores}"
+        cores = hardware.cores if hardware else self.provenance.cores
+        cpu = self.provenance.cpu and f"{self.provenance.cpu}{f', {cores} cores' if cores else ''}"
         names = [cpu, *(gpu.get("name") for gpu in self.provenance.gpus)]
         return " + ".join(dict.fromkeys(name for name in names if name)) or None
 

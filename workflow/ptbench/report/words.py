@@ -23,7 +23,7 @@ def listed(words: Sequence[str]) -> str:
 
 def count(number: int, noun: str) -> str:
     """Write `1 run` or `2 runs`."""
-    plural = "es" if noun.endswith("ch") else "s"
+    plural = "es" if noun.endswith(("tch", "rch")) else "s"
     return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
@@ -153,7 +153,8 @@ def perplexity_sentence(found: Perplexities) -> str:
             f"it (one claim, p {p if p.startswith('<') else f'= {p}'})."
         )
     counts = found.verdicts
-    parts = [f"{counts['equivalent']:,} are equivalent within {margin}"]
+    verb = "is" if counts["equivalent"] == 1 else "are"
+    parts = [f"{counts['equivalent']:,} {verb} equivalent within {margin}"]
     if counts["different"]:
         parts.append(
             f"{counts['different']:,} {'differs' if counts['different'] == 1 else 'differ'} after "

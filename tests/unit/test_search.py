@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.support.fake_results import metrics, score_of
+from tests.support.fake_results import metrics, score_of, write_cell
 from tests.unit.test_configuration import folder_with
 
 from ptbench.analysis import search as searching
-from ptbench.analysis.collect import AnalysisError
+from ptbench.analysis.collect import AnalysisError, collect_rows
+from ptbench.analysis.plan import plan_experiment
 from ptbench.analysis.search import Trial, next_points, propose, read_search, select, study_of
 from ptbench.configuration.experiments import load_library
 from ptbench.configuration.search import Question, draw_points, is_whole
@@ -218,8 +219,6 @@ def test_a_search_is_run_only_if_it_is_asked_for_by_name() -> None:
 def test_every_search_of_a_document_can_be_planned(name: str) -> None:
     study = load_study({"experiments": [name]})
     search = study.searches[name]
-    for text in (search.contest.model_dump_json() + search.full_runs, study.plan(name)):
-        assert len(text) < 100_000  # bytes; Linux takes 128 KiB as one argument
     planned = study.experiments[name]
     asked = load_library().searches[name]
     assert len(planned.cells) == asked.trials + (asked.published is not None)
@@ -251,22 +250,32 @@ def law(point: Any) -> float:
     return 4.0 + 0.5 * abs(rate - 1) / (rate + 1) - 0.01 * float(point["hidden_size"])
 
 
-def write_result(results: Path, cell: str, nll: float | None, fingerprint: str = "0" * 12) -> None:
-    """Write a trial's metrics.json; None: it diverged."""
-    made = metrics(parse_cell_path(cell), nll or 9.0, fingerprint=fingerprint)
+def write_result(study: Study, cell: str, nll: float | None) -> None:
+    """Write a run's metrics.json; None: it diverged."""
+    made = metrics(parse_cell_path(cell), nll or 9.0, fingerprint=study.fingerprint(cell))
     changes: dict[str, Any] = {"valid": score_of(nll) if nll else None}
     if nll is None:
         changes |= {"status": "diverged", "reason": "not finite", "test": None}
     made = made.model_copy(update=changes)
-    write_atomically(results / "cells" / cell / "metrics.json", made.model_dump_json())
+    write_cell(Path("results"), made, () if nll is None else None)
 
 
-def finish_generation(search: PlannedSearch, number: int, results: Path) -> dict[str, Any]:
+def fail(study: Study, cell: str) -> None:
+    """Write the record of an attempt that failed."""
+    fingerprint = study.fingerprint(cell)
+    assert fingerprint
+    attempt = Attempt(Path("results/attempts") / cell, cell, fingerprint, "d")
+    assert attempt.open(Path("results/cells") / cell) is None
+    attempt.close("failed", "MemoryError: no room")
+
+
+def finish_generation(study: Study, number: int, results: Path) -> dict[str, Any]:
     """Propose a generation and write what its trials came to."""
+    search = study.searches["s"]
     found = propose(search.question(number), results)
     write_atomically(Path(search.generation(number)), json.dumps(found))
     for trial, point in zip(search.generations[number - 1], found["points"], strict=True):
-        write_result(results, search.cell(trial), law(point))
+        write_result(study, search.cell(trial), law(point))
     return found
 
 
@@ -280,12 +289,12 @@ def test_a_learned_trial_is_read_from_the_file_of_its_generation(
     assert missing.value.filename == search.generation(1) == study.found_in(trial)
     stand_in = study.specification(trial)
     assert stand_in.variant == trial  # for estimates
-    found = finish_generation(search, 1, results)
+    found = finish_generation(study, 1, results)
     assert json.loads(study.text(trial, "pytorch"))["variant"] == trial
     recipe = study.specification(trial).recipe
     assert {key: getattr(recipe, key) for key in found["points"][0]} == found["points"][0]
-    assert study.answered_question("s", 1)
-    assert not study.answered_question("s", 2)
+    assert study.is_answered(search.generation(1))
+    assert not study.is_answered(search.generation(2))
     study.write(results / "study.json", [], "snakemake")
     again = read_study(results / "study.json")
     assert again.text(trial, "pytorch") == study.text(trial, "pytorch")
@@ -294,18 +303,20 @@ def test_a_learned_trial_is_read_from_the_file_of_its_generation(
 
 @pytest.mark.parametrize("method", ["tpe", "gp"])
 def test_the_same_results_give_the_same_next_trials_and_others_give_others(
-    learning: tuple[Study, PlannedSearch, Path], method: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, search, results = learning
+    study = study_with(tmp_path, monkeypatch, usual(method))
+    search, results = study.searches["s"], tmp_path / "results"
+    monkeypatch.chdir(tmp_path)
     if method == "gp":
         environment = ROOT / "results/environments/pytorch-cpu"
         if not (environment / PYTHON).exists():
             pytest.skip("the environment of PyTorch is not built")
         monkeypatch.setattr("sys.path", [*__import__("sys").path])
         searching.import_torch_from(environment)
-    first = finish_generation(search, 1, results)
+    first = finish_generation(study, 1, results)
     few = list(search.generations[1][: 2 if method == "gp" else 10])
-    question = search.question(2).model_copy(update={"method": method, "variants": few})
+    question = search.question(2).model_copy(update={"variants": few})
     second = propose(question, results)
     assert second == propose(question, results)
     assert len(second["told"]) == 10
@@ -318,24 +329,23 @@ def test_the_same_results_give_the_same_next_trials_and_others_give_others(
         cell = search.cell(trial)
         old = Metrics.model_validate_json((results / "cells" / cell / "metrics.json").read_bytes())
         assert old.valid
-        write_result(results, cell, 8.0 - old.valid.nll)
+        write_result(study, cell, 8.0 - old.valid.nll)
     assert propose(question, results)["points"] != second["points"]
 
 
 def test_diverged_and_failed_trials_are_told_as_the_worst(
     learning: tuple[Study, PlannedSearch, Path],
 ) -> None:
-    _, search, results = learning
-    found = finish_generation(search, 1, results)
+    study, search, results = learning
+    found = finish_generation(study, 1, results)
     diverged, failed = search.generations[0][:2]
-    write_result(results, search.cell(diverged), None)
+    write_result(study, search.cell(diverged), None)
     (results / "cells" / search.cell(failed) / "metrics.json").unlink()
     question = search.question(2)
     told = propose(question, results)["told"]
-    assert [trial["state"] for trial in told][:2] == ["diverged", "missing"]
+    assert [trial["state"] for trial in told][:2] == ["diverged", "failed"]
     trials = [Trial.model_validate(trial) for trial in told]
-    study = study_of(question.space, trials)
-    values = [trial.value for trial in study.trials]
+    values = [trial.value for trial in study_of(question.space, trials).trials]
     others = [law(point) for point in found["points"][2:]]
     assert values == pytest.approx([max(others)] * 2 + others)
 
@@ -343,8 +353,8 @@ def test_diverged_and_failed_trials_are_told_as_the_worst(
 def test_a_sampler_that_is_told_results_finds_better_points_than_chance(
     learning: tuple[Study, PlannedSearch, Path],
 ) -> None:
-    _, search, results = learning
-    finish_generation(search, 1, results)
+    study, search, results = learning
+    finish_generation(study, 1, results)
     question = search.question(2)
     told = [
         Trial(number=n, variant="v", cell="c", point=point, state="ok", nll=law(point))
@@ -364,8 +374,8 @@ def test_the_best_trials_go_on_in_full_and_the_winner_can_be_pasted(
     learning: tuple[Study, PlannedSearch, Path],
 ) -> None:
     study, search, results = learning
-    points = [p for n in (1, 2) for p in finish_generation(search, n, results)["points"]]
-    write_result(results, search.cell(search.trials[0]), None)
+    points = [p for n in (1, 2) for p in finish_generation(study, n, results)["points"]]
+    write_result(study, search.cell(search.trials[0]), None)
     selected = select(search.contest, results)
     ranking = sorted(range(1, 20), key=lambda index: law(points[index]))[:2]
     assert [winner["number"] for winner in selected["winners"].values()] == [
@@ -377,8 +387,8 @@ def test_the_best_trials_go_on_in_full_and_the_winner_can_be_pasted(
     assert recipe.learning_rate == points[ranking[0]]["learning_rate"]
     for variant, cells in search.full.items():  # in full, the second is better
         for cell in cells:
-            write_result(results, cell, 3.0 if variant == "s-winner-1" else 2.9)
-    result = read_search(search.contest, search.full, results)
+            write_result(study, cell, 3.0 if variant == "s-winner-1" else 2.9)
+    result = read_search(study.shown("s"), results, partial=True)
     assert result.winner
     assert (result.winner.variant, result.winner.trial) == ("s-winner-2", ranking[1] + 1)
     pasted = yaml.safe_load(result.recipe or "")["recipes"]["s-best"]
@@ -389,41 +399,129 @@ def test_the_best_trials_go_on_in_full_and_the_winner_can_be_pasted(
 def test_there_is_a_winner_when_all_full_runs_have_finished_and_at_most_one_of_its_own_failed(
     learning: tuple[Study, PlannedSearch, Path],
 ) -> None:
-    _, search, results = learning
+    study, search, results = learning
     for number in (1, 2):
-        finish_generation(search, number, results)
+        finish_generation(study, number, results)
     write_atomically(Path(search.selection), json.dumps(select(search.contest, results)))
     first, second = (search.full[f"s-winner-{number}"] for number in (1, 2))
 
     def winner() -> str | None:
-        found = read_search(search.contest, search.full, results)
+        found = read_search(study.shown("s"), results, partial=True)
         return found.winner.variant if found.winner else found.undecided
 
     assert winner() == "not decided yet: 12 of 12 full runs have no result"
     for cell in (*first, *second[1:]):
-        write_result(results, cell, 3.0 if cell in first else 2.9)
+        write_result(study, cell, 3.0 if cell in first else 2.9)
     assert winner() == "not decided yet: 1 of 12 full runs have no result"
-    attempt = Attempt(results / "attempts" / second[0], second[0], "f", "d")
-    assert attempt.open(results / "cells" / second[0]) is None
-    attempt.close("failed", "MemoryError: no room")
+    fail(study, second[0])
     assert winner() == "s-winner-2"  # one of six failed
-    write_result(results, second[0], None)
+    write_result(study, second[0], None)
     assert winner() == "s-winner-2"  # or diverged
-    write_result(results, second[1], None)
+    write_result(study, second[1], None)
     assert winner() == "s-winner-1"
     for cell in first[:2]:
-        write_result(results, cell, None)
+        write_result(study, cell, None)
     assert winner() == "none: of each candidate, two or more full runs diverged or failed"
+
+
+def edited(before: str, after: str) -> Study:
+    """Return the study after an edit of its search."""
+    import ptbench.configuration.experiments as experiments
+
+    file = experiments.WORKFLOW / "experiments/own.yaml"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+    return load_study({"experiments": ["s"]})
+
+
+def test_what_a_search_found_before_it_was_edited_is_none_of_its_results(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    study, search, results = learning
+    for number in (1, 2):
+        finish_generation(study, number, results)
+    (results / "cells" / search.cell("s-trial-1") / "metrics.json").unlink()
+    fail(study, search.cell("s-trial-1"))
+    write_atomically(Path(search.selection), json.dumps(select(search.contest, results)))
+    for cell in search.full["s-winner-1"]:
+        write_result(study, cell, 3.0)
+    found = read_search(study.shown("s"), results, partial=True)
+    assert [found.count(state) for state in ("ok", "failed", "missing")] == [19, 1, 0]
+    assert [runs.finished for runs in found.full] == [6, 0]
+    renamed = edited("title: T", "title: Another")  # is no other search
+    assert renamed.is_answered(search.generation(2))
+    assert renamed.is_answered(search.selection)
+    assert renamed.fingerprint(search.cell("s-trial-1")) is not None
+    for before, after in (("seed: 3", "seed: 4"), ("dropout: {low", "weight_decay: {low")):
+        study = edited(before, after)
+        assert not study.is_answered(search.generation(1))
+        for cell in (search.cell("s-trial-1"), search.full["s-winner-1"][0]):
+            # so that no failure under the old search counts: the trial is waited for
+            assert study.fingerprint(cell) is None
+            assert not has_failed(results / "attempts" / cell, study.fingerprint(cell))
+        with pytest.raises(FileNotFoundError):
+            study.text("s-trial-1", "jax")
+        found = read_search(study.shown("s"), results, partial=True)
+        assert found.count("missing") == 20
+        assert found.undecided == "not decided yet: no trial has been trained in full"
+        with pytest.raises(AnalysisError, match="0 trials of 10 are in .*generation-1.json"):
+            propose(study.searches["s"].question(2), results)
+
+
+def test_a_winner_is_named_without_a_framework_that_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = usual().replace("[jax, pytorch]", "[jax, mxnet]")
+    study = study_with(tmp_path, monkeypatch, asked, accelerator="cuda", cuda_capability=9.0)
+    monkeypatch.chdir(tmp_path)
+    search, results = study.searches["s"], tmp_path / "results"
+    for trial, point in zip(search.trials, draw_points(search.space, 20, 3, "s"), strict=True):
+        write_result(study, search.cell(trial), law(point))
+    write_atomically(Path(search.selection), json.dumps(select(search.contest, results)))
+    for cells in search.full.values():
+        for cell in cells:
+            if "/jax/" in cell:
+                write_result(study, cell, 3.0)
+    site = Site(tmp_path / "report", results, RunFacts(created="now", version="0", machine="m"))
+    page = write_search(site, study.shown("s"), results, tmp_path / "out").read_text()
+    assert "is the winner" in page
+    assert "the last build of MXNet knows no GPU" in page
+    # A result from elsewhere counts in the experiment, if it is of the recipe that was selected.
+    cell = next(cell for cell in search.full["s-winner-1"] if "/mxnet/" in cell)
+    plan = plan_experiment(study, "s-winners")
+
+    def states() -> set[str]:
+        rows = collect_rows(plan, results)
+        return {each.state for row in rows if row.framework == "mxnet" for each in row.cells}
+
+    write_result(study, cell, 3.0)
+    assert states() == {"ok", "missing"}
+    content = json.loads(Path(search.selection).read_bytes())
+    content["specifications"]["s-winner-1"]["recipe"]["dropout"] = 0.35
+    write_atomically(Path(search.selection), json.dumps(content))
+    assert states() == {"missing"}
+
+
+def test_the_budget_of_trials_is_short_s_unless_the_configuration_has_one(
+    learning: tuple[Study, PlannedSearch, Path],
+) -> None:
+    for method in ("method: tpe", "method: random"):
+        study = edited("method: tpe", method + ", set: {budget: smoke}")
+        trial, winner = study.searches["s"].trials[0], study.searches["s"].winners[0]
+        assert study.specification(trial).recipe.budget == "quick"
+        assert study.specification(winner).recipe.budget == "smoke"
+        edited(method + ", set: {budget: smoke}", "method: tpe")
 
 
 def test_too_few_good_trials_for_the_winners_are_a_sentence(
     learning: tuple[Study, PlannedSearch, Path],
 ) -> None:
-    _, search, results = learning
+    study, search, results = learning
     for number in (1, 2):
-        finish_generation(search, number, results)
+        finish_generation(study, number, results)
     for trial in search.trials[1:]:
-        write_result(results, search.cell(trial), None)
+        write_result(study, search.cell(trial), None)
     with pytest.raises(AnalysisError, match="search s: 1 of 20 trials ended well, and full: 2 are"):
         select(search.contest, results)
 
@@ -448,30 +546,30 @@ def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_with(tmp_path, monkeypatch, usual(more=", published: r+hidden_size=32"))
+    monkeypatch.chdir(tmp_path)
     search, results = study.searches["s"], tmp_path / "results"
     points = draw_points(search.space, 20, 3, "s")
     for trial, point in zip(search.trials, points, strict=True):
-        write_result(results, search.cell(trial), law(point))
-    write_result(results, search.cell(search.trials[4]), None)
+        write_result(study, search.cell(trial), law(point))
+    write_result(study, search.cell(search.trials[4]), None)
     published = search.shown_trials[0]
-    write_result(results, published, 3.0)
-    selection = Path(search.selection).relative_to("results")
+    write_result(study, published, 3.0)
     site = Site(tmp_path / "report", results, RunFacts(created="now", version="0", machine="m"))
-    page = write_search(site, search.contest, search.full, results, tmp_path / "partial")
+    page = write_search(site, study.shown("s"), results, tmp_path / "partial")
     assert "This page is partial" not in page.read_text()  # no trial is missing
     assert "The winner is not decided yet: no trial has been trained" in page.read_text()
-    write_atomically(results / selection, json.dumps(select(search.contest, results)))
+    write_atomically(Path(search.selection), json.dumps(select(search.contest, results)))
     for cells in search.full.values():
         for cell in cells:
-            write_result(results, cell, 3.1)
+            write_result(study, cell, 3.1)
     output = tmp_path / "out"
-    text = write_search(site, search.contest, search.full, results, output).read_text()
+    text = write_search(site, study.shown("s"), results, output).read_text()
     with (output / "trials.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["trial"] for line in lines] == [*map(str, range(1, 21)), "published"]
     assert lines[4]["state"] == "diverged"
     assert lines[4]["valid_nll"] == ""
-    result = read_search(search.contest, search.full, results)
+    result = read_search(study.shown("s"), results, partial=True)
     assert next(iter(result.importances)) in ("hidden_size", "learning_rate")  # what the law has
     assert 0 < sum(result.importances.values()) < 1  # the rest is of keys together
     assert result.ranked[0].number == 0  # the published one

@@ -594,24 +594,20 @@ def select(contest: str, results: Path, output: Path, log: Path | None) -> None:
 @command(
     "Make the page of a search, its figures, and its winner as a recipe.",
     argument("--contest", required=True, help="the search, as JSON"),
-    argument("--full", required=True, help="cells of its full runs by variant, as JSON"),
     RESULTS,
     argument("--output", type=Path, required=True, help="folder of what is made"),
     REPORT,
     LOG,
 )
-def search(
-    contest: str, full: str, results: Path, output: Path, report: Path, log: Path | None
-) -> None:
+def search(contest: str, results: Path, output: Path, report: Path, log: Path | None) -> None:
     isolate(FIGURES, threads=1)
 
-    from ptbench.configuration.search import Contest
+    from ptbench.configuration.search import Shown
     from ptbench.report.search import write_search
 
-    asked = from_json("--contest", contest, Contest.model_validate)
+    asked = from_json("--contest", contest, Shown.model_validate)
     with Log(log):
-        cells = from_json("--full", full, dict)
-        write_search(site(report, results), asked, cells, results, output)
+        write_search(site(report, results), asked, results, output)
 
 
 @command(

@@ -1,12 +1,12 @@
 # Tables, figures and verdicts of one experiment, and its page of the report.
 rule analyse:
     input:
-        cells=lambda wildcards: [
-            f"results/cells/{cell.path}/metrics.json"
+        cells=lambda wildcards: results_of(
+            cell.path
             for cell in study.runnable(
                 or_exit(study.experiment, wildcards.experiment).cells
             )
-        ],
+        ),
         published=study.published_files,
         profiles=lambda wildcards: [
             f"results/profiles/{row}/profile.json"

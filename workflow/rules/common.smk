@@ -250,31 +250,54 @@ def runtime_of_profile(wildcards):
     return min(asked, study.config.max_runtime or asked)
 
 
-# The results of a search's trials, without those that have failed.
-def trials_of(cells):
-    return [
-        f"results/cells/{cell}/metrics.json"
-        for cell in cells
-        if not has_failed(Path(f"results/attempts/{cell}"), study.fingerprint(cell))
-    ]
+# Whether a run is a trial that has failed, which is a result of its search: it is the worst there is.
+# It is trained again if its file is asked for by name.
+def is_lost(cell):
+    return (
+        cell in study.trials
+        and not is_forced("train", f"results/cells/{cell}/metrics.json")
+        and has_failed(Path(f"results/attempts/{cell}"), study.fingerprint(cell))
+    )
 
 
-# What a generation waits for: all trials before it that have not failed. The same command trains a
-# failed one again, and meanwhile it counts as the worst. A generation that has been proposed stays.
+# The results of runs, without trials that have failed.
+def results_of(cells):
+    return [f"results/cells/{cell}/metrics.json" for cell in cells if not is_lost(cell)]
+
+
+# Snakemake would keep a file that a search wrote when it was another one, if nothing it waits for is
+# newer and Snakemake does not know what it was made with.
+def force_unless_answered(file):
+    if Path(file).exists() and not study.is_answered(file):
+        workflow.dag.forcefiles.add(file)
+
+
+# What a generation waits for: all trials before it that have not failed, and what says their points,
+# though all may have failed. A generation that has been proposed stays.
 @noted
 def inputs_of_generation(wildcards):
     name, number = wildcards.search, int(wildcards.number)
-    question = or_exit(study.question, name, number)
-    output = study.search(name).generation(number)
-    if study.answered_question(name, number) and not is_forced("propose", output):
-        return {}
+    or_exit(study.question, name, number)
     search = study.search(name)
-    inputs = {"trials": trials_of(search.question(number).told.values())}
+    output = search.generation(number)
+    if study.is_answered(output) and not is_forced("propose", output):
+        return {}
+    force_unless_answered(output)
+    question = search.question(number)
+    inputs = {"trials": results_of(question.told.values()), "before": question.files}
     if search.definition.method == "gp" and not USES_CONDA:
         accelerator = study.config.accelerator_of("pytorch")
         waits = or_exit(environments.to_wait_for, "pytorch", accelerator)
         inputs["environment"] = ancient(waits)
     return inputs
+
+
+# What a selection is made from: all trials that have not failed, and what says their points.
+@noted
+def inputs_of_selection(wildcards):
+    search = or_exit(study.search, wildcards.search)
+    force_unless_answered(search.selection)
+    return {"trials": results_of(search.own_trials), "points": search.contest.files}
 
 
 # What runs this study, whatever its targets are now.
@@ -319,9 +342,6 @@ def everything(wildcards):
     return [
         "results/report/index.html",
         # by name, because Snakemake does not miss a file between two that are there
-        *(
-            f"results/cells/{cell.path}/metrics.json"
-            for cell in study.runnable(study.cells)
-        ),
+        *results_of(cell.path for cell in study.runnable(study.cells)),
         *(rules.profiles.input if study.config.profile else []),
     ]

@@ -26,9 +26,7 @@ rule propose:
 
 rule select:
     input:
-        trials=lambda wildcards: trials_of(
-            or_exit(study.search, wildcards.search).own_trials
-        ),
+        unpack(inputs_of_selection),
     output:
         "results/searches/{search}/selection.json",
     log:
@@ -49,7 +47,7 @@ rule select:
 rule search:
     input:
         selection="results/searches/{search}/selection.json",
-        trials=lambda wildcards: trials_of(
+        trials=lambda wildcards: results_of(
             or_exit(study.search, wildcards.search).shown_trials
         ),
         full=lambda wildcards: [
@@ -83,10 +81,7 @@ rule search:
         "../../envs/workflow.yaml"
     params:
         folder=subpath(output[0], parent=True),
-        contest=lambda wildcards: study.search(
-            wildcards.search
-        ).contest.model_dump_json(),
-        full=lambda wildcards: study.search(wildcards.search).full_runs,
+        contest=lambda wildcards: study.shown(wildcards.search).model_dump_json(),
     shell:
-        "python -m ptbench search --contest {params.contest:q} --full {params.full:q}"
+        "python -m ptbench search --contest {params.contest:q}"
         " --results results --output {params.folder:q} --report results/report --log {log:q}"

@@ -6,6 +6,7 @@ partial report, one whose result cannot count.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -21,6 +22,7 @@ from ptbench.analysis.metrics import METRICS, Result
 from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.backends import FRAMEWORKS
 from ptbench.configuration.obstacles import obstacle
+from ptbench.configuration.search import found_specification
 from ptbench.configuration.specification import Cell
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Accelerator, Implementation, Recipe
@@ -276,7 +278,7 @@ def collect_rows(
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
         result = _with_rent(_of_itself(_read_usable(cell, results_folder, fingerprint), plan), plan)
-        if (why := obstacle(plan.cannot_run, cell)) and not _is_current(result, plan):
+        if (why := obstacle(plan.cannot_run, cell)) and not _is_current(result, plan, results_folder):
             result = CellResult(cell, unusable=f"{CANNOT_RUN}: {why}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
         variants[cell.variant].append(result)
@@ -311,12 +313,17 @@ def collect_rows(
     ]
 
 
-def _is_current(found: CellResult, plan: ExperimentPlan) -> bool:
+def _is_current(found: CellResult, plan: ExperimentPlan, results_folder: Path) -> bool:
     """Return whether a cell that cannot run here has a result of its present recipe."""
     if found.result is None:
         return False
-    now = plan.fingerprints.get(found.cell.variant, {}).get(found.cell.framework)
-    return now in (None, found.result.metrics.fingerprint)
+    variant, framework = found.cell.variant, found.cell.framework
+    now = plan.fingerprints.get(variant, {}).get(framework)
+    if file := plan.found.get(variant):  # `results/searches/...`
+        with contextlib.suppress(FileNotFoundError):
+            own = found_specification(results_folder.joinpath(*Path(file).parts[1:]), variant)
+            now = own.on(plan.accelerators[framework]).fingerprint
+    return now == found.result.metrics.fingerprint
 
 
 def _read_usable(

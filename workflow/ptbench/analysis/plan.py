@@ -58,6 +58,9 @@ class ExperimentPlan(Model):
     fingerprints: dict[str, dict[Framework, str]] = Field(
         {}, description="Of the specifications as they are now, by variant, of those frameworks."
     )
+    found: dict[str, str] = Field(
+        {}, description="Files that say what a search found, by variant, if there are such runs."
+    )
     baseline: str | None = Field(
         None, description="Variant that the others are compared with; null: the first."
     )

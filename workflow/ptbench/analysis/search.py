@@ -6,6 +6,7 @@ runs of a search make the same trials and nothing but files outlives a process.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -26,6 +27,7 @@ from ptbench.configuration.search import (
     Contest,
     Point,
     Question,
+    Shown,
     Space,
     UnfitError,
     bounds,
@@ -33,11 +35,11 @@ from ptbench.configuration.search import (
     is_whole,
     steps,
 )
-from ptbench.configuration.specification import Specification
+from ptbench.configuration.specification import Specification, parse_cell_path
 from ptbench.errors import PtbenchError
 from ptbench.model.recipe import Model
-from ptbench.training.attempts import look
-from ptbench.training.records import perplexity, read_metrics
+from ptbench.training.attempts import has_failed
+from ptbench.training.records import Metrics, perplexity, read_metrics
 
 if TYPE_CHECKING:
     import optuna
@@ -56,7 +58,9 @@ class Trial(Model):
     variant: str = Field(description="Name of its variant.")
     cell: str = Field(description="Its run.")
     point: Point | None = Field(description="Keys and values; null: not chosen yet.")
-    state: Literal["ok", "diverged", "missing"] = Field(description="How it ended.")
+    state: Literal["ok", "diverged", "failed", "missing"] = Field(
+        description="How it ended; missing: it has not, or not with its present recipe."
+    )
     nll: float | None = Field(
         None, description="Validation nll [nats per token], if it ended well."
     )
@@ -64,62 +68,110 @@ class Trial(Model):
     seconds: float | None = Field(None, description="What its run took [s].")
 
 
-def read_trial(number: int, variant: str, cell: str, point: Point | None, results: Path) -> Trial:
-    """Return a trial with what its run left.
+def read_result(cell: str, fingerprint: str | None, results: Path) -> Metrics | None:
+    """Return the result of a run; None if there is none, or it is of another specification.
 
     Raises:
         AnalysisError: if its metrics.json cannot be read.
     """
-    trial = Trial(number=number, variant=variant, cell=cell, point=point, state="missing")
     path = results / "cells" / cell / "metrics.json"
     try:
         metrics = read_metrics(path)
     except FileNotFoundError:
-        return trial
+        return None
     except (OSError, ValidationError) as error:
         raise AnalysisError(f"{path} cannot be read ({first_line(error)})") from error
+    return metrics if metrics.fingerprint == fingerprint else None
+
+
+def read_trial(
+    number: int,
+    cell: str,
+    point: Point | None,
+    fingerprint: str | None,
+    results: Path,
+    partial: bool = False,
+) -> Trial:
+    """Return a trial with what its run left.
+
+    Args:
+        number: of the trial.
+        cell: its run.
+        point: keys and values.
+        fingerprint: of its specification; None if it is not chosen yet.
+        results: the results folder.
+        partial: whether trials may be under way. If not, one without a result has failed, because
+            the workflow waits for all others.
+    """
+    trial = Trial(
+        number=number, variant=cell.partition("/")[0], cell=cell, point=point, state="missing"
+    )
+    metrics = read_result(cell, fingerprint, results)
+    if metrics is None:
+        failed = not partial or has_failed(results / "attempts" / cell, fingerprint)
+        return trial.model_copy(update={"state": "failed"}) if failed else trial
     update: dict[str, Any] = {"state": metrics.status, "seconds": metrics.seconds.total}
     if metrics.status == "ok" and metrics.valid is not None:
         update |= {"nll": metrics.valid.nll, "perplexity": metrics.valid.perplexity}
     return trial.model_copy(update=update)
 
 
-def read_points(files: Sequence[str], results: Path) -> list[Point]:
-    """Return the points of the generations that have been proposed, in order.
-
-    Args:
-        files: of the generations, as `results/searches/...`.
-        results: the results folder.
-    """
+def read_points(asked: Question | Contest, results: Path) -> list[Point]:
+    """Return the points of the generations that have been proposed to this search, in order."""
     found: list[Point] = []
-    for file in files:
-        path = results.joinpath(*Path(file).parts[1:])
-        if not path.exists():
-            break
+    for file in asked.files:
         try:
-            found += json.loads(path.read_bytes())["points"]
-        except (ValueError, KeyError) as error:
-            raise AnalysisError(f"{path} cannot be read ({error}); remove it") from error
+            content = json.loads(results.joinpath(*Path(file).parts[1:]).read_bytes())
+            answered = Question.model_validate(content["question"])
+            if any(
+                getattr(answered, key) != getattr(asked, key)
+                for key in ("protocol", "space", "method", "seed")
+            ):
+                break
+            found += content["points"]
+        except (OSError, ValueError, KeyError, TypeError):
+            break
     return found
 
 
-def read_trials(cells: Mapping[str, str], points: Sequence[Point], results: Path) -> list[Trial]:
-    """Return trials, in order, with what their runs left."""
-    known = [*points, *[None] * len(cells)]
-    return [
-        read_trial(number, variant, cell, known[number - 1], results)
-        for number, (variant, cell) in enumerate(cells.items(), start=1)
-    ]
+def read_trials(
+    asked: Question | Contest, cells: Mapping[str, str], results: Path, partial: bool = False
+) -> list[Trial]:
+    """Return trials, in order, with what their runs left.
 
+    Args:
+        asked: says what is searched, and where the points are.
+        cells: of the trials, by variant.
+        results: the results folder.
+        partial: as for `read_trial`; if not, every point must be known.
 
-def trials_of(contest: Contest, results: Path) -> list[Trial]:
-    """Return all trials of a search, with what their runs left."""
-    if contest.method == "random":
-        points = draw_points(contest.space, len(contest.trials), contest.seed, contest.name)
+    Raises:
+        AnalysisError: if one is not, or a result cannot be read.
+    """
+    known: list[Point | None] = []
+    if asked.method == "random" and isinstance(asked, Contest):
+        known += draw_points(asked.space, len(cells), asked.seed, asked.name)
     else:
-        points = read_points(contest.files, results)
+        known += read_points(asked, results)
+    if len(known) < len(cells) and not partial:
+        raise AnalysisError(
+            f"{len(known)} trials of {len(cells)} are in {', '.join(asked.files)}; give the same "
+            "command again, which asks for the others"
+        )
+    known += [None] * len(cells)
+    found = []
+    for number, (variant, cell) in enumerate(cells.items(), start=1):
+        point, fingerprint = known[number - 1], None
+        if point is not None:
+            fingerprint = asked.space.specification(variant, point, short=True).fingerprint
+        found.append(read_trial(number, cell, point, fingerprint, results, partial))
+    return found
+
+
+def trials_of(contest: Contest, results: Path, partial: bool = False) -> list[Trial]:
+    """Return all trials of a search, with what their runs left; see `read_trials`."""
     cells = {variant: f"{variant}/{contest.run}" for variant in contest.trials}
-    return read_trials(cells, points, results)
+    return read_trials(contest, cells, results, partial)
 
 
 def propose(question: Question, results: Path) -> dict[str, Any]:
@@ -129,7 +181,7 @@ def propose(question: Question, results: Path) -> dict[str, Any]:
         question: what is asked.
         results: the results folder, with the trials before and the files of their points.
     """
-    told = read_trials(question.told, read_points(question.files, results), results)
+    told = read_trials(question, question.told, results)
     points = next_points(question, told)
     return {
         "question": question.model_dump(mode="json"),
@@ -303,7 +355,7 @@ def select(contest: Contest, results: Path) -> dict[str, Any]:
     }
 
 
-def recipe_to_paste(contest: Contest, name: str, point: Point) -> str:
+def recipe_to_paste(contest: Shown, name: str, point: Point) -> str:
     """Return a point as a recipe that can be pasted into a file of experiments."""
     recipe = {"extends": contest.base, **contest.set, **point}
     writer = YAML()
@@ -328,7 +380,7 @@ class FullRuns(Model):
 class SearchResult(Model):
     """`search.json`: everything the report says about one search."""
 
-    contest: Contest = Field(description="The search.")
+    contest: Shown = Field(description="The search.")
     trials: tuple[Trial, ...] = Field(description="In the order in which they were chosen.")
     published: Trial | None = Field(description="What others found, run as a trial.")
     full: tuple[FullRuns, ...] = Field(description="The winners, and what others found.")
@@ -376,27 +428,39 @@ class SearchResult(Model):
         return [key for key, dimension in dimensions.items() if dimension.same_as is None]
 
 
-def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Path) -> SearchResult:
-    """Return what a search came to, as far as it is.
+def read_search(contest: Shown, results: Path, partial: bool = False) -> SearchResult:
+    """Return what a search came to.
 
     Args:
         contest: the search.
-        full: cells of the full runs, by variant.
         results: the results folder.
+        partial: whether runs may be under way; see `read_trial`.
+
+    Raises:
+        AnalysisError: if a result cannot be read, or a trial is not known and must be.
     """
-    trials = trials_of(contest, results)
     published = None
-    if contest.published is not None:
-        cell, point = contest.published.cell, contest.published.point
-        published = read_trial(0, cell.partition("/")[0], cell, point, results)
+    specifications: dict[str, Specification | None] = {}
+    if beside := contest.published:
+        cell = f"{beside.trial.variant}/{contest.run}"
+        fingerprint = beside.trial.fingerprint
+        published = read_trial(0, cell, beside.point, fingerprint, results, partial)
+        specifications[beside.full.variant] = beside.full
+    specifications |= dict.fromkeys(contest.winners)
     chosen = {}
-    selection = results / "searches" / contest.name / "selection.json"
-    if selection.exists():
-        chosen = json.loads(selection.read_bytes())["winners"]
-    runs = []
-    for variant, cells in full.items():
-        number = chosen[variant]["number"] if variant in chosen else None
-        runs.append(full_runs(variant, number, cells, results))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        selection = json.loads((results / "searches" / contest.name / "selection.json").read_bytes())
+        own_part = contest.model_dump(mode="json", include=set(Contest.model_fields))
+        if selection["contest"] == own_part:
+            chosen = selection["winners"]
+            for variant in contest.winners:
+                own = selection["specifications"][variant]
+                specifications[variant] = Specification.model_validate(own)
+    runs = [
+        full_runs(variant, chosen.get(variant, {}).get("number"), own, contest, results)
+        for variant, own in specifications.items()
+    ]
+    trials = trials_of(contest, results, partial)
     candidates = [run for run in runs if run.trial is not None]
     winner = None
     if all(run.finished == run.planned for run in candidates):
@@ -418,28 +482,33 @@ def read_search(contest: Contest, full: Mapping[str, Sequence[str]], results: Pa
     )
 
 
-def full_runs(variant: str, trial: int | None, cells: Sequence[str], results: Path) -> FullRuns:
-    """Return what the full runs of a variant came to.
+def full_runs(
+    variant: str,
+    trial: int | None,
+    specification: Specification | None,
+    contest: Shown,
+    results: Path,
+) -> FullRuns:
+    """Return what the full runs of a variant came to, those of its present specification.
 
-    A run without a result has finished if its newest attempt failed.
+    A run without a result has finished if it failed.
     """
     found = []
     failed = 0
-    for cell in cells:
-        path = results / "cells" / cell / "metrics.json"
-        if path.exists():
-            try:
-                found.append(read_metrics(path))
-            except (OSError, ValidationError) as error:
-                raise AnalysisError(f"{path} cannot be read ({first_line(error)})") from error
-        elif (seen := look(results / "attempts" / cell)) and seen.status == "failed":
-            failed += 1
+    for run in contest.runs if specification else ():
+        assert specification is not None
+        accelerator = contest.accelerators[parse_cell_path(f"{variant}/{run}").framework]
+        fingerprint = specification.on(accelerator).fingerprint
+        if metrics := read_result(f"{variant}/{run}", fingerprint, results):
+            found.append(metrics)
+        else:
+            failed += has_failed(results / "attempts" / variant / run, fingerprint)
     valid = [each.valid.nll for each in found if each.status == "ok" and each.valid]
     test = [each.test.nll for each in found if each.status == "ok" and each.test]
     return FullRuns(
         variant=variant,
         trial=trial,
-        planned=len(cells),
+        planned=len(contest.runs),
         finished=len(found) + failed,
         ok=len(valid),
         valid_perplexity=perplexity(fmean(valid)) if valid else None,

@@ -6,19 +6,22 @@ What is drawn here is known before anything runs. The samplers that learn are in
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_serializer
 
+from ptbench.backends import Framework
 from ptbench.configuration.errors import known, sentence
 from ptbench.configuration.experiments import Constraint, Dimension, Method, Search, Value
 from ptbench.configuration.specification import PROTOCOL, Specification
 from ptbench.errors import ConfigurationError
-from ptbench.model.recipe import Accelerator, Model, Recipe
+from ptbench.model.recipe import Accelerator, BudgetName, Model, Recipe
 
 TRIES = 1000  # draws in a row without a new point, after which there is held to be none
 DIGITS = 4  # of numbers drawn from a range: more would only make names long
@@ -39,9 +42,15 @@ class Space(Model):
     dimensions: dict[str, Dimension] = Field(description="By key of the recipe.")
     constraint: Constraint | None = Field(description="What every point keeps to.")
     short: dict[str, Value] = Field(description="Keys and values of trials alone.")
+    budget: BudgetName | None = Field(None, description="Of every run; null: what recipe and short say.")
     corpus_definition: dict[str, Any] = Field(description="As in a specification.")
     accelerator: Accelerator = Field(description="As in a specification.")
     devices: list[int] = Field(description="That a batch has to be shared out to.")
+
+    @field_serializer("recipe")
+    def _without_defaults(self, recipe: Recipe) -> dict[str, Any]:
+        """Write a recipe so that a new key changes no question; see `Specification.text`."""
+        return recipe.model_dump(mode="json", exclude_defaults=True)
 
     def point(self, suggest: Suggest) -> Point:
         """Return a point with the values that `suggest` gives; see `Dimension.when`."""
@@ -85,8 +94,8 @@ class Space(Model):
         values = self.recipe.model_dump() | point
         if short:
             values |= self.short
-            if self.recipe.budget != "full":
-                values["budget"] = self.recipe.budget  # the configuration's
+        if self.budget is not None:
+            values["budget"] = self.budget
         try:
             recipe = Recipe.model_validate(values)
             for count in self.devices:
@@ -116,31 +125,52 @@ class Question(Model):
     files: list[str] = Field(description="That have the earlier trials' points, in order.")
 
 
-class Published(Model):
-    """What others found, run beside the trials and in full."""
-
-    cell: str = Field(description="Its run at the trials' budget.")
-    variant: str = Field(description="Its variant in full.")
-    point: Point = Field(description="Its values of the keys that are searched.")
-
-
 class Contest(Model):
     """What a selection is made from: all trials of a search, of which the best go on in full."""
 
     protocol: int = Field(PROTOCOL, description="As in a specification.")
     name: str = Field(description="Of the search.")
-    title: str = Field(description="Heading in the report.")
-    description: str = Field(description="One paragraph.")
     method: Method = Field(description="How trials were chosen.")
-    base: str = Field(description="Name of the recipe that the search starts from.")
-    set: dict[str, Value] = Field(description="Keys and values in every run.")
     space: Space = Field(description="What is tried.")
     seed: int = Field(description="Of random draws.")
     trials: list[str] = Field(description="Variants of all trials, in order.")
     run: str = Field(description="Framework, devices and seed of the trials: their cells' folders.")
     files: list[str] = Field(description="That have the points, unless they are drawn at random.")
     winners: list[str] = Field(description="Variants that are to be trained in full.")
+
+
+class Published(Model):
+    """What others found, run beside the trials and in full."""
+
+    trial: Specification = Field(description="At the trials' budget.")
+    full: Specification = Field(description="In full.")
+    point: Point = Field(description="Its values of the keys that are searched.")
+
+
+class Shown(Contest):
+    """A search as its page shows it."""
+
+    title: str = Field(description="Heading in the report.")
+    description: str = Field(description="One paragraph.")
+    base: str = Field(description="Name of the recipe that the search starts from.")
+    set: dict[str, Value] = Field(description="Keys and values in every run.")
     published: Published | None = Field(description="What others found.")
+    runs: list[str] = Field(description="Frameworks, devices and seeds of full runs, as `run`.")
+    accelerators: dict[Framework, Accelerator] = Field(description="Kinds of devices of full runs.")
+    left_out: list[str] = Field(description="Why other full runs that were asked for cannot run.")
+
+
+def found_specification(file: str | Path, variant: str) -> Specification:
+    """Return what a search found for a variant.
+
+    Raises:
+        FileNotFoundError: if it has not, or the file is of another version.
+    """
+    try:
+        content = json.loads(Path(file).read_bytes())["specifications"]
+        return Specification.model_validate(content[variant])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileNotFoundError(errno.ENOENT, "does not say what is trained", file) from error
 
 
 def drawn(key: str, dimension: Dimension, generator: random.Random) -> Value:

@@ -42,9 +42,11 @@ from ptbench.configuration.search import (
     Contest,
     Published,
     Question,
+    Shown,
     Space,
     check_space,
     draw_points,
+    found_specification,
 )
 from ptbench.configuration.specification import (
     LONGEST_NAME,
@@ -137,6 +139,7 @@ class PlannedExperiment:
                 for each in self.specifications
                 if obstructed and each.variant not in self.found
             },
+            "found": dict(self.found) if obstructed else {},
             "corpus_folder": self.specifications[0].recipe.corpus_folder,
             "variants": {
                 each.variant: {
@@ -212,13 +215,8 @@ class PlannedSearch:
     @property
     def shown_trials(self) -> list[str]:
         """Return the cells of all trials, that of what others found among them."""
-        published = [self.published.cell] if self.published else []
+        published = [self.cell(self.published.trial.variant)] if self.published else []
         return [*published, *self.own_trials]
-
-    @property
-    def full_runs(self) -> str:
-        """Return the cells of the full runs, by variant, as JSON."""
-        return json.dumps(self.full)
 
     def question(self, number: int) -> Question:
         """Return what is asked for the trials of a generation."""
@@ -238,19 +236,24 @@ class PlannedSearch:
         """What the selection is made from."""
         return Contest(
             name=self.name,
-            title=self.definition.title,
-            description=self.definition.description,
             method=self.definition.method,
-            base=self.definition.recipe,
-            set=self.definition.set,
             space=self.space,
             seed=self.definition.seed,
             trials=list(self.trials),
             run=self.cell("").removeprefix("/"),
             files=[self.generation(number) for number, _ in enumerate(self.generations, start=1)],
             winners=list(self.winners),
-            published=self.published,
         )
+
+    @cached_property
+    def answers(self) -> dict[str, tuple[str, Any]]:
+        """What each file that the search writes has to answer, and under which key it says it."""
+        asked: dict[str, tuple[str, Question | Contest]] = {
+            self.generation(number): ("question", self.question(number))
+            for number, _ in enumerate(self.generations, start=1)
+        }
+        asked[self.selection] = "contest", self.contest
+        return {file: (key, each.model_dump(mode="json")) for file, (key, each) in asked.items()}
 
 
 @dataclass(frozen=True)
@@ -293,12 +296,21 @@ class Study:
         return frozenset(cell.path for cell in self.cells)
 
     @cached_property
+    def trials(self) -> frozenset[str]:
+        """The cells of all trials, those of what others found among them."""
+        return frozenset(c for search in self.searches.values() for c in search.shown_trials)
+
+    @cached_property
     def _specifications(self) -> dict[str, Specification]:
         return {s.variant: s for e in self.experiments.values() for s in e.specifications}
 
     @cached_property
     def _files(self) -> dict[str, str]:
         return {k: file for each in self.searches.values() for k, file in each.files.items()}
+
+    @cached_property
+    def _answers(self) -> dict[str, tuple[str, Any]]:
+        return {k: asked for each in self.searches.values() for k, asked in each.answers.items()}
 
     def specification(self, variant: str) -> Specification:
         """Return the specification of a variant of any recipe, also of one in no experiment.
@@ -311,7 +323,7 @@ class Study:
         """
         if variant in self._files:
             with contextlib.suppress(FileNotFoundError):
-                return found_specification(self._files[variant], variant)
+                return self._found(variant)
         if variant not in self._specifications:
             [(base, overrides)] = expand(variant, "variant")
             found = resolve(base, overrides, self.recipes, self.corpora, self.config, "variant")
@@ -339,13 +351,24 @@ class Study:
     def _text_and_fingerprint(self, variant: str, framework: Framework) -> tuple[str, str]:
         """Return both, made once, because many cells have the same."""
         if variant in self._files:
-            found = self.on(found_specification(self._files[variant], variant), framework)
+            found = self.on(self._found(variant), framework)
             return found.text(), found.fingerprint
         key = variant, self.config.accelerator_of(framework)
         if key not in self._texts:
             specification = self.on(self.specification(variant), framework)
             self._texts[key] = specification.text(), specification.fingerprint
         return self._texts[key]
+
+    def _found(self, variant: str) -> Specification:
+        """Return what a search found for a variant.
+
+        Raises:
+            FileNotFoundError: if it has not, or was another search when it did.
+        """
+        file = self._files[variant]
+        if Path(file).exists() and not self.is_answered(file):
+            raise FileNotFoundError(errno.ENOENT, "answers another question", file)
+        return found_specification(file, variant)
 
     def fingerprint(self, path: str) -> str | None:
         """Return the fingerprint of a cell's specification; None if a search has yet to find it."""
@@ -431,15 +454,30 @@ class Study:
             )
         return search.question(number).model_dump_json()
 
-    def answered_question(self, name: str, number: int) -> bool:
-        """Return whether a generation's trials have been proposed to this very question."""
-        file = Path(self.search(name).generation(number))
+    def is_answered(self, file: str) -> bool:
+        """Return whether a file that a search writes is there and answers what is asked now."""
+        key, asked = self._answers[file]
         try:
-            return bool(
-                json.loads(file.read_bytes())["question"] == json.loads(self.question(name, number))
-            )
+            return bool(json.loads(Path(file).read_bytes())[key] == asked)
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def shown(self, name: str) -> Shown:
+        """Return a search as its page shows it: without full runs that are not possible here."""
+        search = self.search(name)
+        runs = [cell.partition("/")[2] for cell in search.full[search.winners[0]]]
+        why = [self.obstacle(parse_cell_path(f"{search.winners[0]}/{run}")) for run in runs]
+        return Shown(
+            **dict(search.contest),
+            title=search.definition.title,
+            description=search.definition.description,
+            base=search.definition.recipe,
+            set=search.definition.set,
+            published=search.published,
+            runs=[run for run, reason in zip(runs, why, strict=True) if not reason],
+            accelerators={f: self.config.accelerator_of(f) for f in self.config.frameworks},
+            left_out=list(dict.fromkeys(filter(None, why))),
+        )
 
     def found_in(self, variant: str) -> str | None:
         """Return the file that says what a variant is, if a search finds it."""
@@ -597,19 +635,6 @@ def smoke_row(row: str) -> str:
     base, *overrides = variant.split("+")
     kept = [each for each in overrides if not each.startswith("budget=")]
     return f"{'+'.join([base, *sorted([*kept, 'budget=smoke'])])}/{rest}"
-
-
-def found_specification(file: str, variant: str) -> Specification:
-    """Return what a search found for a variant.
-
-    Raises:
-        FileNotFoundError: if it has not, or the file is of another version.
-    """
-    try:
-        content = json.loads(Path(file).read_bytes())["specifications"]
-        return Specification.model_validate(content[variant])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileNotFoundError(errno.ENOENT, "does not say what is trained", file) from error
 
 
 @cache
@@ -792,6 +817,7 @@ def plan_search(
         corpus_definition=base.corpus_definition,
         accelerator=settings.accelerator_of(frameworks[0]),
         devices=devices,
+        budget=None if settings.budget == "full" else settings.budget,
     )
     points = draw_points(space, asked.trials, asked.seed, f"{where}: space")
     if asked.method == "random":
@@ -812,8 +838,8 @@ def plan_search(
         [(recipe, values)] = expand(asked.published, f"{where}: published")
         beside = [resolved(recipe, values | each, "published") for each in (asked.short, {})]
         published = Published(
-            cell=cell_of(beside[0].variant, frameworks[0], devices[0], seeds[0]).path,
-            variant=beside[1].variant,
+            trial=beside[0].on(space.accelerator),
+            full=beside[1],
             point={key: getattr(beside[1].recipe, key) for key in asked.space},
         )
     searched = {

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ptbench.analysis.experiment import FigureFile
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.search import SearchResult, Trial, ranked, read_search
-from ptbench.configuration.search import Contest, bounds
+from ptbench.configuration.search import Shown, bounds
 from ptbench.configuration.specification import format_override, reductions
 from ptbench.files import write_atomically
 from ptbench.report import words
@@ -31,7 +31,7 @@ MOST_SHOWN = 25  # trials on the page itself; the rest is folded
 
 
 def write_search(
-    site: Site, contest: Contest, full: Mapping[str, Sequence[str]], results: Path, output: Path
+    site: Site, contest: Shown, results: Path, output: Path, partial: bool = False
 ) -> Path:
     """Write what a search came to, as far as it is, and return where its page is.
 
@@ -41,11 +41,11 @@ def write_search(
     Args:
         site: the report.
         contest: the search.
-        full: cells of its full runs, by variant.
         results: the results folder.
         output: made if need be.
+        partial: whether runs may be under way.
     """
-    result = read_search(contest, full, results)
+    result = read_search(contest, results, partial)
     figures = list(drawings(result))
     (output / "figures").mkdir(parents=True, exist_ok=True)
     with style():
@@ -133,8 +133,8 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
             name="best-so-far",
             title="The best trial so far",
             caption="Lowest validation perplexity of the trials so far, by their number and by the "
-            "hours that they took one after another. Dots are trials; crosses at the upper edge "
-            "diverged. The dashed line is the published recipe at the same budget.",
+            "hours that they took one after another, without failed attempts. Dots are trials; "
+            "crosses at the upper edge diverged or failed. The dashed line is the published recipe at the same budget.",
             alternative=f"Of {len(result.trials)} trials, number {best[0].number} is the best, "
             f"with a validation perplexity of {write(best[0].perplexity or math.nan)}.",
         ),
@@ -184,7 +184,7 @@ def draw_best(result: SearchResult) -> Figure:
         lowest = list(itertools.accumulate((y for _, y in good), min))
         axes.step([x for x, _ in good], lowest, where="post", color=BLUE)
         for x, trial in zip(places, result.trials, strict=True):
-            if trial.state == "diverged":
+            if trial.state in ("diverged", "failed"):
                 axes.plot(
                     x, 1.0, "X", color=MUTED, markersize=6, clip_on=False, mew=0,
                     transform=axes.get_xaxis_transform(),

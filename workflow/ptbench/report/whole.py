@@ -64,8 +64,8 @@ def write_everything(
             site, answer_paper(papers / paper, of_experiments, documents[-1]), documents[-1]
         )
     searched = []
-    for name, search in study.searches.items():
+    for name in study.searches:
         searched.append(output / "searches" / name)
-        write_search(site, search.contest, search.full, site.results, searched[-1])
+        write_search(site, study.shown(name), site.results, searched[-1], only_current)
     write_overview(site, folders, documents, searched)
     return done

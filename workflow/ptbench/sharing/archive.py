@@ -182,12 +182,10 @@ def result_files(study: Study, results: Path) -> Iterator[tuple[str, Path]]:
 def run_cells(study: Study, results: Path) -> list[str]:
     """Return every run of a study that can run here, and what else has a result.
 
-    That are trials that did not fail, and runs that were made elsewhere.
+    That are trials, which may fail, and runs that were made elsewhere.
     """
-    trials = {cell for search in study.searches.values() for cell in search.shown_trials}
-    planned = {cell.path for cell in study.cells}
-    wanted = {cell.path for cell in study.runnable(study.cells)}
-    others = (planned | trials) - wanted
+    wanted = {cell.path for cell in study.runnable(study.cells)} - study.trials
+    others = {cell.path for cell in study.cells} - wanted
     ended = (cell for cell in others if (results / "cells" / cell / "metrics.json").exists())
     return sorted({*wanted, *ended})
 

@@ -237,9 +237,8 @@ def read_planned(folder: Path) -> Study:
     names = [*study.searches, *study.experiments, *(e.name for e in study.experiments.values())]
     for search in study.searches.values():
         contest = search.contest
-        published = [contest.published.cell] if contest.published else []
         runs = [cell for cells in search.full.values() for cell in cells]
-        paths = [search.name, contest.name, contest.run, *contest.trials, *published, *runs]
+        paths = [search.name, contest.name, contest.run, *search.shown_trials, *runs]
         names += [part for path in [*paths, *contest.files] for part in path.split("/")]
     for name in names:
         if not re.fullmatch(VARIANT_PATTERN, name):

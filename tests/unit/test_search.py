@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import random
+import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from tests.support.fake_results import metrics, score_of, write_cell
@@ -301,6 +304,38 @@ def test_a_learned_trial_is_read_from_the_file_of_its_generation(
     assert again.question("s", 2) == study.question("s", 2)
 
 
+def import_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this test use Optuna's Gaussian process."""
+    environment = ROOT / "results/environments/pytorch-cpu"
+    if not (environment / PYTHON).exists():
+        pytest.skip("the environment of PyTorch is not built")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    searching.import_torch_from(environment)
+
+
+def test_a_gaussian_process_keeps_away_from_points_that_break_the_constraint(
+    learning: tuple[Study, PlannedSearch, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, search, _ = learning
+    import_torch(monkeypatch)
+    question = search.question(2).model_copy(update={"method": "gp", "variants": ["a", "b"]})
+    told = [
+        Trial(number=n, variant="v", cell="c", point=point, state="ok", nll=6 - size(point) / 1000)
+        for n, point in enumerate(draw_points(search.space, 12, 3, "s"), start=1)
+    ]
+    asks: list[None] = []
+    ask = optuna.Study.ask
+    monkeypatch.setattr(optuna.Study, "ask", lambda study: (asks.append(None), ask(study))[1])
+    points = next_points(question, told)
+    assert len(asks) <= 8
+    assert min(map(size, points)) > median(size(trial.point) for trial in told)  # not by chance
+
+
+def size(point: Any) -> float:
+    """The product that the constraint bounds, but for the sequence length."""
+    return float(point["batch_size"] * point["hidden_size"])
+
+
 @pytest.mark.parametrize("method", ["tpe", "gp"])
 def test_the_same_results_give_the_same_next_trials_and_others_give_others(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -309,11 +344,7 @@ def test_the_same_results_give_the_same_next_trials_and_others_give_others(
     search, results = study.searches["s"], tmp_path / "results"
     monkeypatch.chdir(tmp_path)
     if method == "gp":
-        environment = ROOT / "results/environments/pytorch-cpu"
-        if not (environment / PYTHON).exists():
-            pytest.skip("the environment of PyTorch is not built")
-        monkeypatch.setattr("sys.path", [*__import__("sys").path])
-        searching.import_torch_from(environment)
+        import_torch(monkeypatch)
     first = finish_generation(study, 1, results)
     few = list(search.generations[1][: 2 if method == "gp" else 10])
     question = search.question(2).model_copy(update={"variants": few})

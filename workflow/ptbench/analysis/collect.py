@@ -278,7 +278,8 @@ def collect_rows(
     alike: dict[tuple[str, Accelerator | None], list[CellResult]] = defaultdict(list)
     for cell in plan.cells:
         result = _with_rent(_of_itself(_read_usable(cell, results_folder, fingerprint), plan), plan)
-        if (why := obstacle(plan.cannot_run, cell)) and not _is_current(result, plan, results_folder):
+        why = obstacle(plan.cannot_run, cell)
+        if why and not _is_current(result, plan, results_folder):
             result = CellResult(cell, unusable=f"{CANNOT_RUN}: {why}")
         rows[cell.variant, cell.devices, cell.framework].append(result)
         variants[cell.variant].append(result)

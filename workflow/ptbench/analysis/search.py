@@ -44,7 +44,7 @@ from ptbench.training.records import Metrics, perplexity, read_metrics
 if TYPE_CHECKING:
     import optuna
 
-REFUSED = 100  # proposals in a row that are no trials, after which one is drawn at random
+REFUSED = 10  # proposals in a row that are no trials, after which one is drawn at random
 FEWEST_TRIALS = 4  # that ended well, for importances to be computed
 WORST_OF_NONE = 0.0  # what failed trials are told as while all have failed: alike
 
@@ -208,25 +208,26 @@ def next_points(question: Question, told: Sequence[Trial]) -> list[Point]:
     own = random.Random(f"{question.seed} {question.generation}")
     sampler = sampler_of(question.method, own.getrandbits(32))
     study = study_of(space, told, sampler)
+    good = ranked(told)
     tried = [trial.point for trial in told]
     points: list[Point] = []
     for _ in range(count):
         for attempt in range(REFUSED + TRIES):
+            if attempt >= REFUSED:
+                study.enqueue_trial(sampled(space, space.draw(own)))
             trial = study.ask()
-            if attempt < REFUSED:
-                point = space.point(lambda key, dimension: suggest(trial, key, dimension))  # noqa: B023
-            else:
-                point = space.draw(own)
+            point = space.point(lambda key, dimension: suggest(trial, key, dimension))  # noqa: B023
             try:
                 space.specification("trial", point, short=True)
                 space.specification("trial", point, short=False)
             except UnfitError:
-                fits = False
+                if good:  # as bad as the worst, or a Gaussian process proposes the same again
+                    study.tell(trial, good[-1].nll)
+                    continue
             else:
-                fits = point not in [*tried, *points]
-            if fits:
-                points.append(point)
-                break
+                if point not in [*tried, *points]:
+                    points.append(point)
+                    break
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             raise PtbenchError(
@@ -261,19 +262,20 @@ def study_of(
     study = optuna.create_study(sampler=sampler)
     worst = max((trial.nll for trial in told if trial.nll is not None), default=WORST_OF_NONE)
     for trial in told:
-        sampled = {
-            key: value
-            for key, value in (trial.point or {}).items()
-            if space.dimensions[key].same_as is None
-        }
+        values = sampled(space, trial.point or {})
         study.add_trial(
             optuna.trial.create_trial(
-                params=sampled,
-                distributions={key: distribution(key, space.dimensions[key]) for key in sampled},
+                params=values,
+                distributions={key: distribution(key, space.dimensions[key]) for key in values},
                 value=worst if trial.nll is None else trial.nll,
             )
         )
     return study
+
+
+def sampled(space: Space, point: Point) -> Point:
+    """Return the part of a point that a sampler proposes: keys that follow no other."""
+    return {k: value for k, value in point.items() if space.dimensions[k].same_as is None}
 
 
 def distribution(key: str, dimension: Dimension) -> Any:
@@ -449,7 +451,9 @@ def read_search(contest: Shown, results: Path, partial: bool = False) -> SearchR
     specifications |= dict.fromkeys(contest.winners)
     chosen = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        selection = json.loads((results / "searches" / contest.name / "selection.json").read_bytes())
+        selection = json.loads(
+            (results / "searches" / contest.name / "selection.json").read_bytes()
+        )
         own_part = contest.model_dump(mode="json", include=set(Contest.model_fields))
         if selection["contest"] == own_part:
             chosen = selection["winners"]

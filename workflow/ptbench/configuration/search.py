@@ -42,7 +42,9 @@ class Space(Model):
     dimensions: dict[str, Dimension] = Field(description="By key of the recipe.")
     constraint: Constraint | None = Field(description="What every point keeps to.")
     short: dict[str, Value] = Field(description="Keys and values of trials alone.")
-    budget: BudgetName | None = Field(None, description="Of every run; null: what recipe and short say.")
+    budget: BudgetName | None = Field(
+        None, description="Of every run; null: what recipe and short say."
+    )
     corpus_definition: dict[str, Any] = Field(description="As in a specification.")
     accelerator: Accelerator = Field(description="As in a specification.")
     devices: list[int] = Field(description="That a batch has to be shared out to.")

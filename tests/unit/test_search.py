@@ -43,6 +43,12 @@ SPACE = """{
   learning_rate: {low: 0.1, high: 10, log: true},
   batch_size: {low: 10, high: 40, step: 10},
   dropout: {low: 0.2, high: 0.6, step: 0.05}}"""
+LONG_SPACE = """{
+  hidden_size: {low: 100, high: 999}, embedding_size: {low: 100, high: 999},
+  learning_rate: {low: 0.1, high: 0.9}, dropout: {low: 0.1, high: 0.5},
+  clip_norm: {low: 0.1, high: 0.9}, initialization_scale: {low: 0.01, high: 0.09},
+  batch_size: {low: 10, high: 60}, sequence_length: {low: 10, high: 60},
+  weight_decay: {low: 0.001, high: 0.009}, layers: {low: 3, high: 9}}"""
 CONSTRAINT = "{product: [batch_size, sequence_length, hidden_size], at_most: 20000}"
 
 
@@ -151,6 +157,44 @@ BAD_SEARCHES = [
         "    constraint: {product: [rnn], at_most: 3}}",
         r"search s: constraint: rnn is no number in the recipe",
     ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {clip_norm: {choices: [null, 1]}, "
+        "layers: {low: 1, high: 4}},\n    constraint: {product: [clip_norm], at_most: 3}}",
+        r"search s: constraint: clip_norm has the choice null, which is no number",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {layers: {low: 1, high: 4}},\n"
+        "    short: {sequence_length: 70}, constraint: {product: [sequence_length], at_most: 60}}",
+        r"found no point that can be a trial.*: sequence_length = 70 is above 60",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, "
+        "space: {dropout: {low: 0, high: 0.5, when: {rnn: [gruu]}}}}",
+        r"search s: space: dropout: when: rnn: \"gruu\" is not allowed: .*'gru'",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {rnn: {choices: [lstm, gru]}, "
+        "dropout: {low: 0, high: 0.5, when: {rnn: [rnn_tanh, gru]}}}}",
+        r"search s: space: dropout: when: \"rnn_tanh\" is not among the choices of rnn",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {adam_beta1: {low: 0.5, high: 0.9}}}",
+        r"search s: space: adam_beta1 has no effect in any trial, because of optimizer; leave i",
+    ),
+    (
+        "{title: T, recipe: r, trials: 3, space: {layers: {low: 1, high: 4}}, "
+        "published: r+corpus=ptb}",
+        r"search s: published: r\+corpus=ptb has corpus ptb, and the search synthetic, so perplex",
+    ),
+    (
+        f"{{title: T, recipe: r, trials: 300, space: {LONG_SPACE}}}",
+        r"search s: trials: a command that names them all would have 1\d\d,\d+ bytes, and Linux",
+    ),
+    (
+        f"{{title: T, recipe: r, trials: 3, space: {LONG_SPACE}, short: {{budget: quick, "
+        "constant_epochs: 1, epochs: 2}}",
+        r"the name has 2\d\d characters and may have 200; put set and short into its recipe, sear",
+    ),
 ]
 
 
@@ -221,7 +265,6 @@ def test_a_search_is_run_only_if_it_is_asked_for_by_name() -> None:
 @pytest.mark.parametrize("name", load_library().searches)
 def test_every_search_of_a_document_can_be_planned(name: str) -> None:
     study = load_study({"experiments": [name]})
-    search = study.searches[name]
     planned = study.experiments[name]
     asked = load_library().searches[name]
     assert len(planned.cells) == asked.trials + (asked.published is not None)
@@ -455,7 +498,7 @@ def test_there_is_a_winner_when_all_full_runs_have_finished_and_at_most_one_of_i
     assert winner() == "none: of each candidate, two or more full runs diverged or failed"
 
 
-def edited(before: str, after: str) -> Study:
+def edited(before: str, after: str, **config: Any) -> Study:
     """Return the study after an edit of its search."""
     import ptbench.configuration.experiments as experiments
 
@@ -463,7 +506,7 @@ def edited(before: str, after: str) -> Study:
     text = file.read_text()
     assert before in text
     file.write_text(text.replace(before, after))
-    return load_study({"experiments": ["s"]})
+    return load_study({"experiments": ["s"], **config})
 
 
 def test_what_a_search_found_before_it_was_edited_is_none_of_its_results(
@@ -496,7 +539,7 @@ def test_what_a_search_found_before_it_was_edited_is_none_of_its_results(
         found = read_search(study.shown("s"), results, partial=True)
         assert found.count("missing") == 20
         assert found.undecided == "not decided yet: no trial has been trained in full"
-        with pytest.raises(AnalysisError, match="0 trials of 10 are in .*generation-1.json"):
+        with pytest.raises(AnalysisError, match=r"0 trials of 10 are in .*generation-1.json"):
             propose(study.searches["s"].question(2), results)
 
 
@@ -532,11 +575,12 @@ def test_a_winner_is_named_without_a_framework_that_cannot_run(
     content["specifications"]["s-winner-1"]["recipe"]["dropout"] = 0.35
     write_atomically(Path(search.selection), json.dumps(content))
     assert states() == {"missing"}
+    with pytest.raises(ConfigurationError, match=r"trials run in mxnet, .*; put another fram"):
+        edited("[jax, mxnet]", "[mxnet, jax]", accelerator="cuda", cuda_capability=9.0)
 
 
-def test_the_budget_of_trials_is_short_s_unless_the_configuration_has_one(
-    learning: tuple[Study, PlannedSearch, Path],
-) -> None:
+@pytest.mark.usefixtures("learning")
+def test_the_budget_of_trials_is_short_s_unless_the_configuration_has_one() -> None:
     for method in ("method: tpe", "method: random"):
         study = edited("method: tpe", method + ", set: {budget: smoke}")
         trial, winner = study.searches["s"].trials[0], study.searches["s"].winners[0]

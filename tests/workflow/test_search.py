@@ -136,10 +136,17 @@ def test_a_generation_that_has_been_proposed_stays_when_a_result_is_made_again(
     planned = searched.planned(*COMMAND)
     (cell / "kept").rename(cell / "metrics.json")
     assert f"{LEARNING}/selection.json" in planned
+    generation = searched.folder / LEARNING / "generation-1.json"
+    before = generation.read_text()
+    generation.write_text(before[:-9])  # damaged: it is proposed anew
+    assert f"{LEARNING}/generation-1.json" in searched.planned(*COMMAND)
+    generation.write_text(before)
     assert not [file for file in planned if "generation" in file or "learning-trial-2" in file]
 
 
-def test_a_search_goes_on_past_a_failed_trial_when_it_is_run_again(searched: Project) -> None:
+def test_a_failed_trial_counts_as_the_worst_and_is_waited_for_once_the_search_is_edited(
+    searched: Project,
+) -> None:
     target = "results/searches/failing+budget=smoke/generation-2.json"
     command = ("--cores", "2", target, "--config", "experiments=failing", "budget=smoke")
     answer = searched.snakemake(*command, expect=1)
@@ -147,4 +154,15 @@ def test_a_search_goes_on_past_a_failed_trial_when_it_is_run_again(searched: Pro
     assert not (searched.folder / target).exists()
     searched.snakemake(*command)
     told = [trial["state"] for trial in read(searched, target)["told"]]
-    assert told == ["missing", "ok"]
+    assert told == ["failed", "ok"]
+    study = ("--config", "experiments=failing", "budget=smoke")
+    planned = searched.planned(*study)
+    assert "results/report/index.html" in planned
+    assert not [file for file in planned if "failing-trial-1" in file]
+    file = searched.folder / "workflow/experiments/own.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("[10, 1000000]", "[10, 20]"))
+    planned = searched.planned(target, *study)
+    file.write_text(before)
+    assert [name for name in planned if "failing-trial-1" in name]
+    assert target in planned

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError, field_serializer
 
 from ptbench.backends import Framework
-from ptbench.configuration.errors import known, sentence
+from ptbench.configuration.errors import known, sentence, shown
 from ptbench.configuration.experiments import Constraint, Dimension, Method, Search, Value
 from ptbench.configuration.specification import PROTOCOL, Specification
 from ptbench.errors import ConfigurationError
@@ -86,13 +86,6 @@ class Space(Model):
         Raises:
             UnfitError: if the point breaks the constraint, or is no recipe.
         """
-        if self.constraint is not None:
-            product = math.prod(self.value(point, key) for key in self.constraint.product)
-            if product > self.constraint.at_most:
-                keys = " × ".join(self.constraint.product)
-                raise UnfitError(
-                    f"{keys} = {product:,.10g} is above {self.constraint.at_most:,.10g}"
-                )
         values = self.recipe.model_dump() | point
         if short:
             values |= self.short
@@ -106,6 +99,13 @@ class Space(Model):
             raise UnfitError(sentence(error.errors()[0], Recipe)) from error
         except ValueError as error:
             raise UnfitError(str(error)) from error
+        if self.constraint is not None:
+            product = math.prod(getattr(recipe, key) for key in self.constraint.product)
+            if product > self.constraint.at_most:
+                keys = " × ".join(self.constraint.product)
+                raise UnfitError(
+                    f"{keys} = {product:,.10g} is above {self.constraint.at_most:,.10g}"
+                )
         return Specification(
             variant=variant,
             recipe=recipe,
@@ -262,6 +262,17 @@ def check_space(
         ConfigurationError: if they are not.
     """
     seen: list[str] = []
+
+    def check_value(key: str, value: Value, at: str) -> None:
+        try:
+            Recipe.model_validate_json(
+                json.dumps(recipe.model_dump(mode="json") | {key: value}), strict=True
+            )
+        except ValidationError as error:
+            # What only other keys do not allow is said of a point.
+            if own := [each for each in error.errors() if each["loc"] == (key,)]:
+                raise ConfigurationError(f"{at}: {sentence(own[0], Recipe)}") from error
+
     for key, dimension in search.space.items():
         known(key, Recipe.model_fields, where(key), "recipe key")
         place = f"{where(key)}: {key}"
@@ -274,20 +285,27 @@ def check_space(
             known(other, Recipe.model_fields, place, "recipe key")
             if other in search.space and other not in seen:
                 raise ConfigurationError(f"{place}: depends on {other}, which must come before it")
+        for other, among in dimension.when.items():
+            tried = search.space[other].choices if other in search.space else None
+            for value in among:
+                check_value(other, value, f"{place}: when")
+                if tried is not None and value not in tried:
+                    raise ConfigurationError(
+                        f"{place}: when: {shown(value)} is not among the choices of {other}"
+                    )
         seen.append(key)
         for value in ends(key, dimension, place):
-            try:
-                Recipe.model_validate_json(
-                    json.dumps(recipe.model_dump(mode="json") | {key: value}), strict=True
-                )
-            except ValidationError as error:
-                # What only other keys do not allow is said of a point.
-                if own := [each for each in error.errors() if each["loc"] == (key,)]:
-                    raise ConfigurationError(f"{where(key)}: {sentence(own[0], Recipe)}") from error
+            check_value(key, value, where(key))
     for key in search.constraint.product if search.constraint else ():
         known(key, Recipe.model_fields, f"{otherwise}: constraint", "recipe key")
         if not isinstance(getattr(recipe, key), int | float):
             raise ConfigurationError(f"{otherwise}: constraint: {key} is no number in the recipe")
+        for value in (search.space[key].choices if key in search.space else None) or ():
+            if not isinstance(value, int | float):
+                raise ConfigurationError(
+                    f"{otherwise}: constraint: {key} has the choice {shown(value)}, which is no "
+                    "number"
+                )
 
 
 def ends(key: str, dimension: Dimension, place: str) -> Sequence[Value]:

@@ -11,6 +11,7 @@ import errno
 import itertools
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ from ptbench.configuration.obstacles import Obstacle, Obstacles, cannot_run, obs
 from ptbench.configuration.papers import answering, paper_files, paper_folders
 from ptbench.configuration.requests import Request, Used, request, used_by
 from ptbench.configuration.search import (
+    FIXED,
     Contest,
     Published,
     Question,
@@ -64,6 +66,7 @@ from ptbench.model import work
 from ptbench.model.recipe import Accelerator, Recipe
 from ptbench.model.work import CorpusSize
 
+LONGEST_ARGUMENT = 128_000  # bytes; Linux takes 128 KiB, with the rest of the command
 MANY = range(1, sys.maxsize)
 # Keys that have an effect only where another key has one of these values. Recipes may have them all
 # the same, for the variants that set the other key.
@@ -162,6 +165,7 @@ class PlannedSearch:
     """A search with its names resolved."""
 
     name: str  # with what the configuration changes in every run
+    base: str  # without it
     definition: Search
     space: Space
     trials: tuple[str, ...]  # their variants
@@ -692,7 +696,28 @@ def load_study(
         else:
             planned[name] = plan_experiment(name, library, corpora, settings, place)
     obstacles = cannot_run(settings, on_cluster)
-    return Study(settings, corpora, library.recipes, planned, code_digest(), searches, obstacles)
+    study = Study(settings, corpora, library.recipes, planned, code_digest(), searches, obstacles)
+    for search in searches.values():
+        check_search(study, search, f"{library.places['experiment', search.base]}: search")
+    return study
+
+
+def check_search(study: Study, search: PlannedSearch, where: str) -> None:
+    """Raise ConfigurationError if a search's trials cannot run here, or its commands be given."""
+    if why := study.obstacle(parse_cell_path(search.own_trials[0])):
+        raise ConfigurationError(
+            f"{where} {search.base}: its trials run in {search.framework}, the first of its "
+            f"frameworks, and cannot run here: {why}; put another framework, or fewer devices, first"
+        )
+    texts = [study.shown(search.name).model_dump_json()]
+    texts += [study.plan(name) for name in (search.base, f"{search.base}-winners")]
+    longest = max(len(shlex.quote(text).encode()) for text in texts)
+    if longest > LONGEST_ARGUMENT:
+        raise ConfigurationError(
+            f"{where} {search.base}: trials: a command that names them all would have "
+            f"{longest:,} bytes, and Linux allows about {LONGEST_ARGUMENT:,}; run fewer trials, "
+            "or search fewer keys"
+        )
 
 
 def chosen(settings: Config, library: Library, place: Place) -> list[str]:
@@ -820,10 +845,22 @@ def plan_search(
         budget=None if settings.budget == "full" else settings.budget,
     )
     points = draw_points(space, asked.trials, asked.seed, f"{where}: space")
+    for key in asked.space.keys() & NEEDS.keys():
+        other, needed = NEEDS[key]
+        if not any(key in point and space.value(point, other) in needed for point in points):
+            raise ConfigurationError(
+                f"{place_of_key(key)}: {key} has no effect in any trial, because of {other}; "
+                "leave it out"
+            )
     if asked.method == "random":
         trials = [
-            resolved(asked.recipe, asked.set | point | asked.short, "trials") for point in points
-        ]
+            resolve(
+                asked.recipe, asked.set | point | asked.short, library.recipes, corpora, settings,
+                f"{where}: trials", "put set and short into its recipe, search fewer keys, or use "
+                "`method: tpe`, whose trials have short names",
+            )
+            for point in points
+        ]  # fmt: skip
     else:
         trials = [
             space.specification(f"{name}-trial-{number}{changed}", point, short=True)
@@ -837,6 +874,15 @@ def plan_search(
     if asked.published is not None:
         [(recipe, values)] = expand(asked.published, f"{where}: published")
         beside = [resolved(recipe, values | each, "published") for each in (asked.short, {})]
+        for theirs_and_ours, key in itertools.product(
+            zip(beside, (trials[0], winners[0]), strict=True), FIXED
+        ):
+            theirs, ours = (getattr(each.recipe, key) for each in theirs_and_ours)
+            if theirs != ours:
+                raise ConfigurationError(
+                    f"{where}: published: {asked.published} has {key} {theirs}, and the search "
+                    f"{ours}, so perplexities cannot be compared"
+                )
         published = Published(
             trial=beside[0].on(space.accelerator),
             full=beside[1],
@@ -861,6 +907,7 @@ def plan_search(
     runs = list(itertools.product(frameworks, devices, seeds))
     search = PlannedSearch(
         name=label,
+        base=name,
         definition=asked,
         space=space,
         trials=tuple(each.variant for each in trials),
@@ -910,8 +957,18 @@ def resolve(
     corpora: Mapping[str, CorpusDefinition],
     settings: Config,
     where: str,
+    remedy: str = "",
 ) -> Specification:
     """Return the specification of a recipe with overrides, and then the configuration's.
+
+    Args:
+        base: name of the recipe.
+        overrides: keys and values.
+        recipes: all of them.
+        corpora: all of them.
+        settings: the configuration.
+        where: the place, for errors.
+        remedy: for a name that is too long; empty: a recipe of its own.
 
     Raises:
         ConfigurationError: beginning with `where`, if there can be none.
@@ -929,7 +986,8 @@ def resolve(
     if len(variant) > LONGEST_NAME:
         raise ConfigurationError(
             f"{where}: {variant[:60]}...: the name has {len(variant)} characters and may have "
-            f"{LONGEST_NAME}; make a recipe of it, with `extends: {base}` and what differs"
+            f"{LONGEST_NAME}; "
+            + (remedy or f"make a recipe of it, with `extends: {base}` and what differs")
         )
     return Specification(
         variant=variant,

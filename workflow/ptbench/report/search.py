@@ -134,7 +134,8 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
             title="The best trial so far",
             caption="Lowest validation perplexity of the trials so far, by their number and by the "
             "hours that they took one after another, without failed attempts. Dots are trials; "
-            "crosses at the upper edge diverged or failed. The dashed line is the published recipe at the same budget.",
+            "crosses at the upper edge diverged or failed. The dashed line is the published recipe "
+            "at the same budget.",
             alternative=f"Of {len(result.trials)} trials, number {best[0].number} is the best, "
             f"with a validation perplexity of {write(best[0].perplexity or math.nan)}.",
         ),

@@ -128,11 +128,12 @@ class Search(Model):
     method: Method = Field(
         "random",
         description="random: independent draws; tpe: Optuna's tree-structured Parzen estimator; "
-        "gp: Optuna's Gaussian process, which needs PyTorch's environment.",
+        "gp: Optuna's Gaussian process, which needs PyTorch's environment. The first ten trials of "
+        "both are random, and of gp always keys with `when`.",
     )
     trials: int = Field(
         ge=1,
-        le=300,  # a command that names them all must not be longer than Linux allows, 128 KiB
+        le=300,
         description="Short runs.",
     )
     generation: int = Field(

@@ -707,7 +707,7 @@ def check_search(study: Study, search: PlannedSearch, where: str) -> None:
     if why := study.obstacle(parse_cell_path(search.own_trials[0])):
         raise ConfigurationError(
             f"{where} {search.base}: its trials run in {search.framework}, the first of its "
-            f"frameworks, and cannot run here: {why}; put another framework, or fewer devices, first"
+            f"frameworks, and cannot run here: {why}; put another framework or fewer devices first"
         )
     texts = [study.shown(search.name).model_dump_json()]
     texts += [study.plan(name) for name in (search.base, f"{search.base}-winners")]

@@ -120,7 +120,7 @@ CATALOGUE = """\
 
 The experiments that there are, for `--config experiments=<name>`. A document's experiments are
 run together by `--config papers=<document>`, and all of them by `--config experiments=all`; a
-search is run only by its name. A cell is one run.
+search is run only by its name, and with it its `-winners`. A cell is one run.
 """
 
 PLAN = """\

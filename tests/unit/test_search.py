@@ -30,6 +30,7 @@ from ptbench.files import write_atomically
 from ptbench.model.recipe import Recipe
 from ptbench.report.search import write_search
 from ptbench.report.site import RunFacts, Site
+from ptbench.sharing.archive import run_cells
 from ptbench.training.attempts import Attempt, has_failed
 from ptbench.training.records import Metrics
 
@@ -179,7 +180,7 @@ BAD_SEARCHES = [
     ),
     (
         "{title: T, recipe: r, trials: 3, space: {adam_beta1: {low: 0.5, high: 0.9}}}",
-        r"search s: space: adam_beta1 has no effect in any trial, because of optimizer; leave i",
+        r"search s: space: adam_beta1 has no effect with optimizer=sgd; leave it out",
     ),
     (
         "{title: T, recipe: r, trials: 3, space: {layers: {low: 1, high: 4}}, "
@@ -415,6 +416,9 @@ def test_diverged_and_failed_trials_are_told_as_the_worst(
     diverged, failed = search.generations[0][:2]
     write_result(study, search.cell(diverged), None)
     (results / "cells" / search.cell(failed) / "metrics.json").unlink()
+    packed = run_cells(study, results)
+    assert search.cell(diverged) in packed
+    assert search.cell(failed) not in packed  # an archive needs no result of it
     question = search.question(2)
     told = propose(question, results)["told"]
     assert [trial["state"] for trial in told][:2] == ["diverged", "failed"]

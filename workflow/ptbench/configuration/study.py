@@ -703,7 +703,7 @@ def load_study(
 
 
 def check_search(study: Study, search: PlannedSearch, where: str) -> None:
-    """Raise ConfigurationError if a search's trials cannot run here, or its commands be given."""
+    """Raise ConfigurationError if a search's trials cannot run here, or a command is too long."""
     if why := study.obstacle(parse_cell_path(search.own_trials[0])):
         raise ConfigurationError(
             f"{where} {search.base}: its trials run in {search.framework}, the first of its "
@@ -847,9 +847,9 @@ def plan_search(
     points = draw_points(space, asked.trials, asked.seed, f"{where}: space")
     for key in asked.space.keys() & NEEDS.keys():
         other, needed = NEEDS[key]
-        if not any(key in point and space.value(point, other) in needed for point in points):
+        if other not in asked.space and (value := getattr(base.recipe, other)) not in needed:
             raise ConfigurationError(
-                f"{place_of_key(key)}: {key} has no effect in any trial, because of {other}; "
+                f"{place_of_key(key)}: {key} has no effect with {other}={format_override(value)}; "
                 "leave it out"
             )
     if asked.method == "random":
@@ -874,15 +874,13 @@ def plan_search(
     if asked.published is not None:
         [(recipe, values)] = expand(asked.published, f"{where}: published")
         beside = [resolved(recipe, values | each, "published") for each in (asked.short, {})]
-        for theirs_and_ours, key in itertools.product(
-            zip(beside, (trials[0], winners[0]), strict=True), FIXED
-        ):
-            theirs, ours = (getattr(each.recipe, key) for each in theirs_and_ours)
-            if theirs != ours:
-                raise ConfigurationError(
-                    f"{where}: published: {asked.published} has {key} {theirs}, and the search "
-                    f"{ours}, so perplexities cannot be compared"
-                )
+        for theirs, ours in zip(beside, (trials[0], winners[0]), strict=True):
+            for key in FIXED:
+                if (found := getattr(theirs.recipe, key)) != (own := getattr(ours.recipe, key)):
+                    raise ConfigurationError(
+                        f"{where}: published: {asked.published} has {key} {found}, and the search "
+                        f"{own}, so perplexities cannot be compared"
+                    )
         published = Published(
             trial=beside[0].on(space.accelerator),
             full=beside[1],

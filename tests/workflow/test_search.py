@@ -155,7 +155,7 @@ def test_a_failed_trial_counts_as_the_worst_and_is_waited_for_once_the_search_is
     searched.snakemake(*command)
     told = [trial["state"] for trial in read(searched, target)["told"]]
     assert told == ["failed", "ok"]
-    study = ("--config", "experiments=failing", "budget=smoke")
+    study = ("--config", "experiments=failing", "budget=smoke", "profile=true")
     planned = searched.planned(*study)
     assert "results/report/index.html" in planned
     assert not [file for file in planned if "failing-trial-1" in file]

@@ -8,11 +8,9 @@ rule analyse:
             )
         ),
         published=study.published_files,
-        profiles=lambda wildcards: [
-            f"results/profiles/{row}/profile.json"
-            for row in study.profiles(wildcards.experiment)
-            if study.config.profile
-        ],
+        profiles=lambda wildcards: (
+            profiles_of(wildcards.experiment) if study.config.profile else []
+        ),
     output:
         multiext(
             "results/experiments/{experiment}/",

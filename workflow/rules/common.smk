@@ -265,6 +265,13 @@ def results_of(cells):
     return [f"results/cells/{cell}/metrics.json" for cell in cells if not is_lost(cell)]
 
 
+# The profiles of an experiment, or of all, without those of trials that have failed.
+def profiles_of(experiment=None):
+    lost = {cell.rpartition("/")[0] for cell in study.trials if is_lost(cell)}
+    rows = study.profiles(experiment)
+    return [f"results/profiles/{row}/profile.json" for row in rows if row not in lost]
+
+
 # Snakemake would keep a file that a search wrote when it was another one, if nothing it waits for is
 # newer and Snakemake does not know what it was made with.
 def force_unless_answered(file):
@@ -343,5 +350,5 @@ def everything(wildcards):
         "results/report/index.html",
         # by name, because Snakemake does not miss a file between two that are there
         *results_of(cell.path for cell in study.runnable(study.cells)),
-        *(rules.profiles.input if study.config.profile else []),
+        *(profiles_of() if study.config.profile else []),
     ]

@@ -33,5 +33,5 @@ rule profile:
 
 rule profiles:
     input:
-        [f"results/profiles/{row}/profile.json" for row in study.profiles()],
+        lambda wildcards: profiles_of(),
     localrule: True

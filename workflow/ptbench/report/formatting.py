@@ -77,12 +77,12 @@ def format_devices(devices: int) -> str:
 
 
 def format_seeds(row: Seeds) -> str:
-    """Write `3/3`, `2/3, 1 diverged` or `1/3, 2 diverged, invalid`."""
+    """Write `3/3`, `2/3, 1 diverged`, `1/3, 2 diverged, invalid` or `1/3, incomplete`."""
     parts = [f"{row.n_ok}/{row.n_planned}"]
     if row.n_diverged:
         parts.append(f"{row.n_diverged} diverged")
     if row.n_ok and not row.usable:
-        parts.append("invalid")
+        parts.append("invalid" if row.n_diverged else "incomplete")
     return ", ".join(parts)
 
 

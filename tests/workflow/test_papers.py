@@ -174,7 +174,7 @@ def test_a_sample_of_the_documents_runs_trains(study: Study, tmp_path: Path) -> 
 def test_every_run_of_every_document_trains_and_comes_to_its_exhibits(
     study: Study, tmp_path: Path
 ) -> None:
-    """Takes two hours on two cores."""
+    """Takes an hour on two cores."""
     assert train_all(study.cells, study, tmp_path) == []
     site = Site(tmp_path / "report", tmp_path, RunFacts(**run_facts()))
     for name in study.experiments:

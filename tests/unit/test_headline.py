@@ -79,6 +79,19 @@ def test_the_factor_is_a_geometric_mean_over_recipes_on_the_fewest_devices(
     assert (back.value, back.low) == pytest.approx((1 / ratio.value, 1 / ratio.high))
 
 
+def test_devices_on_which_more_frameworks_compare_go_before_fewer_devices(tmp_path: Path) -> None:
+    """On one device MXNet's runs shared their machine."""
+    experiment = plan("x", ("a",), ("pytorch", "jax", "mxnet"), (1, 2))
+    of_speeds(tmp_path, experiment, planted)
+    for cell in experiment.cells:
+        if (cell.framework, cell.devices) == ("mxnet", 1):
+            path = tmp_path / "cells" / cell.path / "provenance.json"
+            path.write_text(json.dumps({"cpu": "A", "cells_at_once": 2}))
+    found = speeds_of(analysed(tmp_path, experiment))
+    assert (found.ratios.keys(), found.apart) == ({"jax", "pytorch", "mxnet"}, ())
+    assert found.ratios["jax"].value == pytest.approx(8.0)  # that on two devices
+
+
 def test_a_recipe_counts_once_however_many_of_its_settings_are_tried(tmp_path: Path) -> None:
     """JAX is 4 times as fast in fourteen variants of one recipe, and as fast in another."""
     rates = [f"a+learning_rate={rate}" for rate in range(2, 15)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -80,10 +80,10 @@ def compare_speeds(groups: Groups) -> Comparison | None:
 def compare(groups: Groups, metric: str) -> Comparison | None:
     """Compare frameworks by a positive metric, where their rows are `comparable`.
 
-    Of a variant, the fewest devices count on which two frameworks can be compared: what more of
-    them bring is another question. The ratio of two frameworks is the geometric mean, over recipes,
-    of the ratios of the numbers that stand for their rows (medians of speeds), after the geometric
-    mean over the variants of a recipe. Its interval is the t interval of the mean logarithm over
+    Of a variant, the number of devices counts on which most frameworks can be compared, and of
+    several the least: what more devices bring is another question. The ratio of two frameworks is
+    the geometric mean, over recipes, of the ratios of the numbers that stand for their rows
+    (medians of speeds), after the geometric mean over the variants of a recipe. Its interval is the t interval of the mean logarithm over
     recipes: fourteen learning rates of one recipe are no fourteen models. Where there is one recipe
     alone, ratio and interval are over the seeds that all of its rows have.
 
@@ -98,15 +98,15 @@ def compare(groups: Groups, metric: str) -> Comparison | None:
     """
     rows: dict[tuple[str, str], list[tuple[RowResult, RowResult]]] = defaultdict(list)
     names: set[str] = set()
-    compared: set[str] = set()
+    chosen: dict[str, list[tuple[RowResult, RowResult]]] = {}
     for (variant, _), own in sorted(groups.items()):
         having = [own[name] for name in FRAMEWORKS if name in own and own[name].value(metric)]
         names |= {row.framework for row in having}
         couples = [both for both in permutations(having, 2) if comparable(metric, both)]
-        if variant not in compared:
-            for a, b in couples:
-                compared.add(variant)
-                rows[a.framework, b.framework].append((a, b))
+        if len(couples) > len(chosen.get(variant, [])):
+            chosen[variant] = couples
+    for a, b in chain(*chosen.values()):
+        rows[a.framework, b.framework].append((a, b))
     if not rows:
         return None
     together = _largest_group(rows)

@@ -83,9 +83,10 @@ def compare(groups: Groups, metric: str) -> Comparison | None:
     Of a variant, the number of devices counts on which most frameworks can be compared, and of
     several the least: what more devices bring is another question. The ratio of two frameworks is
     the geometric mean, over recipes, of the ratios of the numbers that stand for their rows
-    (medians of speeds), after the geometric mean over the variants of a recipe. Its interval is the t interval of the mean logarithm over
-    recipes: fourteen learning rates of one recipe are no fourteen models. Where there is one recipe
-    alone, ratio and interval are over the seeds that all of its rows have.
+    (medians of speeds), after the geometric mean over the variants of a recipe. Its interval is the
+    t interval of the mean logarithm over recipes: fourteen learning rates of one recipe are no
+    fourteen models. Where there is one recipe alone, ratio and interval are over the seeds that all
+    of its rows have.
 
     Where not all frameworks can be compared with the reference, the others are `apart`.
 

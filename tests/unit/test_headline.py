@@ -233,6 +233,7 @@ def test_frameworks_on_another_machine_are_named_as_apart(tmp_path: Path) -> Non
     assert found.ratios.keys() == {"pytorch", "tensorflow", "jax"}
     assert found.apart == ("keras", "mxnet")
     assert "same kind of machine, alone: Keras and MXNet." in words.speed_sentence(found, [])
+    assert "of 3 frameworks that can be compared" in words.speed_title(found, [])
 
 
 def test_a_framework_that_does_not_compare_with_the_slowest_is_apart(tmp_path: Path) -> None:

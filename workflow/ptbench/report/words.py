@@ -41,13 +41,13 @@ def speed_title(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
     leaders = [framework_name(name) for name in speeds.leaders()]
     slowest = framework_name(speeds.reference)
     ratio = next(iter(speeds.ratios.values()))
+    among = f" of {len(speeds.ratios)} frameworks that can be compared" if speeds.apart else ""
     if len(leaders) == len(speeds.ratios):
-        return "No framework is proven faster than all others"
+        return f"No framework is proven faster than all others{among}"
+    times = f"{factor(ratio.value)} times as fast as {slowest}"
     if len(leaders) == 1:
-        return f"{leaders[0]} trains fastest, {factor(ratio.value)} times as fast as {slowest}"
-    return (
-        f"{listed(leaders)} train fastest, up to {factor(ratio.value)} times as fast as {slowest}"
-    )
+        return f"{leaders[0]} trains fastest{among}, {times}"
+    return f"{listed(leaders)} train fastest{among}, up to {times}"
 
 
 def speed_sentence(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:

@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
+
 from ptbench.backends import Framework
 from ptbench.cli import positive
 from ptbench.configuration.config import read_configuration
@@ -185,7 +187,7 @@ def main() -> None:
     asked.output.mkdir(parents=True, exist_ok=True)
     # one process must not take three quarters of the GPU from the others, as JAX does
     os.environ |= {"PYTHONPATH": str(ROOT / "workflow"), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    facts = provenance("numpy") | {"training_code": code_digest()}
+    facts = provenance(numpy.__name__) | {"training_code": code_digest()}
     (asked.output / "machine.json").write_text(json.dumps(facts, indent=2) + "\n")
     failures = []
 

@@ -16,6 +16,7 @@ import pytest
 from tests.support.fake_results import (
     metrics,
     plan,
+    score_of,
     write_cell,
     write_corpus,
     write_diverged,
@@ -367,6 +368,22 @@ def test_the_page_says_whether_speeds_compare(
     index = Page(overview.read_text()).text
     assert (f"{words} times and speeds are not" in index) == (at_once == 4)
     assert ("No two frameworks have speeds that can be compared" in index) == (at_once != 1)
+
+
+def test_the_index_names_the_best_variants_where_one_framework_is_studied(tmp_path: Path) -> None:
+    experiment = plan("x", ("a", "b"), ("jax",))
+    for cell in experiment.cells:
+        nll = (4.5 if cell.variant == "a" else 4.6) + 0.001 * cell.seed
+        write_cell(tmp_path, metrics(cell, nll, valid=score_of(nll)))
+    page_of(tmp_path, experiment)
+    site = Site(tmp_path / "report", tmp_path, FACTS)
+    overview = write_overview(site, [tmp_path / "experiments" / experiment.name])
+    for text in (Page(overview.read_text()).text, overview.with_name("report.md").read_text()):
+        assert "Only JAX has results, so frameworks are not compared" in text
+        assert (
+            "Best by validation perplexity, with a probability of at least 0.95: a in JAX" in text
+        )
+        assert "No two frameworks" not in text
 
 
 def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:

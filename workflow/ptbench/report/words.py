@@ -36,6 +36,8 @@ def speed_title(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
     """Say in a line which framework is fastest; `rows` are those that speeds were looked for in."""
     if speeds is None and any(is_smoke(row.variant) for row in rows):
         return "A smoke run, from which nothing is concluded"
+    if speeds is None and len(names := {row.framework for row in rows}) == 1:
+        return f"Only {framework_name(names.pop())} has results, so frameworks are not compared"
     if speeds is None:
         return "No two frameworks have speeds that can be compared"
     leaders = [framework_name(name) for name in speeds.leaders()]

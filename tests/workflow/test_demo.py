@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import subprocess
+import sysconfig
 
 import pytest
 from tests.workflow.conftest import Project
@@ -87,3 +89,17 @@ def test_the_report_has_a_row_for_every_framework_and_device_count(demo: Project
     }
     for framework in FRAMEWORKS:
         assert f"../../cells/demo-lstm/{framework}/devices-2/seed-1/metrics.json" in page
+
+
+def test_the_gpu_script_trains_the_runs_that_it_is_asked_for(demo: Project) -> None:
+    """On a CPU, with a framework's own Python, as on a machine without our environments."""
+    packages = sysconfig.get_path("purelib")  # of what the framework's environment does not have
+    subprocess.run(
+        ["results/environments/jax-cpu/bin/python", "benchmarks/gpu.py", "--parts", "runs",
+         "--corpora", "results/corpora", "--output", "results/gpu", "--accelerator", "cpu",
+         "--budget", "smoke", "--cells", "demo-lstm/jax/1"],
+        cwd=demo.folder, check=True, timeout=600,
+        env=demo.environment() | {"PYTHONPATH": f"{demo.folder / 'workflow'}:{packages}"},
+    )  # fmt: skip
+    cell = demo.folder / "results/gpu/cells/demo-lstm+budget=smoke/jax/devices-1/seed-1"
+    assert read_metrics(cell / "metrics.json").status == "ok"

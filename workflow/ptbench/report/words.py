@@ -36,8 +36,9 @@ def speed_title(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
     """Say in a line which framework is fastest; `rows` are those that speeds were looked for in."""
     if speeds is None and any(is_smoke(row.variant) for row in rows):
         return "A smoke run, from which nothing is concluded"
-    if speeds is None and len(names := {row.framework for row in rows}) == 1:
-        return f"Only {framework_name(names.pop())} has results, so frameworks are not compared"
+    if speeds is None and len(with_results := {row.framework for row in rows}) == 1:
+        [name] = with_results
+        return f"Only {framework_name(name)} has results, so frameworks are not compared"
     if speeds is None:
         return "No two frameworks have speeds that can be compared"
     leaders = [framework_name(name) for name in speeds.leaders()]
@@ -142,10 +143,10 @@ def reduced_warning(reduced: Sequence[str]) -> str:
 
 
 def perplexity_sentence(found: Perplexities) -> str:
-    """Say whether perplexity depends on the framework."""
+    """Say whether perplexity depends on the framework; nothing where there is no pair of them."""
     total = sum(found.verdicts.values())
     if not total:
-        return "No two frameworks have a perplexity to compare yet."
+        return "No two frameworks have a perplexity to compare yet." if found.missing else ""
     margin = listed([format_percent(math.expm1(margin))[1:] for margin in found.margins])
     if found.all_equivalent:
         pairs = "the one pair is" if total == 1 else f"all {total:,} pairs are"

@@ -102,6 +102,21 @@ def test_another_model_takes_longer_by_its_products(study: Study, tmp_path: Path
     assert Estimator(study, tmp_path).run(cell_of(kernel, 1)).source == "bound"
 
 
+def test_the_same_model_in_other_frameworks_tells_more_than_other_models_do(
+    study: Study, tmp_path: Path
+) -> None:
+    for seconds, framework in ((100, "jax"), (300, "mxnet"), (200, "keras")):
+        cell = Cell(variant="zaremba-small", framework=framework, devices=1, seed=1)
+        fingerprint = study.specification("zaremba-small").fingerprint
+        measured = metrics(cell, 4.7, fingerprint=fingerprint, seconds=Seconds(total=seconds))
+        write_cell(tmp_path, measured)
+    finish(study, tmp_path, "zaremba-medium", 1)
+    estimator = Estimator(study, tmp_path)
+    assert estimator.run(cell_of("zaremba-small", 1))[1:3] == (200, "frameworks")
+    two = cell_of("zaremba-small", 1).model_copy(update={"devices": 2})
+    assert estimator.run(two).source == "bound"
+
+
 def test_a_smoke_run_of_the_same_row_tells_what_the_whole_takes(
     study: Study, tmp_path: Path
 ) -> None:

@@ -12,7 +12,9 @@ from rich.console import Console
 from tests.support.fake_results import metrics, write_cell, write_diverged
 
 from ptbench.configuration.specification import Cell
+from ptbench.errors import InterruptionError
 from ptbench.report.live import Display, duration, finish
+from ptbench.training.attempts import Attempt
 
 CELL = Cell(variant="tiny", framework="jax", devices=2, seed=3)
 
@@ -104,6 +106,20 @@ def test_a_failure_names_the_log_and_is_counted_until_a_retry_succeeds(run: Run)
         run.log("job_error", level=logging.ERROR, jobid=number, rule_name="profile")
     assert "2 failed" in run.picture()
     assert run.said()[-1].startswith("profile tiny keras 1 failed; see ")
+
+
+def test_an_interrupted_run_has_not_failed_and_its_command_is_not_repeated(run: Run) -> None:
+    attempt = Attempt(run.folder / "attempts" / CELL.path, CELL.path, "0123456789ab", "corpus")
+    attempt.open(run.folder / "cells" / CELL.path)
+    with pytest.raises(InterruptionError), attempt:
+        raise InterruptionError("told to end by signal 2")
+    run.train()
+    repeated = "RuleException:\nCalledProcessError in file training.smk:\nCommand 'a long one'"
+    run.log("error", repeated, level=logging.ERROR)
+    run.log("job_error", level=logging.ERROR, jobid=1, rule_name="train")
+    words = "tiny jax devices 2 seed 3 was interrupted; it goes on from its last checkpoint"
+    assert run.said()[1:] == [words]
+    assert "failed" not in run.picture()
 
 
 def test_the_time_left_goes_by_what_the_running_ones_have_done(

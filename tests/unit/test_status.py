@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -379,7 +381,7 @@ def test_the_time_left_comes_from_finished_seeds_and_is_shared_by_what_runs_at_o
 
     assert left(1).hours == pytest.approx(4.0)  # two seeds of PyTorch, each as long as the first
     assert left(2).hours == left(9).hours == pytest.approx(2.0)
-    assert "takes 4 h 0 min on 1 core at best" in left(1).sentence
+    assert "takes about 4 h 0 min on 1 core." in left(1).sentence
     assert "2 by other seeds of the same row" in left(1).sentence
     with attempt(tmp_path, pytorch[1]):
         log = tmp_path / "attempts" / pytorch[1].path / "attempt-1.log"
@@ -396,3 +398,33 @@ def test_the_time_left_comes_from_finished_seeds_and_is_shared_by_what_runs_at_o
     for cell in pytorch:
         write_cell(tmp_path, finished(study, cell))
     assert left().sentence == ""
+
+
+def test_the_time_left_goes_by_the_pace_of_what_runs_where_nothing_of_its_row_has_finished(
+    study: Study, tmp_path: Path
+) -> None:
+    """An hour after its attempt began, a run is through a quarter of its epochs more."""
+
+    def left() -> Left:
+        cells = distinct(study_status(study, tmp_path))
+        return time_left(cells, Estimator(study, tmp_path), 1)
+
+    cell = study.cells[0]
+    folder = tmp_path / "attempts" / cell.path
+    for number, lines, hours in (
+        (1, ("epoch 1/4  train 9.10",), 3 + 2 * 4),  # 4 hours each, of three seeds
+        (2, ("epoch 2/4  train 9.10", "epoch 3/4  train 9.10"), 1 + 2 * 4),  # from its checkpoint
+    ):
+        with suppress(InterruptionError), attempt(tmp_path, cell):
+            record = folder / f"attempt-{number}.json"
+            content = record.read_text()
+            began = datetime.now(UTC) - timedelta(hours=1)
+            record.write_text(json.dumps(json.loads(content) | {"started": began.isoformat()}))
+            said = "".join(f"[demo-lstm pytorch devices 1 seed 1] {line}\n" for line in lines)
+            (folder / f"attempt-{number}.log").write_text(said)
+            runs = [run for run in left().costs.runs if run.cell.framework == "pytorch"]
+            assert {run.source for run in runs} == {"pace"}
+            assert sum(run.seconds for run in runs) / 3600 == pytest.approx(hours, rel=1e-2)
+            assert left().sentence.startswith("What is left takes at most about ")  # JAX: a bound
+            record.write_text(content)
+            raise InterruptionError("told to end")

@@ -2,8 +2,9 @@
 
 A run's time comes from the first of these that there is: the run itself, if it has finished; the
 other seeds of its row; the same run in the budget `smoke`, scaled to its text and epochs; the
-speeds of its framework in other finished runs, scaled by the model's matrix products; the bound on
-the safe side that its job asks a cluster for.
+same model in other frameworks; the speeds of its framework in other finished runs, scaled by the
+model's matrix products; the bound on the safe side that its job asks a cluster for. Of a study that
+is under way, the pace of a row's running runs comes before the last four.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from ptbench.model.shapes import stored_bytes
 from ptbench.model.work import CorpusSize
 from ptbench.training.records import Metrics, read_metrics
 
-Source = Literal["finished", "other seeds", "smoke", "speeds", "bound"]
+Source = Literal["finished", "other seeds", "smoke", "pace", "frameworks", "speeds", "bound"]
 SOURCES: dict[Source, str] = {
     "finished": "by their own results",
     "other seeds": "by other seeds of the same row",
     "smoke": "by the same run in the budget smoke, scaled to its text and epochs",
+    "pace": "by how far a run of the same row has come",
+    "frameworks": "by the same model in other frameworks",
     "speeds": "by the speed of their framework in other finished runs",
     "bound": "by bounds on the safe side, because nothing like them has finished here",
 }
@@ -216,6 +219,13 @@ class Estimator:
         if smoke := self._smoke(cell):
             epochs = recipe.epochs
             return statistics.median(u.scaled_seconds(epochs, size) for u in smoke), "smoke"
+        if others := [
+            metrics.seconds.total
+            for (variant, _, devices), row in self.rows.items()
+            for metrics in row
+            if (variant, devices) == (cell.variant, cell.devices)
+        ]:
+            return statistics.median(others), "frameworks"
         return self.without_its_row(cell, recipe, size)
 
     def _smoke(self, cell: Cell) -> list[Used]:

@@ -7,6 +7,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ptbench.analysis.metrics import write_bytes, write_count, write_seconds
 from ptbench.configuration.experiments import load_library
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
-from ptbench.report.live import share_done
+from ptbench.report.live import FEW, first_share, share_done
 from ptbench.report.status import CellStatus
 
 DEAREST = 10  # rows that are listed
@@ -85,9 +86,10 @@ def left_sentence(left: Costs, at_once: int) -> str:
         return "Nothing is left to run."
     unit, other = ("GPU", "core") if left.accelerator == "cuda" else ("core", "GPU")
     beside = f", and {left.other_hours:,.1f} {other}-hours beside them" if left.other_hours else ""
+    about = "at most about" if "bound" in left.by_source else "about"
     return (
-        f"What is left takes {write_seconds(3600 * left.hours(at_once))} on {at_once} {unit}"
-        f"{'' if at_once == 1 else 's'} at best{beside}."
+        f"What is left takes {about} {write_seconds(3600 * left.hours(at_once))} on "
+        f"{at_once} {unit}{'' if at_once == 1 else 's'}{beside}."
     )
 
 
@@ -117,6 +119,8 @@ def time_left(
 ) -> Left:
     """Return what a study still takes. Of a run that was begun, its share done is taken off.
 
+    A row of which nothing has finished is timed by the pace of its running runs.
+
     Args:
         cells: all of the study, each once.
         estimator: knows the finished runs.
@@ -129,6 +133,11 @@ def time_left(
     kind = estimator.accelerator
     rows: dict[tuple[str, str, int], RunCost] = {}  # seeds of a row are estimated alike
     runs, busy = [], 0
+    cells = list(cells)
+    paces: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for status in cells:
+        if seconds := seconds_at_its_pace(status):
+            paces[status.cell.variant, status.cell.framework, status.cell.devices].append(seconds)
     for status in cells:
         never = status.state == "missing" and estimator.study.obstacle(status.cell)
         if status.state in ("done", "diverged") or never:
@@ -137,6 +146,8 @@ def time_left(
         key = cell.variant, cell.framework, cell.devices
         if key not in rows:
             rows[key] = estimator.run(cell)
+            if key in paces and rows[key].source != "other seeds":
+                rows[key] = rows[key]._replace(seconds=statistics.median(paces[key]), source="pace")
         run = rows[key]._replace(cell=cell)
         if status.state == "running" and run.accelerator == kind:
             busy += run.units
@@ -146,6 +157,20 @@ def time_left(
     cores = os.cpu_count() or 1
     at_once = at_once or busy or (1 if kind == "cuda" else cores)
     return Left(Costs(runs, estimator.study.config.prices, kind), at_once)
+
+
+def seconds_at_its_pace(status: CellStatus) -> float | None:
+    """Return what the whole of a running run takes at the pace of its newest attempt [s].
+
+    None: it does not run, or has not come far enough to tell.
+    """
+    if status.state != "running" or not (status.log and status.since):
+        return None
+    log = Path(status.log)
+    gone = (datetime.now(UTC) - datetime.fromisoformat(status.since)).total_seconds()
+    begun_at = first_share(log) if status.attempts > 1 else 0.0
+    share = share_done(log) - begun_at
+    return gone / share if share >= FEW else None
 
 
 def dearest_rows(total: Costs) -> Table:

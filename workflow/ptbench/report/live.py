@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -24,6 +24,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from ptbench.training.attempts import look
 
 REFRESH = 2.0  # pictures a second
 SHOWN = 12  # running jobs in the display
@@ -38,6 +40,8 @@ NOISE = (  # what Snakemake says of itself
     "Trying to restart", "SLURM run ID", "Cleaning up SLURM", "Unable to guess SLURM account",
     "Touching output", "MinJobAge", "Checking that storage", "host:",
 )  # fmt: skip
+# How Snakemake repeats the whole command of a job that it has just reported as failed.
+REPEATED = "RuleException:\nCalledProcessError"
 SUBMITTED = "has been submitted with SLURM"
 # Of one job of each rule, and of several.
 NAMES = {
@@ -82,6 +86,16 @@ class Job:
         """Whether it has begun to write a log."""
         return bool(self.logs) and Path(self.logs[0]).exists()
 
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether it is a cell whose newest attempt was told to end, and saved."""
+        if self.rule != "train":
+            return False
+        cell = Path(self.outputs[0]).parent  # results/cells/<variant>/<framework>/<devices>/<seed>
+        results = cell.parents[4]
+        seen = look(results / "attempts" / cell.relative_to(results / "cells"))
+        return seen is not None and seen.status == "interrupted"
+
     def said(self) -> str:
         """Return the newest line of its log, without its name."""
         # Frameworks write lines of their own beside those that name the cell.
@@ -101,7 +115,21 @@ def newest_lines(log: Path) -> list[str]:
 
 def share_done(log: Path) -> float:
     """Return which share of its epochs a run has trained, by its log."""
-    for line in newest_lines(log):
+    return _first_said(newest_lines(log))
+
+
+def first_share(log: Path) -> float:
+    """Return the share of its epochs that a run's log says first: where the attempt began."""
+    try:
+        with log.open(errors="replace") as file:
+            return _first_said(file)
+    except OSError:
+        return 0.0
+
+
+def _first_said(lines: Iterable[str]) -> float:
+    """Return the share of the first line that says one."""
+    for line in lines:
         if found := EPOCH.search(line):
             epoch, epochs, percent = found.groups()
             return (int(epoch) - (1 - int(percent) / 100 if percent else 0)) / int(epochs)
@@ -212,6 +240,8 @@ class Display(logging.Handler):
             act = getattr(self, f"on_{event}", None)
             if act is not None:
                 act(record)
+            elif record.getMessage().startswith(REPEATED):
+                pass
             elif record.levelno >= logging.WARNING or event == "error":
                 self.say(record.getMessage(), style="red" if record.levelno >= 40 else "yellow")
             elif not event and not self.silent:
@@ -269,6 +299,9 @@ class Display(logging.Handler):
         job = self.progress.running.pop(facts["jobid"], None)
         if job is None:
             self.say(f"{facts['rule_name']} failed", style="red")
+            return
+        if job.was_interrupted:
+            self.say(f"{job.name} was interrupted; it goes on from its last checkpoint")
             return
         self.progress.failed[job.name] = job
         log = f"; see {job.logs[0]}" if job.logs else ""

@@ -186,6 +186,28 @@ def test_the_readme_judges_zhangs_numbers_by_our_runs_in_tensorflow() -> None:
         assert f"| {name} | {mean_and_std(ours)} | {' | '.join(said)} |" in readme
 
 
+def test_few_softmaxes_explode_at_the_full_rate() -> None:
+    """As docs/questions.md has it, in its table."""
+    page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    files = {
+        file
+        for folder in ("questions", "few-softmaxes")
+        for file in (PUBLISHED / folder / "cells").glob("question-mixture*/*/*/*/history.csv")
+    }
+    assert len(files) == 5
+    for history in files:
+        with history.open() as file:
+            train = [f"{float(row['train_perplexity']):,.0f}" for row in csv.DictReader(file)]
+        run = json.loads(history.with_name("metrics.json").read_text())
+        settings = dict(part.split("=") for part in run["cell"]["variant"].split("+")[1:])
+        begin = f"| {settings.get('mixtures', 1)} | {settings.get('learning_rate', 1)} | {train[0]}"
+        if run["status"] == "diverged":
+            assert f"{begin} | diverged | | |" in page
+        else:
+            valid = f"{run['valid']['perplexity']:,.0f}"
+            assert f"{begin} | {train[3]} | {train[-1]} | {valid} |" in page
+
+
 def test_the_answers_to_open_questions_are_those_of_the_runs() -> None:
     """As docs/questions.md has them, in its tables."""
     page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")

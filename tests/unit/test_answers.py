@@ -28,6 +28,8 @@ from ptbench.configuration.study import load_study
 from ptbench.errors import ConfigurationError
 from ptbench.report.exhibits import Curves
 from ptbench.report.experiment import analyse_experiment
+from ptbench.report.opening import Said, answers_to
+from ptbench.report.overview import Document
 from ptbench.report.paper import answer_paper
 from ptbench.report.paper_page import finding_note, write_paper_page
 from ptbench.report.site import RunFacts, Site
@@ -156,6 +158,12 @@ def test_findings_have_the_verdicts_that_the_seeds_give(
     diverged = answered[0].findings[2].numbers[0]
     assert diverged.values == (math.inf,) * 5
     assert answered[0].findings_upheld == (4, 7)
+    assert answers_to([], [Document(answered[0], "Example 2018")], []) == [
+        Said(
+            "Example 2018: 3 of 4 printed numbers reproduced or close, 4 of 7 findings upheld",
+            "papers/example2018.html",
+        )
+    ]
 
 
 @pytest.mark.parametrize("answered", ["+subset=9"], indirect=True)

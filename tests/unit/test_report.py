@@ -348,7 +348,11 @@ def test_a_published_number_stands_beside_the_interval_by_which_it_is_judged(
     ("at_once", "words", "absent"),
     [
         (1, "Every run had its machine to itself", "not a fair comparison"),
-        (4, "Up to 4 runs shared a machine, so", "its machine to itself"),
+        (
+            4,
+            "Up to 4 runs, those of other studies included, shared a machine, so",
+            "its machine to itself",
+        ),
         (None, "It was not recorded whether runs shared", "its machine to itself"),
     ],
 )
@@ -384,6 +388,20 @@ def test_the_index_names_the_best_variants_where_one_framework_is_studied(tmp_pa
             "Best by validation perplexity, with a probability of at least 0.95: a in JAX" in text
         )
         assert "No two frameworks" not in text
+    best = "best by validation perplexity, with a probability of at least 0.95: a in JAX"
+    said = f"The x experiment: {best}"
+    assert f'<h1><a href="experiments/x.html">{said}</a></h1>' in overview.read_text()
+    assert f"# [{said}](experiments/x.html)\n" in overview.with_name("report.md").read_text()
+
+
+def test_a_smoke_study_says_that_nothing_is_concluded(tmp_path: Path) -> None:
+    experiment = plan("x", ("tiny+budget=smoke",), ("pytorch", "jax"))
+    write_results(tmp_path, experiment)
+    page_of(tmp_path, experiment)
+    site = Site(tmp_path / "report", tmp_path, FACTS)
+    index = Page(write_overview(site, [tmp_path / "experiments" / "x"]).read_text()).text
+    assert "differ? Nothing is concluded from runs of the budget smoke." in index
+    assert "no two frameworks" not in index
 
 
 def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:

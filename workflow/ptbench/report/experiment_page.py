@@ -18,6 +18,7 @@ from ptbench.analysis.variants import BestVariant, TrendResult, VariantCompariso
 from ptbench.report import formatting, words
 from ptbench.report.criteria import criteria_of
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
+from ptbench.report.opening import opening
 from ptbench.report.profiles import GREATTI, PHASES, profiles_of
 from ptbench.report.runs import runs_of, versions_of
 from ptbench.report.site import Site
@@ -83,6 +84,8 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
     columns, groups = results_table(analysis)
     profiles = profiles_of(analysis.rows, site.results)
     finished = [row for row in analysis.rows if row.n_ok or row.n_diverged]
+    speeds = headline.compare_speeds(headline.groups_of([analysis]))
+    perplexities = headline.compare_perplexities([analysis])
     kinds = {pair.outcome.test.kind for pair in analysis.pairs if pair.outcome.test}
     return site.write(
         "experiment.html.j2",
@@ -96,8 +99,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         places=_places(analysis),
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
-        speeds=headline.compare_speeds(headline.groups_of([analysis])),
-        perplexities=headline.compare_perplexities([analysis]),
+        opening=opening(speeds, finished, perplexities),
         words=words,
         figures=figures,
         published=[

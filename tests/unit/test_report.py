@@ -394,6 +394,18 @@ def test_the_index_names_the_best_variants_where_one_framework_is_studied(tmp_pa
     assert f"# [{said}](experiments/x.html)\n" in overview.with_name("report.md").read_text()
 
 
+def test_an_equivalent_variant_has_the_interval_of_its_test(tmp_path: Path) -> None:
+    """That of 95 % passes the margin of 2 %; a minus means better, as between frameworks."""
+    experiment = plan("x", ("a", "b"), ("jax",))
+    for cell in experiment.cells:
+        nll = (4.5 if cell.variant == "a" else 4.498) + 0.009 * (cell.seed - 2)
+        write_cell(tmp_path, metrics(cell, nll))
+    assert (
+        "b −0.2 % −1.8 % to +1.4 % equivalent"
+        in Page(page_of(tmp_path, experiment).read_text()).text
+    )
+
+
 def test_a_smoke_study_says_that_nothing_is_concluded(tmp_path: Path) -> None:
     experiment = plan("x", ("tiny+budget=smoke",), ("pytorch", "jax"))
     write_results(tmp_path, experiment)

@@ -5,6 +5,7 @@ Words, numbers and links only: `ptbench.analysis` makes the numbers and `figures
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
 from ptbench.analysis.reaching import Reaching
+from ptbench.analysis.statistics import SIGNIFICANCE, Difference, t_quantile
 from ptbench.analysis.variants import BestVariant, TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.criteria import criteria_of
@@ -96,6 +98,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         groups=groups,
         printed=printed_metrics(analysis),
         variant_tables=_variant_tables(analysis),
+        interval=_interval,
         places=_places(analysis),
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
@@ -193,6 +196,19 @@ def _variant_tables(analysis: Analysis) -> list[VariantTable]:
             table.frameworks.append(each.framework)
         table.lines.setdefault(analysis.label(each.variant), {})[each.framework] = each
     return [tables[devices] for devices in sorted(tables)]
+
+
+def _interval(outcome: Difference) -> str:
+    """Write the interval that a verdict rests on: of equivalence 90 %, else 95 %."""
+    test = outcome.test
+    if test is None:
+        return ""
+    half = (test.high - test.low) / 2
+    if outcome.verdict == "equivalent":
+        freedom = test.degrees_of_freedom
+        half *= t_quantile(1 - SIGNIFICANCE, freedom) / t_quantile(1 - SIGNIFICANCE / 2, freedom)
+    ends = (math.expm1(test.difference + each) for each in (-half, half))
+    return " to ".join(map(formatting.format_percent, ends))
 
 
 def _places(

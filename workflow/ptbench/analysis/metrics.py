@@ -90,11 +90,16 @@ def summarise_largest(values: Sequence[float]) -> Summary:
     return Summary(n=len(values), value=max(values))
 
 
-def write_perplexity(value: float) -> str:
-    """Write two decimals below 10,000 and none above."""
+def write_perplexity(value: float, beside: float | None = None) -> str:
+    """Write two decimals below 10,000 and none above.
+
+    Args:
+        value: a perplexity, or a standard deviation.
+        beside: the perplexity whose deviation it is, which then decides.
+    """
     if math.isinf(value):
         return "∞"
-    return f"{value:,.2f}" if value < 10_000 else f"{value:,.0f}"
+    return f"{value:,.2f}" if (beside or value) < 10_000 else f"{value:,.0f}"
 
 
 def write_count(value: float) -> str:
@@ -224,9 +229,10 @@ class Metric:
 
 
 def write_money(value: float) -> str:
-    """Write two decimals, or two significant digits below 0.1; the currency is the study's."""
-    digits = 2 if value >= 0.1 or value == 0 else 1 - math.floor(math.log10(value))
-    return f"{value:,.{digits}f}"
+    """Write two decimals, and three of a few hundredths; the currency is the study's."""
+    if 0 < value < 0.01:
+        return "< 0.01"
+    return f"{value:,.3f}" if 0 < value < 0.1 else f"{value:,.2f}"
 
 
 def nll_of(score: Score | None) -> float | None:

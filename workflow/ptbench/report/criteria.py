@@ -146,7 +146,7 @@ def _share_of_bound(each: ProfiledRow) -> str:
 def _metric(row: RowResult, name: str) -> str:
     summary = row.metrics.get(name)
     text = METRICS[name].text(summary.value if summary else None)
-    return f"{text} {format_std(METRICS[name], summary)}".rstrip()
+    return f"{text} {format_std(summary)}".rstrip()
 
 
 def _scaling(

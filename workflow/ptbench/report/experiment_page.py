@@ -99,6 +99,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         printed=printed_metrics(analysis),
         variant_tables=_variant_tables(analysis),
         interval=_interval,
+        header=formatting.format_header,
         places=_places(analysis),
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
@@ -177,7 +178,7 @@ def _is_common(column: Sequence[tuple[str, str]], groups: Sequence[Sequence[int]
 def _column(metric: Metric, rows: Sequence[RowResult]) -> list[tuple[str, str]]:
     """Return what all rows show of a metric: its number with ±, and its interval or quartiles."""
     summaries = [row.metrics.get(metric.name) for row in rows]
-    stds = [formatting.format_std(metric, summary).removeprefix("± ") for summary in summaries]
+    stds = [formatting.format_std(summary).removeprefix("± ") for summary in summaries]
     width = max(map(len, stds))
     column = []
     for summary, std in zip(summaries, stds, strict=True):

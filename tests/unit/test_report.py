@@ -414,6 +414,8 @@ def test_a_smoke_study_says_that_nothing_is_concluded(tmp_path: Path) -> None:
     index = Page(write_overview(site, [tmp_path / "experiments" / "x"]).read_text()).text
     assert "differ? Nothing is concluded from runs of the budget smoke." in index
     assert "no two frameworks" not in index
+    least = "at most 1 epoch of 6 batches, scored on 1"
+    assert f"A reduced study: Runs were made with budget=smoke ({least}). 6 of 6" in index
 
 
 def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
@@ -451,13 +453,24 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
     page = Page(page_of(tmp_path, experiment).read_text(encoding="utf-8"))
     section = page.text[page.text.index("What a step's time is made of") :]
     section = section[: section.index("Runs and their files")]
-    for said in ("PyTorch", "10 10.0%", "40 40.0%", "45 45.0%", "aten::mm", "50.0%", "5 MB", "500"):
+    for said in (
+        "PyTorch",
+        "10 10.0 %",
+        "40 40.0 %",
+        "45 45.0 %",
+        "aten::mm",
+        "50.0 %",
+        "5 MB",
+        "500",
+    ):
         assert said in section
     # Greatti's shares as printed, and ours of the run and of a step.
-    assert "Greatti 2019 PyTorch, by line_profiler 95.0% 2.3% 2.6% 46.4% 44.6% 9.0%" in section
-    assert "80.0% 15.0% 5.0% 40.0% 45.0% 15.0%" in section
-    assert "a = b 1 30 74.8%" in section
-    assert "c() 1 10 24.9%" in section
+    assert (
+        "Greatti 2019 PyTorch, by line_profiler 95.0 % 2.3 % 2.6 % 46.4 % 44.6 % 9.0 %" in section
+    )
+    assert "80.0 % 15.0 % 5.0 % 40.0 % 45.0 % 15.0 %" in section
+    assert "a = b 1 30 74.8 %" in section
+    assert "c() 1 10 24.9 %" in section
     assert "d 1 " not in section
     assert "JAX" not in section
     criteria = page.text[page.text.index("Every criterion side by side") :]
@@ -466,10 +479,10 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
         "Forward, ms 40 –",
         "Words predicted/s, many rows at once 500 –",
         "Speed-up on 2 devices 1.50 1.50",
-        "Efficiency on 2 devices 75% 75%",
+        "Efficiency on 2 devices 75 % 75 %",
         "Test perplexity on 2 devices 109.95 109.95",
-        "Accuracy of the next word 25.0% 25.0%",
-        "Share of NumPy's products 25% –",
+        "Accuracy of the next word 25.0 % 25.0 %",
+        "Share of NumPy's products 25 % –",
         "Features built in, of",
         "Mistakes whose cause is named, of 5 4",
     ):

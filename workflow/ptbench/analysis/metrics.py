@@ -102,6 +102,11 @@ def write_perplexity(value: float, beside: float | None = None) -> str:
     return f"{value:,.2f}" if (beside or value) < 10_000 else f"{value:,.0f}"
 
 
+def write_share(value: float, decimals: int = 1) -> str:
+    """Write a share in percent."""
+    return f"{100 * value:.{decimals}f} %"
+
+
 def write_count(value: float) -> str:
     """Write a whole number with its thousands separated."""
     return f"{value:,.0f}"
@@ -283,7 +288,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("train_perplexity", "Training perplexity", "Train perplexity", "", "lower", PERPLEXITY,
            write_perplexity, lambda run: nll_of(run.metrics.train)),
     Metric("test_accuracy", "Accuracy of the next word", "Accuracy", "", "higher", MEDIAN,
-           "{:.1%}".format, lambda run: run.metrics.test_accuracy),
+           write_share, lambda run: run.metrics.test_accuracy),
     Metric("tokens_per_second", "Training speed", "Tokens/s", "tokens/s", "higher", MEDIAN,
            write_count, lambda run: run.metrics.tokens_per_second),
     Metric("seconds_per_epoch", "Time per epoch", "Time per epoch", "s", "lower", MEDIAN,
@@ -332,7 +337,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("other_cores", "Cores that other processes kept busy", None, "cores", "lower", MEDIAN,
            "{:.2f}".format, of_hardware(lambda own: own.other_cores)),
     Metric("gpu_utilization", "GPU use", "GPU use", "share", "higher", MEDIAN,
-           "{:.0%}".format, of_hardware(lambda own: own.gpu_utilization)),
+           lambda value: write_share(value, 0), of_hardware(lambda own: own.gpu_utilization)),
     Metric("gpu_watts", "GPU power", None, "W", "lower", MEDIAN,
            "{:.0f} W".format, of_hardware(gpu_watts)),
     Metric("gpu_joules", "GPU energy", "GPU energy", "J", "lower", MEDIAN,

@@ -79,7 +79,7 @@ def write_search(
         value=lambda trial, key: value_text((trial.point or {}).get(key)),
         space={key: words_of(result, key) for key in contest.space.dimensions},
         words=words,
-        reduced=words.reduced_warning(reductions(contest.name)),
+        reduced=words.reduced_warning(reductions(contest.name), of_document=False),
         figures=[
             (file, inline_svg(output / "figures" / f"{file.name}.svg", f"figure-{index}"))
             for index, (file, _) in enumerate(figures)

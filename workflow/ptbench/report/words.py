@@ -128,8 +128,13 @@ def fairness(rows: Sequence[RowResult]) -> str:
     return f"{why}, so times and speeds are not a fair comparison."
 
 
-def reduced_warning(reduced: Sequence[str]) -> str:
-    """Say that runs were made smaller, or on another text; nothing where none was."""
+def reduced_warning(reduced: Sequence[str], of_document: bool = True) -> str:
+    """Say that runs were made smaller, or on another text; nothing where none was.
+
+    Args:
+        reduced: what made them so.
+        of_document: whether a document's experiment is among them.
+    """
     if not reduced:
         return ""
     budgets = [BUDGETS[name] for name in BUDGETS if f"budget={name}" in reduced]
@@ -139,9 +144,11 @@ def reduced_warning(reduced: Sequence[str]) -> str:
         for each in budgets
     ]
     least = f" ({listed(sizes)})" if sizes else ""
+    said = f"Runs were made with {listed(reduced)}{least}"
+    if not of_document:
+        return f"{said}."
     return (
-        f"Runs were made with {listed(reduced)}{least}, so these are not numbers of the "
-        "documents, and none of theirs is judged by them."
+        f"{said}, so these are not numbers of the documents, and none of theirs is judged by them."
     )
 
 

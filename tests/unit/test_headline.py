@@ -170,7 +170,7 @@ def test_speeds_of_runs_that_shared_their_machine_give_no_factor(
     assert known.startswith("Perplexity depends on the framework by less than 2.0 %: the one pair")
     assert title == "No two frameworks have speeds that can be compared"
     assert why.startswith(said)
-    assert "remove their folders under results/cells and run them again with --cores 1" in why
+    assert "folders of these runs under results/cells and run them again with --cores 1" in why
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_speeds_on_other_machines_or_beside_more_runs_do_not_compare(
             path.write_text(json.dumps(other))
     found = analysed(tmp_path, experiment)
     assert compare_speeds(groups_of([found])) is None
-    assert "To compare speeds, remove their" in words.speed_sentence(None, found.rows)
+    assert "To compare speeds, remove the folders" in words.speed_sentence(None, found.rows)
 
 
 def test_frameworks_on_another_machine_are_named_as_apart(tmp_path: Path) -> None:

@@ -654,6 +654,10 @@ def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
     [said] = answers_to([result], [], [])
     assert said.text.startswith(f"T: of 20 trials, number {result.winner.trial} wins, with a")
     assert said.link == "searches/s.html"
+    asked = result.model_copy(
+        update={"contest": result.contest.model_copy(update={"title": "What is best?"})}
+    )
+    assert answers_to([asked], [], [])[0].text.startswith("What is best? Of 20 trials, number")
     assert next(iter(result.importances)) in ("hidden_size", "learning_rate")  # what the law has
     assert 0 < sum(result.importances.values()) < 1  # the rest is of keys together
     assert result.ranked[0].number == 0  # the published one

@@ -57,7 +57,7 @@ def answers_to(
 ) -> list[Said]:
     """Return the answers to what was asked: of searches, documents, and variants of the rest."""
     found = [
-        Said(f"{each.contest.title}: {_winner(each)}", f"searches/{each.contest.name}.html")
+        Said(_on(each.contest.title, _winner(each)), f"searches/{each.contest.name}.html")
         for each in searches
     ]
     for answers, short in documents:
@@ -67,16 +67,22 @@ def answers_to(
             ("findings upheld", answers.findings_upheld),
         )
         said = [f"{held} of {judged} {what}" for what, (held, judged) in counts if judged]
-        found.append(Said(f"{short}: {', '.join(said) or 'nothing can be judged yet'}", page))
+        found.append(Said(_on(short, ", ".join(said) or "nothing can be judged yet"), page))
     names = {each.contest.name for each in searches}
     apart = {*names, *(f"{name}-winners" for name in names)}
     apart.update(name for document in documents for name in document.answers.experiments)
     for analysis in analyses:
         if analysis.name not in apart and (sentence := words.variants_sentence(analysis)):
-            sentence = sentence[0].lower() + sentence[1:].removesuffix(".")
             page = f"experiments/{analysis.name}.html"
-            found.append(Said(f"{analysis.title}: {sentence}", page))
+            found.append(Said(_on(analysis.title, sentence.removesuffix(".")), page))
     return found
+
+
+def _on(title: str, said: str) -> str:
+    """Set what is said behind a title, which may be a question."""
+    if title.endswith("?"):
+        return f"{title} {said[0].upper()}{said[1:]}"
+    return f"{title}: {said[0].lower()}{said[1:]}"
 
 
 def _winner(search: SearchResult) -> str:

@@ -66,8 +66,8 @@ def speed_sentence(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
         if all(map(is_alone, rows)):
             why = "No two frameworks ran the same on one kind of machine."
         return (
-            f"{why} To compare speeds, remove their folders under results/cells and run them again "
-            "with --cores 1 on one quiet machine."
+            f"{why} To compare speeds, remove the folders of these runs under results/cells and "
+            "run them again with --cores 1 on one quiet machine."
         )
     (first, ratio), (second, _), *_ = speeds.ratios.items()
     over = _units([ratio])

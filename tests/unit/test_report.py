@@ -21,6 +21,7 @@ from tests.support.fake_results import (
     write_corpus,
     write_diverged,
     write_results,
+    write_unknown,
 )
 
 from ptbench.analysis.answers import answer
@@ -392,6 +393,26 @@ def test_the_index_names_the_best_variants_where_one_framework_is_studied(tmp_pa
     said = f"The x experiment: {best}"
     assert f'<h1><a href="experiments/x.html">{said}</a></h1>' in overview.read_text()
     assert f"# [{said}](experiments/x.html)\n" in overview.with_name("report.md").read_text()
+
+
+def test_a_page_answers_for_the_variants_before_it_says_that_speeds_do_not_compare(
+    tmp_path: Path,
+) -> None:
+    experiment = plan("x", ("a", "b"), ("jax", "mxnet"))
+    for cell in experiment.cells:
+        nll = (4.5 if cell.variant == "a" else 4.6) + 0.001 * cell.seed
+        write_cell(tmp_path, metrics(cell, nll, valid=score_of(nll)))
+    write_unknown(tmp_path)
+    text = Page(page_of(tmp_path, experiment).read_text()).text
+    places = [text.index(said) for said in ("Best by", "Perplexity depends", "No two frameworks")]
+    assert places == sorted(places)
+
+
+def test_intervals_of_the_results_break_before_their_upper_end_alone(report: Path) -> None:
+    text = (report / "experiments" / "demo.html").read_text(encoding="utf-8")
+    subs = re.findall(r'<span class="sub">([^<]* to[^<]*)</span>', text)
+    assert any("s to\N{NO-BREAK SPACE}" in sub for sub in subs)
+    assert all(sub.count(" ") == 1 for sub in subs if re.match(r"[0-9]", sub))
 
 
 def test_an_equivalent_variant_has_the_interval_of_its_test(tmp_path: Path) -> None:

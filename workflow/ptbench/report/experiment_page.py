@@ -104,6 +104,7 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
         opening=opening(speeds, finished, perplexities),
+        compared=speeds is not None,
         words=words,
         figures=figures,
         published=[

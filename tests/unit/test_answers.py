@@ -28,6 +28,8 @@ from ptbench.configuration.study import load_study
 from ptbench.errors import ConfigurationError
 from ptbench.report.exhibits import Curves
 from ptbench.report.experiment import analyse_experiment
+from ptbench.report.opening import Said, answers_to
+from ptbench.report.overview import Document
 from ptbench.report.paper import answer_paper
 from ptbench.report.paper_page import finding_note, write_paper_page
 from ptbench.report.site import RunFacts, Site
@@ -46,6 +48,8 @@ claims:
   - {id: c5, locator: Text, claim: Width is fun., untested: an opinion}
   - {id: c6, locator: Table 1, claim: The same size., tests: [{test: lower, left: ["m [jax]"], right: ["m+hidden_size=4 [jax]"], metric: parameters}]}
   - {id: c7, locator: Table 1, claim: Wider is slower., tests: [{test: higher, left: ["m+hidden_size=4 [jax]"], right: ["m [jax]"], metric: seconds_per_epoch}]}
+  - {id: c8, locator: Table 1, claim: Wider is much better., tests: [{test: lower, left: ["m+hidden_size=4 [jax]"], right: ["m [jax]"], margin: 0.3}]}
+  - {id: c9, locator: Table 1, claim: Width does not matter., tests: [{test: equal, left: ["m+hidden_size=4 [jax]"], right: ["m [jax]"]}]}
 """  # noqa: E501
 EXHIBITS = """
 exhibits:
@@ -135,18 +139,31 @@ def test_findings_have_the_verdicts_that_the_seeds_give(
         "c5": "untested",
         "c6": "upheld",  # a count that all seeds have alike is certain
         "c7": "upheld",
+        "c8": "contradicted",  # by less than its margin
+        "c9": "contradicted",
     }
-    opposite = answered[0].findings[1].p_opposite
-    assert opposite is not None
-    assert opposite < 0.05
-    assert finding_note(answered[0].findings[1]).endswith("opposite: p < 0.001")
-    assert finding_note(answered[0].findings[0]).endswith(", p < 0.001")
+    notes = {finding.id: finding_note(finding) for finding in answered[0].findings}
+    assert notes["c1"] == "a difference of 22.1 % in the claim's direction, p < 0.001"
+    assert notes["c2"] == (
+        "the opposite is shown (p < 0.001), a difference of 22.1 % against the claim"
+    )
+    assert notes["c8"] == (
+        "shown to be equal within 35.0 % (p < 0.001); "
+        "the difference of 22.1 % is in the claim's direction"
+    )
+    assert notes["c9"] == "the opposite is shown (p < 0.001), 19.7 % beyond the margin"
     reasons = {finding.id: finding.reason for finding in answered[0].findings}
     assert reasons["c4"] == "no result of m [keras]"
     assert reasons["c5"] == "an opinion"
     diverged = answered[0].findings[2].numbers[0]
     assert diverged.values == (math.inf,) * 5
-    assert answered[0].findings_upheld == (4, 5)
+    assert answered[0].findings_upheld == (4, 7)
+    assert answers_to([], [Document(answered[0], "Example 2018")], []) == [
+        Said(
+            "Example 2018: 3 of 4 printed numbers reproduced or close, 4 of 7 findings upheld",
+            "papers/example2018.html",
+        )
+    ]
 
 
 @pytest.mark.parametrize("answered", ["+subset=9"], indirect=True)
@@ -154,7 +171,7 @@ def test_runs_on_less_judge_no_number_and_no_finding(answered: tuple[Answers, Pa
     answers = answered[0]
     assert answers.reductions == ("subset=9",)
     verdicts = [finding.verdict for finding in answers.findings]
-    assert verdicts == [*["reduced budget"] * 3, "not run", "untested", *["reduced budget"] * 2]
+    assert verdicts == [*["reduced budget"] * 3, "not run", "untested", *["reduced budget"] * 4]
     assert answers.findings[1].reason == "with subset=9; of these runs it would be: contradicted"
     assert {n.verdict for n in answers.published} == {"reduced budget", "not run"}
     assert (answers.findings_upheld, answers.numbers_reproduced) == ((0, 0), (0, 0))

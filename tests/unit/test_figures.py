@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from tests.support.fake_results import (
     plan,
     write_corpus,
@@ -29,6 +30,7 @@ from ptbench.report.figures import (
     clock_parts,
     curve,
     draw_curves,
+    draw_list,
     draw_scaling,
     draw_sweep,
     front,
@@ -173,6 +175,17 @@ def test_reference_lines_are_named_with_their_perplexities(
     root = ElementTree.parse(folder / "perplexity.svg")
     words = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"floor of the corpus, 100.00", "Kneser-Ney 3-gram, 150.00"} <= words
+
+
+def test_no_reference_line_crosses_a_heading(tmp_path: Path) -> None:
+    analysis, _ = studied(tmp_path, lengths(2))
+    analysis = analysis.model_copy(update={"floor_perplexity": 100.0})
+    [axes] = draw_list(analysis, analysis.metric).axes
+    [floor] = [c for c in axes.collections if isinstance(c, LineCollection)]
+    headings = [text.xy[1] for text in axes.texts if text.get_weight() == "bold"]
+    assert len(headings) == 2
+    for y in headings:
+        assert not any(top < y < end for (_, top), (_, end) in floor.get_segments())
 
 
 def test_no_drawing_fetches_anything_or_carries_a_date(
@@ -384,7 +397,8 @@ def test_bars_of_time_are_over_what_every_framework_has_finished(tmp_path: Path)
     own = [row for row in analysis.rows if row.framework == "pytorch"][:4]
     expected = np.mean([sum(clock_parts(row).values()) for row in own])
     widths = [bar.get_width() for bar in axes.patches[: len(CLOCKS)]]
-    assert sum(widths) == pytest.approx(expected)
+    assert axes.get_xlabel() == "Minutes of a run"
+    assert sum(widths) == pytest.approx(expected / 60)
 
 
 def test_the_caption_of_scaling_counts_the_variants_that_are_whole(tmp_path: Path) -> None:
@@ -396,10 +410,13 @@ def test_the_caption_of_scaling_counts_the_variants_that_are_whole(tmp_path: Pat
 
 
 def test_a_curve_is_the_mean_of_its_seeds(tmp_path: Path) -> None:
-    _, rows = studied(tmp_path, {"tiny": {}})
+    analysis, rows = studied(tmp_path, {"tiny": {}})
     histories = [result.history for result in rows[1].results().values()]
     found = curve(rows[1])
     third = [history[2].valid_nll for history in histories]
     assert found.valid[2] == pytest.approx(math.exp(np.mean(third)))
     assert (found.low[2], found.high[2]) == (math.exp(min(third)), math.exp(max(third)))
-    assert found.hours[2] == pytest.approx(3 * 93 / 3600)
+    assert found.seconds[2] == pytest.approx(3 * 93)
+    by_time = draw_curves(analysis, rows).axes[1]
+    assert by_time.get_xlabel() == "Minutes"
+    assert by_time.lines[0].get_xdata()[2] == pytest.approx(3 * 93 / 60)

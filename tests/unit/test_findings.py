@@ -113,6 +113,17 @@ def test_a_side_that_diverged_is_higher_than_one_that_did_not() -> None:
     assert opposite == pytest.approx(1 / math.comb(10, 5), abs=1e-3)
 
 
+def test_what_is_shown_equal_is_the_part_that_contradicts() -> None:
+    """The second step has least to spare, and cannot tell; the first is equal without doubt."""
+    same = findings.lower([4.5, 4.5001, 4.4999], [4.501, 4.5011, 4.5009], MARGIN)
+    unsure = findings.lower([4.5, 4.6, 4.4], [4.4, 4.5, 4.3], MARGIN)
+    found = findings.all_of([same, unsure])
+    assert found.effect == unsure.effect
+    assert found.equal == same.equal == (pytest.approx(0.001), MARGIN)
+    worse = findings.lower([4.6, 4.61, 4.59], [4.5, 4.51, 4.49], MARGIN)
+    assert findings.all_of([same, worse._replace(p_opposite=1e-9)]).equal is None
+
+
 def test_one_seed_a_side_allows_no_test() -> None:
     assert findings.lower([4.5], [4.6], MARGIN) == findings.NOTHING
     assert findings.equal([4.5], [4.6], MARGIN) == findings.NOTHING

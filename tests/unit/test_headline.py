@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ptbench.analysis.headline import (
 from ptbench.analysis.plan import ExperimentPlan
 from ptbench.configuration.specification import Cell
 from ptbench.report import words
+from ptbench.report.opening import opening
 from ptbench.training.records import Hardware
 
 Speed = Callable[[Cell], float]
@@ -35,7 +37,7 @@ def analysed(results: Path, experiment: ExperimentPlan) -> Analysis:
 def of_speeds(results: Path, experiment: ExperimentPlan, speed: Speed, **facts: object) -> Analysis:
     """An experiment whose runs have these training speeds; each had its machine to itself."""
     for cell in experiment.cells:
-        write_cell(results, metrics(cell, 4.7, tokens_per_second=speed(cell)))
+        write_cell(results, metrics(cell, 4.7 + 1e-4 * cell.seed, tokens_per_second=speed(cell)))
         path = results / "cells" / cell.path / "provenance.json"
         path.write_text(json.dumps({"cpu": "A", "cells_at_once": 1, **facts}))
     return analysed(results, experiment)
@@ -149,7 +151,10 @@ def test_of_one_variant_the_interval_is_over_its_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"cells_at_once": 3}, "Up to 3 runs shared a machine, so"),
+        (
+            {"cells_at_once": 3},
+            "Up to 3 runs, those of other studies included, shared a machine, so",
+        ),
         ({"cells_at_once": None}, "It was not recorded whether runs shared their machine, so"),
     ],
 )
@@ -159,7 +164,13 @@ def test_speeds_of_runs_that_shared_their_machine_give_no_factor(
     found = of_speeds(tmp_path, plan("x", ("a",), TWO), planted, **facts)
     assert compare_speeds(groups_of([found])) is None
     assert words.speed_sentence(None, found.rows).startswith(said)
-    assert words.speed_title(None, found.rows).startswith("No two frameworks have speeds")
+    perplexities = compare_perplexities([found])
+    assert perplexities.all_equivalent
+    known, title, why = (each.text for each in opening(None, found.rows, perplexities))
+    assert known.startswith("Perplexity depends on the framework by less than 2.0 %: the one pair")
+    assert title == "No two frameworks have speeds that can be compared"
+    assert why.startswith(said)
+    assert "folders of these runs under results/cells and run them again with --cores 1" in why
 
 
 @pytest.mark.parametrize(
@@ -217,7 +228,7 @@ def test_speeds_on_other_machines_or_beside_more_runs_do_not_compare(
             path.write_text(json.dumps(other))
     found = analysed(tmp_path, experiment)
     assert compare_speeds(groups_of([found])) is None
-    assert "To compare speeds, run with --cores 1" in words.speed_sentence(None, found.rows)
+    assert "To compare speeds, remove the folders" in words.speed_sentence(None, found.rows)
 
 
 def test_frameworks_on_another_machine_are_named_as_apart(tmp_path: Path) -> None:
@@ -331,6 +342,7 @@ def test_perplexities_of_one_law_do_not_differ_and_others_do(tmp_path: Path) -> 
     assert same.all_equivalent
     said = words.perplexity_sentence(same)
     assert said.startswith("Perplexity depends on the framework by less than 2.0 %: the one")
+    assert re.search(r"\(tested together, p (= 0\.0\d\d|< 0\.001)\)\.$", said)
     both = compare_perplexities([first, second])
     assert both.verdicts == {"equivalent": 2, "different": 2}
     assert both.couples["pytorch", "mxnet"].verdicts == {"equivalent": 2}

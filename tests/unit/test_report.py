@@ -21,6 +21,7 @@ from tests.support.fake_results import (
     write_corpus,
     write_diverged,
     write_results,
+    write_unknown,
 )
 
 from ptbench.analysis.answers import answer
@@ -348,7 +349,11 @@ def test_a_published_number_stands_beside_the_interval_by_which_it_is_judged(
     ("at_once", "words", "absent"),
     [
         (1, "Every run had its machine to itself", "not a fair comparison"),
-        (4, "Up to 4 runs shared a machine, so", "its machine to itself"),
+        (
+            4,
+            "Up to 4 runs, those of other studies included, shared a machine, so",
+            "its machine to itself",
+        ),
         (None, "It was not recorded whether runs shared", "its machine to itself"),
     ],
 )
@@ -384,6 +389,54 @@ def test_the_index_names_the_best_variants_where_one_framework_is_studied(tmp_pa
             "Best by validation perplexity, with a probability of at least 0.95: a in JAX" in text
         )
         assert "No two frameworks" not in text
+    best = "best by validation perplexity, with a probability of at least 0.95: a in JAX"
+    said = f"The x experiment: {best}"
+    assert f'<h1><a href="experiments/x.html">{said}</a></h1>' in overview.read_text()
+    assert f"# [{said}](experiments/x.html)\n" in overview.with_name("report.md").read_text()
+
+
+def test_a_page_answers_for_the_variants_before_it_says_that_speeds_do_not_compare(
+    tmp_path: Path,
+) -> None:
+    experiment = plan("x", ("a", "b"), ("jax", "mxnet"))
+    for cell in experiment.cells:
+        nll = (4.5 if cell.variant == "a" else 4.6) + 0.001 * cell.seed
+        write_cell(tmp_path, metrics(cell, nll, valid=score_of(nll)))
+    write_unknown(tmp_path)
+    text = Page(page_of(tmp_path, experiment).read_text()).text
+    places = [text.index(said) for said in ("Best by", "Perplexity depends", "No two frameworks")]
+    assert places == sorted(places)
+
+
+def test_intervals_of_the_results_break_before_their_upper_end_alone(report: Path) -> None:
+    text = (report / "experiments" / "demo.html").read_text(encoding="utf-8")
+    subs = re.findall(r'<span class="sub">([^<]* to[^<]*)</span>', text)
+    assert any("s to\N{NO-BREAK SPACE}" in sub for sub in subs)
+    assert all(sub.count(" ") == 1 for sub in subs if re.match(r"[0-9]", sub))
+
+
+def test_an_equivalent_variant_has_the_interval_of_its_test(tmp_path: Path) -> None:
+    """That of 95 % passes the margin of 2 %; a minus means better, as between frameworks."""
+    experiment = plan("x", ("a", "b"), ("jax",))
+    for cell in experiment.cells:
+        nll = (4.5 if cell.variant == "a" else 4.498) + 0.009 * (cell.seed - 2)
+        write_cell(tmp_path, metrics(cell, nll))
+    assert (
+        "b −0.2 % −1.8 % to +1.4 % equivalent"
+        in Page(page_of(tmp_path, experiment).read_text()).text
+    )
+
+
+def test_a_smoke_study_says_that_nothing_is_concluded(tmp_path: Path) -> None:
+    experiment = plan("x", ("tiny+budget=smoke",), ("pytorch", "jax"))
+    write_results(tmp_path, experiment)
+    page_of(tmp_path, experiment)
+    site = Site(tmp_path / "report", tmp_path, FACTS)
+    index = Page(write_overview(site, [tmp_path / "experiments" / "x"]).read_text()).text
+    assert "differ? Nothing is concluded from runs of the budget smoke." in index
+    assert "no two frameworks" not in index
+    least = "at most 1 epoch of 6 batches, scored on 1"
+    assert f"A reduced study: Runs were made with budget=smoke ({least}). 6 of 6" in index
 
 
 def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
@@ -421,13 +474,24 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
     page = Page(page_of(tmp_path, experiment).read_text(encoding="utf-8"))
     section = page.text[page.text.index("What a step's time is made of") :]
     section = section[: section.index("Runs and their files")]
-    for said in ("PyTorch", "10 10.0%", "40 40.0%", "45 45.0%", "aten::mm", "50.0%", "5 MB", "500"):
+    for said in (
+        "PyTorch",
+        "10 10.0 %",
+        "40 40.0 %",
+        "45 45.0 %",
+        "aten::mm",
+        "50.0 %",
+        "5 MB",
+        "500",
+    ):
         assert said in section
     # Greatti's shares as printed, and ours of the run and of a step.
-    assert "Greatti 2019 PyTorch, by line_profiler 95.0% 2.3% 2.6% 46.4% 44.6% 9.0%" in section
-    assert "80.0% 15.0% 5.0% 40.0% 45.0% 15.0%" in section
-    assert "a = b 1 30 74.8%" in section
-    assert "c() 1 10 24.9%" in section
+    assert (
+        "Greatti 2019 PyTorch, by line_profiler 95.0 % 2.3 % 2.6 % 46.4 % 44.6 % 9.0 %" in section
+    )
+    assert "80.0 % 15.0 % 5.0 % 40.0 % 45.0 % 15.0 %" in section
+    assert "a = b 1 30 74.8 %" in section
+    assert "c() 1 10 24.9 %" in section
     assert "d 1 " not in section
     assert "JAX" not in section
     criteria = page.text[page.text.index("Every criterion side by side") :]
@@ -436,10 +500,10 @@ def test_profiles_that_are_there_are_on_the_page(tmp_path: Path) -> None:
         "Forward, ms 40 –",
         "Words predicted/s, many rows at once 500 –",
         "Speed-up on 2 devices 1.50 1.50",
-        "Efficiency on 2 devices 75% 75%",
+        "Efficiency on 2 devices 75 % 75 %",
         "Test perplexity on 2 devices 109.95 109.95",
-        "Accuracy of the next word 25.0% 25.0%",
-        "Share of NumPy's products 25% –",
+        "Accuracy of the next word 25.0 % 25.0 %",
+        "Share of NumPy's products 25 % –",
         "Features built in, of",
         "Mistakes whose cause is named, of 5 4",
     ):

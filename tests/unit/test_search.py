@@ -28,6 +28,7 @@ from ptbench.environments import PYTHON
 from ptbench.errors import ConfigurationError
 from ptbench.files import write_atomically
 from ptbench.model.recipe import Recipe
+from ptbench.report.opening import answers_to
 from ptbench.report.search import write_search
 from ptbench.report.site import RunFacts, Site
 from ptbench.sharing.archive import run_cells
@@ -649,6 +650,14 @@ def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
     assert lines[4]["state"] == "diverged"
     assert lines[4]["valid_nll"] == ""
     result = read_search(study.shown("s"), results, partial=True)
+    assert result.winner
+    [said] = answers_to([result], [], [])
+    assert said.text.startswith(f"T: of 20 trials, number {result.winner.trial} wins, with a")
+    assert said.link == "searches/s.html"
+    asked = result.model_copy(
+        update={"contest": result.contest.model_copy(update={"title": "What is best?"})}
+    )
+    assert answers_to([asked], [], [])[0].text.startswith("What is best? Of 20 trials, number")
     assert next(iter(result.importances)) in ("hidden_size", "learning_rate")  # what the law has
     assert 0 < sum(result.importances.values()) < 1  # the rest is of keys together
     assert result.ranked[0].number == 0  # the published one

@@ -18,10 +18,11 @@ from tests.support.fake_results import (
 
 from ptbench.analysis.collect import CorpusFacts, collect_rows
 from ptbench.analysis.experiment import Analysis, analyse
-from ptbench.analysis.metrics import METRICS, NOTHING
+from ptbench.analysis.metrics import METRICS, NOTHING, Summary
 from ptbench.analysis.plan import ExperimentPlan, PlannedVariant
 from ptbench.analysis.published import PublishedValue
 from ptbench.report import formatting, tables
+from ptbench.report.formatting import format_header, format_std
 
 
 def analysis_of(experiment: ExperimentPlan, results: Path) -> Analysis:
@@ -103,6 +104,17 @@ def test_what_was_recorded_is_printed(analysis: Analysis) -> None:
     for words in ("Train perplexity", "Time per epoch", "Epochs", "Total time", "Load time"):
         assert f" {words} " in header
     assert "GPU" not in header  # no run had one
+
+
+def test_numbers_for_people_have_digits_that_mean_something() -> None:
+    assert format_std(Summary(n=3, value=10_582, std=44_620.34)) == "± 44,620"
+    assert format_std(Summary(n=3, value=10_582, std=1.5)) == "± 2"
+    assert format_std(Summary(n=3, value=9_999, std=10_234.5)) == "± 10,234.50"
+    rent = METRICS["rent"]
+    assert [rent.write(x) for x in (0, 0.00012, 0.0451, 1234.5)] == [
+        *("0.00", "< 0.01", "0.045", "1,234.50"),
+    ]
+    assert format_header(rent, "USD") == "Rent [USD]"
 
 
 def test_people_see_every_row_its_seeds_and_what_failed(analysis: Analysis) -> None:

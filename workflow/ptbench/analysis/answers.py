@@ -20,6 +20,7 @@ from ptbench.analysis.claims import Result, judge_claims, read_claims
 from ptbench.analysis.collect import SHARED, comparable
 from ptbench.analysis.exhibits import ExhibitResult, fill_exhibit, read_exhibits
 from ptbench.analysis.experiment import Analysis, RowResult, judge_row
+from ptbench.analysis.findings import Equal
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.published import (
     LeftOut,
@@ -62,8 +63,12 @@ class Finding(Model):
     verdict: FindingVerdict = Field(description="What may be said.")
     reason: str | None = Field(description="Why there is no verdict, where there is none.")
     effect: float | None = Field(description="Of the test with least to spare [nats, log ratio].")
+    is_room: bool = Field(False, description="Whether the effect is what is left to the margin.")
     p: float | None = Field(description="Adjusted over the document's findings (Holm).")
     p_opposite: float | None = Field(description="The same of the finding's opposite.")
+    equal: Equal | None = Field(
+        None, description="Where the opposite is that rows are equal: their difference, the margin."
+    )
     seeds: int | None = Field(description="Seeds a side that would settle it.")
     numbers: tuple[SeedNumbers, ...] = Field(description="What the seeds gave.")
 
@@ -223,8 +228,10 @@ def _finding(result: Result, rows: Mapping[NamedRow, RowResult]) -> Finding:
         verdict=verdict,
         reason=reason,
         effect=result.effect,
+        is_room=result.is_room,
         p=result.p,
         p_opposite=result.p_opposite,
+        equal=result.equal,
         seeds=result.seeds if result.verdict == "cannot tell" else None,
         numbers=tuple(
             SeedNumbers(row=n.row, metric=n.metric, values=tuple(n.values)) for n in result.numbers

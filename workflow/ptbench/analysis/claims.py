@@ -197,6 +197,8 @@ class Result:
     p_opposite: float | None = None  # adjusted; of the finding's opposite
     seeds: int | None = None  # a side that would settle it
     numbers: list[Numbers] = field(default_factory=list)
+    equal: findings.Equal | None = None  # where the opposite is that two rows are equal
+    is_room: bool = False  # whether the effect is what is left to the margin
     shared: bool = False  # whether some of its numbers do not compare: runs shared their machine
 
 
@@ -314,7 +316,10 @@ def _sizes(test: ClaimTest, logs: Mapping[NamedRow, float], margin: float) -> Ev
     sign = -1 if test.test == "higher" else 1
     gains = [sign * (logs[b] - logs[a]) for a, b in pairs]
     effect = margin - max(map(abs, gains)) if test.test == "equal" else min(gains)
-    return Evidence(effect, float(effect <= 0), float(effect > 0))
+    equal = findings.Equal(0.0, 0.0) if not effect and test.test != "equal" else None
+    return Evidence(
+        effect, float(effect <= 0), float(effect > 0), equal=equal, is_room=test.test == "equal"
+    )
 
 
 def _logarithms(values: Sequence[float]) -> list[float]:
@@ -354,6 +359,8 @@ def _result(
         p_opposite,
         None if "cannot tell" in verdicts[: len(direct)] else evidence.seeds,
         numbers,
+        evidence.equal,
+        evidence.is_room,
         shared=not all(each.fair for _, groups in tests for each in groups),
     )
 

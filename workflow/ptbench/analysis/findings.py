@@ -43,6 +43,13 @@ POWER = 0.8  # with which that many seeds would show the difference that was see
 Verdict = Literal["upheld", "contradicted", "cannot tell", "not run"]
 
 
+class Equal(NamedTuple):
+    """Two rows that differ by less than the margin, where a finding says that they differ."""
+
+    difference: float  # in the finding's direction [nats, or log ratio]
+    margin: float
+
+
 class Evidence(NamedTuple):
     """What the seeds say about one comparison."""
 
@@ -51,6 +58,8 @@ class Evidence(NamedTuple):
     p_opposite: float | None  # of the hypothesis that its opposite is wrong; small: the opposite is
     seeds: int | None = None  # a side that would settle it
     least: float = 0.0  # the smallest effect that counts, on the scale of `effect`
+    equal: Equal | None = None  # where the opposite is that two rows are equal
+    is_room: bool = False  # whether `effect` is what is left to the margin
 
 
 NOTHING = Evidence(None, None, None)
@@ -74,13 +83,8 @@ def lower(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
     if not (has_spread(first) or has_spread(second)):
         return Evidence(float(second.mean() - first.mean()), None, None, least=margin)
     effect, error, freedom = welch_difference(second, first)
-    return Evidence(
-        effect,
-        t_upper(effect / error, freedom),
-        min(t_upper(-effect / error, freedom), t_upper((margin - abs(effect)) / error, freedom)),
-        _seeds((first, second), abs(effect) - margin),
-        margin,
-    )
+    seeds = _seeds((first, second), abs(effect) - margin)
+    return _of_difference(effect, error, freedom, seeds, margin)
 
 
 def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
@@ -95,7 +99,8 @@ def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
         p = min(_mann_whitney(first, second, "less"), _mann_whitney(first, second, "greater"))
         return Evidence(None, None, min(1.0, 2 * p))
     if not (has_spread(first) or has_spread(second)):
-        return Evidence(margin - abs(float(first.mean() - second.mean())), None, None)
+        room = margin - abs(float(first.mean() - second.mean()))
+        return Evidence(room, None, None, is_room=True)
     difference, error, freedom = welch_difference(first, second)
     effect = margin - abs(difference)
     return Evidence(
@@ -103,6 +108,23 @@ def equal(a: Sequence[float], b: Sequence[float], margin: float) -> Evidence:
         t_upper(effect / error, freedom),
         min(1.0, 2 * t_upper(-effect / error, freedom)),
         _seeds((first, second), effect),
+        is_room=True,
+    )
+
+
+def _of_difference(
+    effect: float, error: float, freedom: float, seeds: int | None, margin: float
+) -> Evidence:
+    """Return the evidence of a difference, whose opposite is the other direction or equality."""
+    other_way = t_upper(-effect / error, freedom)
+    within = t_upper((margin - abs(effect)) / error, freedom)
+    return Evidence(
+        effect,
+        t_upper(effect / error, freedom),
+        min(other_way, within),
+        seeds,
+        margin,
+        Equal(effect, margin) if within < other_way else None,
     )
 
 
@@ -117,9 +139,12 @@ def all_of(parts: Sequence[Evidence]) -> Evidence:
     if not parts:
         return NOTHING
     ps = [part.p for part in parts]
-    opposites = [part.p_opposite for part in parts if part.p_opposite is not None]
-    effects = [(part.effect, part.least) for part in parts if part.effect is not None]
-    effect, least = min(effects, key=lambda each: each[0] - each[1], default=(None, 0.0))
+    opposites = [(part.p_opposite, part.equal) for part in parts if part.p_opposite is not None]
+    p_opposite, equal_rows = min(opposites, key=lambda each: each[0], default=(None, None))
+    effects = [(p.effect, p.least, p.is_room) for p in parts if p.effect is not None]
+    effect, least, is_room = min(
+        effects, key=lambda each: each[0] - each[1], default=(None, 0.0, False)
+    )
     still_open = [
         part.seeds for part in parts if verdict(part, part.p, part.p_opposite) == "cannot tell"
     ]
@@ -127,9 +152,11 @@ def all_of(parts: Sequence[Evidence]) -> Evidence:
     return Evidence(
         effect,
         None if None in ps else max(p for p in ps if p is not None),
-        min(1.0, min(opposites) * len(parts)) if opposites else None,
+        None if p_opposite is None else min(1.0, p_opposite * len(parts)),
         max(seeds, default=None) if len(seeds) == len(still_open) else None,
         least,
+        equal_rows,
+        is_room,
     )
 
 
@@ -231,7 +258,8 @@ def saturates(groups: Sequence[Sequence[float]], at: int, margin: float) -> Evid
             parts.append(Evidence(None, p, _mann_whitney(later, reference, "less")))
             continue
         if not (has_spread(later) or has_spread(reference)):
-            parts.append(Evidence(margin - float(reference.mean() - later.mean()), None, None))
+            room = margin - float(reference.mean() - later.mean())
+            parts.append(Evidence(room, None, None, is_room=True))
             continue
         gain, error, freedom = welch_difference(reference, later)
         effect = margin - gain
@@ -241,6 +269,7 @@ def saturates(groups: Sequence[Sequence[float]], at: int, margin: float) -> Evid
                 t_upper(effect / error, freedom),
                 t_upper(-effect / error, freedom),
                 _seeds((reference, later), effect),
+                is_room=True,
             )
         )
     return all_of(parts)
@@ -334,10 +363,8 @@ def interaction(
     if not any(variance for variance, _ in parts):
         return Evidence(effect, None, None, least=margin)
     error, freedom = welch(parts)
-    p, opposite = t_upper(effect / error, freedom), t_upper(-effect / error, freedom)
-    within = t_upper((margin - abs(effect)) / error, freedom)
     seeds = _seeds(samples, abs(effect) - margin)
-    return Evidence(effect, p, min(opposite, within), seeds, margin)
+    return _of_difference(effect, error, freedom, seeds, margin)
 
 
 def verdict(evidence: Evidence, p: float | None, p_opposite: float | None) -> Verdict:

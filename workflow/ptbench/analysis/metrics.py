@@ -90,11 +90,21 @@ def summarise_largest(values: Sequence[float]) -> Summary:
     return Summary(n=len(values), value=max(values))
 
 
-def write_perplexity(value: float) -> str:
-    """Write two decimals below 10,000 and none above."""
+def write_perplexity(value: float, beside: float | None = None) -> str:
+    """Write two decimals below 10,000 and none above.
+
+    Args:
+        value: a perplexity, or a standard deviation.
+        beside: the perplexity whose deviation it is, which then decides.
+    """
     if math.isinf(value):
         return "∞"
-    return f"{value:,.2f}" if value < 10_000 else f"{value:,.0f}"
+    return f"{value:,.2f}" if (beside or value) < 10_000 else f"{value:,.0f}"
+
+
+def write_share(value: float, decimals: int = 1) -> str:
+    """Write a share in percent."""
+    return f"{100 * value:.{decimals}f} %"
 
 
 def write_count(value: float) -> str:
@@ -224,9 +234,10 @@ class Metric:
 
 
 def write_money(value: float) -> str:
-    """Write two decimals, or two significant digits below 0.1; the currency is the study's."""
-    digits = 2 if value >= 0.1 or value == 0 else 1 - math.floor(math.log10(value))
-    return f"{value:,.{digits}f}"
+    """Write two decimals, and three of a few hundredths; the currency is the study's."""
+    if 0 < value < 0.01:
+        return "< 0.01"
+    return f"{value:,.3f}" if 0 < value < 0.1 else f"{value:,.2f}"
 
 
 def nll_of(score: Score | None) -> float | None:
@@ -277,7 +288,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("train_perplexity", "Training perplexity", "Train perplexity", "", "lower", PERPLEXITY,
            write_perplexity, lambda run: nll_of(run.metrics.train)),
     Metric("test_accuracy", "Accuracy of the next word", "Accuracy", "", "higher", MEDIAN,
-           "{:.1%}".format, lambda run: run.metrics.test_accuracy),
+           write_share, lambda run: run.metrics.test_accuracy),
     Metric("tokens_per_second", "Training speed", "Tokens/s", "tokens/s", "higher", MEDIAN,
            write_count, lambda run: run.metrics.tokens_per_second),
     Metric("seconds_per_epoch", "Time per epoch", "Time per epoch", "s", "lower", MEDIAN,
@@ -326,7 +337,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("other_cores", "Cores that other processes kept busy", None, "cores", "lower", MEDIAN,
            "{:.2f}".format, of_hardware(lambda own: own.other_cores)),
     Metric("gpu_utilization", "GPU use", "GPU use", "share", "higher", MEDIAN,
-           "{:.0%}".format, of_hardware(lambda own: own.gpu_utilization)),
+           lambda value: write_share(value, 0), of_hardware(lambda own: own.gpu_utilization)),
     Metric("gpu_watts", "GPU power", None, "W", "lower", MEDIAN,
            "{:.0f} W".format, of_hardware(gpu_watts)),
     Metric("gpu_joules", "GPU energy", "GPU energy", "J", "lower", MEDIAN,

@@ -11,7 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from ptbench.analysis.experiment import RowResult
-from ptbench.analysis.metrics import METRICS, NOTHING
+from ptbench.analysis.metrics import METRICS, NOTHING, write_share
 from ptbench.analysis.source import read_source
 from ptbench.backends.features import read_features
 from ptbench.measurement.mistakes import read_mistakes
@@ -140,13 +140,13 @@ def _ms(seconds: float) -> str:
 def _share_of_bound(each: ProfiledRow) -> str:
     """Write a run's speed over what NumPy's products would allow."""
     speed, limit = each.row.value("tokens_per_second"), each.profile.bound_tokens_per_second
-    return f"{speed / limit:.0%}" if speed and limit else NOTHING
+    return write_share(speed / limit, 0) if speed and limit else NOTHING
 
 
 def _metric(row: RowResult, name: str) -> str:
     summary = row.metrics.get(name)
     text = METRICS[name].text(summary.value if summary else None)
-    return f"{text} {format_std(METRICS[name], summary)}".rstrip()
+    return f"{text} {format_std(summary)}".rstrip()
 
 
 def _scaling(
@@ -164,7 +164,7 @@ def _scaling(
         Line(f"Speed-up on {on}", {k: f"{r:.2f}" if r else NOTHING for k, r in ratios.items()}),
         Line(
             f"Efficiency on {on}",
-            {k: f"{r / more:.0%}" if r else NOTHING for k, r in ratios.items()},
+            {k: write_share(r / more, 0) if r else NOTHING for k, r in ratios.items()},
         ),
         Line(
             f"Test perplexity on {on}", {k: _metric(r, "test_perplexity") for k, r in own.items()}

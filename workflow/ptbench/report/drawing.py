@@ -220,6 +220,13 @@ def plain_number(value: float) -> str:
     return f"{value:,.10g}"
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit in which an axis of times reaches so far, and its seconds."""
+    if seconds > 2 * 3600:
+        return "hours", 3600.0
+    return ("minutes", 60.0) if seconds > 600 else ("seconds", 1.0)
+
+
 def set_limits(axes: Axes, values: Sequence[float], logarithmic: bool) -> None:
     """Show all values on the vertical axis with some room around them."""
     found = [value for value in values if math.isfinite(value) and (value > 0 or not logarithmic)]

@@ -5,6 +5,7 @@ Words, numbers and links only: `ptbench.analysis` makes the numbers and `figures
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,10 +15,12 @@ from ptbench.analysis import headline
 from ptbench.analysis.experiment import Analysis, PairResult, PublishedResult, RowResult
 from ptbench.analysis.metrics import METRICS, NOTHING, Metric, write_bytes
 from ptbench.analysis.reaching import Reaching
+from ptbench.analysis.statistics import SIGNIFICANCE, Difference, t_quantile
 from ptbench.analysis.variants import BestVariant, TrendResult, VariantComparison
 from ptbench.report import formatting, words
 from ptbench.report.criteria import criteria_of
 from ptbench.report.formatting import FIGURE_SPACE, group_key, group_title, grouped
+from ptbench.report.opening import opening
 from ptbench.report.profiles import GREATTI, PHASES, profiles_of
 from ptbench.report.runs import runs_of, versions_of
 from ptbench.report.site import Site
@@ -83,6 +86,8 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
     columns, groups = results_table(analysis)
     profiles = profiles_of(analysis.rows, site.results)
     finished = [row for row in analysis.rows if row.n_ok or row.n_diverged]
+    speeds = headline.compare_speeds(headline.groups_of([analysis]))
+    perplexities = headline.compare_perplexities([analysis])
     kinds = {pair.outcome.test.kind for pair in analysis.pairs if pair.outcome.test}
     return site.write(
         "experiment.html.j2",
@@ -93,11 +98,13 @@ def write_experiment_page(site: Site, analysis: Analysis, folder: Path) -> Path:
         groups=groups,
         printed=printed_metrics(analysis),
         variant_tables=_variant_tables(analysis),
+        interval=_interval,
+        header=formatting.format_header,
         places=_places(analysis),
         matrices=_matrices(analysis),
         tests=" and ".join(sorted(kinds)),
-        speeds=headline.compare_speeds(headline.groups_of([analysis])),
-        perplexities=headline.compare_perplexities([analysis]),
+        opening=opening(speeds, finished, perplexities),
+        compared=speeds is not None,
         words=words,
         figures=figures,
         published=[
@@ -172,7 +179,7 @@ def _is_common(column: Sequence[tuple[str, str]], groups: Sequence[Sequence[int]
 def _column(metric: Metric, rows: Sequence[RowResult]) -> list[tuple[str, str]]:
     """Return what all rows show of a metric: its number with ±, and its interval or quartiles."""
     summaries = [row.metrics.get(metric.name) for row in rows]
-    stds = [formatting.format_std(metric, summary).removeprefix("± ") for summary in summaries]
+    stds = [formatting.format_std(summary).removeprefix("± ") for summary in summaries]
     width = max(map(len, stds))
     column = []
     for summary, std in zip(summaries, stds, strict=True):
@@ -191,6 +198,19 @@ def _variant_tables(analysis: Analysis) -> list[VariantTable]:
             table.frameworks.append(each.framework)
         table.lines.setdefault(analysis.label(each.variant), {})[each.framework] = each
     return [tables[devices] for devices in sorted(tables)]
+
+
+def _interval(outcome: Difference) -> str:
+    """Write the interval that a verdict rests on: of equivalence 90 %, else 95 %."""
+    test = outcome.test
+    if test is None:
+        return ""
+    half = (test.high - test.low) / 2
+    if outcome.verdict == "equivalent":
+        freedom = test.degrees_of_freedom
+        half *= t_quantile(1 - SIGNIFICANCE, freedom) / t_quantile(1 - SIGNIFICANCE / 2, freedom)
+    ends = (math.expm1(test.difference + each) for each in (-half, half))
+    return " to ".join(map(formatting.format_percent, ends))
 
 
 def _places(

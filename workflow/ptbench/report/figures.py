@@ -37,6 +37,7 @@ from ptbench.report.drawing import (
     set_limits,
     spans,
     style,
+    time_unit,
 )
 from ptbench.report.formatting import format_devices, framework_name, group_title, grouped
 from ptbench.report.palette import (
@@ -474,12 +475,9 @@ def draw_list(analysis: Analysis, name: str) -> Figure:
     axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    if floor:
-        axes.axvline(floor, color=INK, linewidth=1.2, zorder=1)
-    for value, dashes in zip(ngrams.values(), NGRAM_DASHES, strict=False):
-        axes.axvline(value, color=MUTED, linewidth=1.2, linestyle=dashes, zorder=1)
     places: dict[tuple[str, int, str | None], float] = {}
     ticks: list[tuple[float, str]] = []
+    lined: list[tuple[float, float]] = []  # where lines are drawn: not across a heading
     at = 0.0
     for rows, title in zip(groups, titles, strict=True):
         if single and len(groups) > 1:
@@ -498,6 +496,14 @@ def draw_list(analysis: Analysis, name: str) -> Figure:
             ticks.append((at, title))
             axes.axhline(at + 0.5, color=MUTED, linewidth=0.3)
             at += 1
+        lined.append((at - 0.5 - (len(rows) if single else 1), at - 0.5))
+    tops, ends = zip(*lined, strict=True)
+    if floor:
+        axes.vlines([floor] * len(tops), tops, ends, color=INK, linewidth=1.2, zorder=1)
+    for value, dashes in zip(ngrams.values(), NGRAM_DASHES, strict=False):
+        axes.vlines(
+            [value] * len(tops), tops, ends, color=MUTED, linewidth=1.2, linestyle=dashes, zorder=1
+        )
     axes.set_ylim(at - 0.5, -0.5)
     axes.set_yticks([place for place, _ in ticks], [text for _, text in ticks])
     for point in points:
@@ -753,7 +759,7 @@ def draw_scaling(analysis: Analysis) -> Figure:
 
 
 def _curves(analysis: Analysis, rows: Sequence[Row]) -> Drawing:
-    """Return the figure of training and validation perplexity by epoch and by hour."""
+    """Return the figure of training and validation perplexity by epoch and by time."""
     metric = METRICS["valid_perplexity"]
     several = len(analysis.variants) > 1
 
@@ -766,7 +772,7 @@ def _curves(analysis: Analysis, rows: Sequence[Row]) -> Drawing:
     return Drawing(
         FigureFile(
             name="learning-curves",
-            title="Perplexity after each epoch, and by hours of training",
+            title="Perplexity after each epoch, and by time of training",
             caption=_sentences(
                 "Lines are means over the seeds that ended well and had not stopped before that "
                 "epoch: full lines with markers of the validation split"
@@ -797,7 +803,7 @@ class Curve(NamedTuple):
     """Mean over the seeds of one row, by epoch."""
 
     epochs: list[int]
-    hours: list[float]
+    seconds: list[float]
     train: list[float]
     valid: list[float]
     low: list[float]  # of the best and of the worst seed
@@ -812,7 +818,7 @@ def curve(row: Row) -> Curve:
         seconds = 0.0
         for epoch in history:
             seconds += epoch.training_seconds + epoch.validation_seconds
-            columns[epoch.epoch].append((seconds / 3600, epoch.train_nll, epoch.valid_nll))
+            columns[epoch.epoch].append((seconds, epoch.train_nll, epoch.valid_nll))
     epochs = sorted(columns)
     means = [np.mean(columns[epoch], axis=0) for epoch in epochs]
     nlls = [[valid for *_, valid in columns[epoch]] for epoch in epochs]
@@ -835,7 +841,7 @@ def last_finite(cell: CellResult) -> tuple[float, float] | None:
 
 
 def draw_curves(analysis: Analysis, rows: Sequence[Row]) -> Figure:
-    """Draw perplexity by epoch and by hour.
+    """Draw perplexity by epoch and by time.
 
     Of one variant, frameworks are overlaid, in a panel for each number of devices; of several, the
     variants, in a panel for each framework, on the fewest devices.
@@ -901,20 +907,23 @@ def draw_curves(analysis: Analysis, rows: Sequence[Row]) -> Figure:
     if not values:
         values = [value for _, value in ends]
     longest = int(max([1, *(c.epochs[-1] for c in shown), *(epoch for epoch, _ in ends)]))
-    hours = [c.hours[-1] for c in shown] or [1.0]
-    logarithmic = spans(hours, 10.0)
+    times = [c.seconds[-1] for c in shown] or [1.0]
+    logarithmic = spans(times, 10.0)
+    unit, scale = time_unit(max(times))
     for (title, group), pair in zip(groups.items(), grid, strict=True):
         for axes in pair:
             axes.grid(axis="y")
             set_limits(axes, values, True)
         for index, row in enumerate(group):
             of = styles[row.variant if several else row.framework]
-            _draw_curve(pair, curves[id(row)], of, index, not _many_lines(analysis), not several)
+            _draw_curve(
+                pair, curves[id(row)], scale, of, index, not _many_lines(analysis), not several
+            )
         for row in group:
             colour = styles[row.variant if several else row.framework][0]
             for cell in row.cells:
                 if cell.state == "diverged":
-                    _cross_both(pair, cell, colour)
+                    _cross_both(pair, cell, colour, scale)
         pair[0].set_title(title)
         pair[0].set_ylabel("Perplexity")
         pair[1].tick_params(labelleft=False)
@@ -922,13 +931,13 @@ def draw_curves(analysis: Analysis, rows: Sequence[Row]) -> Figure:
         if logarithmic:
             pair[1].set_xscale("log")
         else:
-            pair[1].set_xlim(0, max(hours) * 1.03 or 1)
+            pair[1].set_xlim(0, max(times) / scale * 1.03 or 1)
         number_ticks(pair[0].xaxis, (), whole=True)
         number_ticks(pair[1].xaxis, (), logarithmic)
         if not any(curves[id(row)].epochs for row in group) and not _any_diverged(group):
             pair[0].text(0.5, 0.5, "no result", transform=pair[0].transAxes, ha="center")
     grid[-1][0].set_xlabel("Epoch")
-    grid[-1][1].set_xlabel("Hours")
+    grid[-1][1].set_xlabel(unit.capitalize())
     add_legend(figure, named, columns)
     return figure
 
@@ -938,15 +947,24 @@ def _any_diverged(rows: Iterable[Row]) -> bool:
 
 
 def _draw_curve(
-    pair: Sequence[Axes], of: Curve, look: tuple[str, str, Any], index: int, train: bool, band: bool
+    pair: Sequence[Axes],
+    of: Curve,
+    scale: float,
+    look: tuple[str, str, Any],
+    index: int,
+    train: bool,
+    band: bool,
 ) -> None:
-    """Draw a row's curve; `index` moves its markers, so that equal curves can be told apart."""
+    """Draw a row's curve; `index` moves its markers, so that equal curves can be told apart.
+
+    `scale` is the unit of time [s].
+    """
     if not of.epochs:
         return
     colour, marker, dash = look
     every = max(1, len(of.epochs) // 6)
     width = 1.5 if marker != "none" else 0.9
-    places: tuple[Sequence[float], Sequence[float]] = (of.epochs, of.hours)
+    places: tuple[Sequence[float], Sequence[float]] = (of.epochs, [at / scale for at in of.seconds])
     for axes, x in zip(pair, places, strict=True):
         axes.plot(
             x, of.valid, color=colour, marker=marker, linestyle=dash,
@@ -959,13 +977,13 @@ def _draw_curve(
             axes.fill_between(x, of.low, of.high, color=colour, alpha=0.18, linewidth=0)
 
 
-def _cross_both(pair: Sequence[Axes], cell: CellResult, colour: str) -> None:
-    """Mark a diverged run by its epoch and by its hours."""
+def _cross_both(pair: Sequence[Axes], cell: CellResult, colour: str, scale: float) -> None:
+    """Mark a diverged run by its epoch and by its time, whose unit is `scale` [s]."""
     end = last_finite(cell)
     history = cell.result.history if cell.result else ()
     until = [e for e in history if end and e.epoch <= end[0]]
-    hours = sum(e.training_seconds + e.validation_seconds for e in until) / 3600
-    for axes, x in zip(pair, (end[0] if end else 1, hours), strict=True):
+    time = sum(e.training_seconds + e.validation_seconds for e in until) / scale
+    for axes, x in zip(pair, (end[0] if end else 1, time), strict=True):
         cross(axes, x, end and end[1], colour)
 
 
@@ -973,13 +991,13 @@ def _cross_both(pair: Sequence[Axes], cell: CellResult, colour: str) -> None:
 
 
 def _front(analysis: Analysis) -> Drawing:
-    """Return the figure of perplexity against hours with its Pareto front."""
+    """Return the figure of perplexity against time with its Pareto front."""
     metric = METRICS[analysis.metric]
     best = [f"{_point_name(analysis, r)} {_point_text(r, metric)}" for r in front(analysis)]
     return Drawing(
         FigureFile(
             name="front",
-            title=f"{metric.title} against the hours of a run",
+            title=f"{metric.title} against the time of a run",
             caption="Each marker is a row: mean over seeds against the median time of a run. No "
             "row is better in both than one on the line, the Pareto front.",
             alternative="On the Pareto front: " + "; ".join(best) + ".",
@@ -1017,17 +1035,17 @@ def front(analysis: Analysis) -> list[RowResult]:
 
 
 def draw_front(analysis: Analysis) -> Figure:
-    """Draw perplexity against the hours of a run, and the Pareto front."""
+    """Draw perplexity against the time of a run, and the Pareto front."""
     metric = METRICS[analysis.metric]
     rows = [row for row in analysis.rows if row.usable and row.value(metric.name)]
     frameworks = _frameworks(rows)
     named = [*_framework_keys(frameworks), key("Pareto front", color=INK, linewidth=1)]
     columns = columns_for([handle.get_label() for handle in named], 4)
     figure, [[axes]] = panels(1, height=2.3, above=0.15, legend=legend_lines(named, columns))
-    scale = 1 / 3600
-    hours = [_seconds_of(row) * scale for row in rows]
+    unit, scale = time_unit(max(map(_seconds_of, rows), default=0.0))
+    times = [_seconds_of(row) / scale for row in rows]
     values = [row.value(metric.name) or 0.0 for row in rows]
-    for row, x, y in zip(rows, hours, values, strict=True):
+    for row, x, y in zip(rows, times, values, strict=True):
         axes.plot(
             x,
             y,
@@ -1039,23 +1057,23 @@ def draw_front(analysis: Analysis) -> Figure:
         )
     best = front(analysis)
     axes.step(
-        [_seconds_of(row) * scale for row in best],
+        [_seconds_of(row) / scale for row in best],
         [row.value(metric.name) or 0.0 for row in best],
         where="post",
         color=INK,
         linewidth=1,
         zorder=1,
     )
-    if spans(hours, 10.0):
+    if spans(times, 10.0):
         axes.set_xscale("log")
-    elif hours:
-        axes.set_xlim(0, max(hours) * 1.05)
+    elif times:
+        axes.set_xlim(0, max(times) * 1.05)
     set_limits(axes, values, spans(values))
-    number_ticks(axes.xaxis, (), spans(hours, 10.0))
+    number_ticks(axes.xaxis, (), spans(times, 10.0))
     if len(analysis.variants) > 1:
-        _name_points(axes, [(_seconds_of(r) * scale, r, metric.name) for r in best], analysis)
+        _name_points(axes, [(_seconds_of(r) / scale, r, metric.name) for r in best], analysis)
     axes.grid(axis="both")
-    axes.set_xlabel("Hours of a run")
+    axes.set_xlabel(f"{unit.capitalize()} of a run")
     axes.set_ylabel(metric.title)
     add_legend(figure, named, columns)
     return figure
@@ -1231,7 +1249,7 @@ def draw_seconds(analysis: Analysis) -> Figure:
         1, height=ROW_HEIGHT * lines + 0.1, left=1.0, right=0.95, above=0.12, legend=2
     )
     longest = max((sum(parts.values()) for *_, parts in bars), default=0.0)
-    unit, scale = ("hours", 3600) if longest > 7200 else ("seconds", 1)
+    unit, scale = time_unit(longest)
     ticks, at = [], 0
     for title in titles:
         if len(titles) > 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Protocol, TypeVar
 
-from ptbench.analysis.metrics import METRICS, NOTHING, PERPLEXITY, Metric, Summary
+from ptbench.analysis.metrics import METRICS, NOTHING, PERPLEXITY, Metric, Summary, write_perplexity
 from ptbench.analysis.published import PublishedValue
 from ptbench.backends import FRAMEWORKS
 
@@ -86,9 +86,17 @@ def format_seeds(row: Seeds) -> str:
     return ", ".join(parts)
 
 
-def format_std(metric: Metric, summary: Summary | None) -> str:
-    """Write ± and the standard deviation over seeds; nothing where there is none."""
-    return "" if summary is None or summary.std is None else f"± {metric.write(summary.std)}"
+def format_std(summary: Summary | None) -> str:
+    """Write ± and the standard deviation of a perplexity over seeds, with as many decimals."""
+    if summary is None or summary.std is None:
+        return ""
+    return f"± {write_perplexity(summary.std, summary.value)}"
+
+
+def format_header(metric: Metric, currency: str) -> str:
+    """Return the heading of a metric's column; money has its unit."""
+    header = metric.header or metric.title
+    return f"{header} [{currency}]" if metric.unit == "money" else header
 
 
 def format_percent(fraction: float | None) -> str:

@@ -30,6 +30,7 @@ from ptbench.configuration.requests import SEEDS, SMOKE
 from ptbench.measurement.mistakes import read_mistakes
 from ptbench.report import words
 from ptbench.report.commands import renewing_command
+from ptbench.report.opening import answers_to, opening
 from ptbench.report.runs import Run, asked_over_used, missing, runs_of, versions_of
 from ptbench.report.site import Site
 
@@ -92,11 +93,14 @@ def write_overview(
     memory = "peak_memory_bytes"
     if any("peak_device_memory_bytes" in row.metrics for row in rows):
         memory = "peak_device_memory_bytes"
+    searches = [read_search_result(folder) for folder in search_folders]
+    speeds = headline.compare_speeds(groups)
+    perplexities = headline.compare_perplexities(analyses)
     study = {
         "analyses": analyses,
         "reductions": sorted({each for analysis in analyses for each in analysis.reductions}),
         "documents": documents,
-        "searches": [read_search_result(folder) for folder in search_folders],
+        "searches": searches,
         "rows": finished,
         "runs": runs,
         "states": Counter(run.state for run in runs.values()),
@@ -106,10 +110,13 @@ def write_overview(
         "commits": sorted({commit for row in rows for commit in row.commits}),
         "began": min((row.began for row in rows if row.began), default=None),
         "ended": max((row.ended for row in rows if row.ended), default=None),
-        "speeds": headline.compare_speeds(groups),
+        "speeds": speeds,
+        "opening": opening(
+            speeds, finished, perplexities, answers_to(searches, documents, analyses)
+        ),
         "memory": headline.compare(groups, memory),
         "memory_title": METRICS[memory].title,
-        "perplexities": headline.compare_perplexities(analyses),
+        "perplexities": perplexities,
         "built_in": {
             framework: (sum(each.built_in for each in features.values()), len(features))
             for framework, features in read_features().items()

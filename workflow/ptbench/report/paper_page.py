@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from ptbench.analysis.exhibits import ExhibitResult
 from ptbench.analysis.metrics import METRICS, NOTHING
 from ptbench.analysis.statistics import SIGNIFICANCE
 from ptbench.report import exhibits, words
-from ptbench.report.formatting import format_p, format_published, format_ratio
+from ptbench.report.formatting import format_p, format_percent, format_published, format_ratio
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
 
@@ -107,23 +108,42 @@ def seeds_in_words(numbers: SeedNumbers) -> str:
 
 
 def finding_note(finding: Finding) -> str:
-    """Write what a verdict rests on: p, effect, and the seeds that would settle it.
+    """Write what a verdict rests on: effect, p, and the seeds that would settle it.
 
     Where the opposite of the finding is shown, the p is that of the opposite.
     """
-    parts = []
-    if finding.reason:
-        parts.append(finding.reason)
-    if finding.effect is not None:
-        parts.append(f"effect {finding.effect:+.3f}".replace("-", "−"))
-    opposite = finding.p_opposite
-    if finding.verdict != "upheld" and opposite is not None and opposite < SIGNIFICANCE:
-        parts.append(f"opposite: p {said_p(opposite)}")
-    elif finding.p is not None and finding.verdict != "contradicted":
+    parts = [finding.reason] if finding.reason else []
+    opposite = 1.0 if finding.p_opposite is None else finding.p_opposite
+    shown = finding.verdict != "upheld" and opposite < SIGNIFICANCE
+    if shown and finding.equal:
+        difference, margin = finding.equal
+        within = f" within {said_effect(margin)}" if margin else ""
+        parts.append(f"shown to be equal{within} (p {said_p(opposite)})")
+        if difference:
+            parts.append(f"the difference of {said_effect(difference)} is {direction(difference)}")
+        return "; ".join(parts)
+    if shown:
+        parts.append(f"the opposite is shown (p {said_p(opposite)})")
+    if finding.effect is not None and finding.is_room:
+        where = "inside" if finding.effect > 0 else "beyond"
+        parts.append(f"{said_effect(finding.effect)} {where} the margin")
+    elif finding.effect is not None:
+        parts.append(f"a difference of {said_effect(finding.effect)} {direction(finding.effect)}")
+    if finding.p is not None and not shown and finding.verdict != "contradicted":
         parts.append(f"p {said_p(finding.p)}")
     if finding.verdict == "cannot tell" and finding.seeds:
         parts.append(f"{finding.seeds} seeds would settle it")
     return ", ".join(parts)
+
+
+def said_effect(logarithm: float) -> str:
+    """Write the size of a difference of logarithms in percent."""
+    return format_percent(math.expm1(abs(logarithm))).removeprefix("+")
+
+
+def direction(effect: float) -> str:
+    """Say on which side of nothing an effect is, as the finding has it."""
+    return "in the claim's direction" if effect > 0 else "against the claim"
 
 
 def said_p(p: float) -> str:

@@ -20,7 +20,16 @@ from ptbench.configuration.search import Shown, bounds
 from ptbench.configuration.specification import format_override, reductions
 from ptbench.files import write_atomically
 from ptbench.report import words
-from ptbench.report.drawing import number_ticks, panels, ramp, save, set_limits, spans, style
+from ptbench.report.drawing import (
+    number_ticks,
+    panels,
+    ramp,
+    save,
+    set_limits,
+    spans,
+    style,
+    time_unit,
+)
 from ptbench.report.palette import CLOCKS, GRID, INK, LIGHT_BACKGROUND, MUTED
 from ptbench.report.site import Site
 from ptbench.report.svg import inline_svg
@@ -70,7 +79,7 @@ def write_search(
         value=lambda trial, key: value_text((trial.point or {}).get(key)),
         space={key: words_of(result, key) for key in contest.space.dimensions},
         words=words,
-        reduced=words.reduced_warning(reductions(contest.name)),
+        reduced=words.reduced_warning(reductions(contest.name), of_document=False),
         figures=[
             (file, inline_svg(output / "figures" / f"{file.name}.svg", f"figure-{index}"))
             for index, (file, _) in enumerate(figures)
@@ -133,7 +142,7 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
             name="best-so-far",
             title="The best trial so far",
             caption="Lowest validation perplexity of the trials so far, by their number and by the "
-            "hours that they took one after another, without failed attempts. Dots are trials; "
+            "time that they took one after another, without failed attempts. Dots are trials; "
             "crosses at the upper edge diverged or failed. The dashed line is the published recipe "
             "at the same budget.",
             alternative=f"Of {len(result.trials)} trials, number {best[0].number} is the best, "
@@ -169,15 +178,16 @@ def drawings(result: SearchResult) -> Iterator[tuple[FigureFile, Callable[[], Fi
 
 
 def draw_best(result: SearchResult) -> Figure:
-    """Draw the lowest perplexity so far, by trials and by hours."""
-    figure, [[by_trial, by_hour]] = panels(1, 2, height=2.0, width=7.0, left=1.1, aside=0.95)
-    hours = list(itertools.accumulate((trial.seconds or 0.0) / 3600 for trial in result.trials))
+    """Draw the lowest perplexity so far, by trials and by time."""
+    figure, [[by_trial, by_time]] = panels(1, 2, height=2.0, width=7.0, left=1.1, aside=0.95)
+    seconds = list(itertools.accumulate(trial.seconds or 0.0 for trial in result.trials))
+    unit, scale = time_unit(max(seconds))
     found = [trial.perplexity for trial in result.trials]
     beside = result.published.perplexity if result.published else None
     values = [value for value in [*found, beside] if value is not None]
     for axes, places, label in (
         (by_trial, [float(trial.number) for trial in result.trials], "trials"),
-        (by_hour, hours, "hours"),
+        (by_time, [at / scale for at in seconds], unit),
     ):
         set_limits(axes, values, spans(values))
         good = [(x, y) for x, y in zip(places, found, strict=True) if y is not None]

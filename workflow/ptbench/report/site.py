@@ -19,7 +19,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemBytecodeCache, PackageLoader, StrictUndefined
 from pydantic import Field
 
-from ptbench.analysis.metrics import METRICS
+from ptbench.analysis.metrics import METRICS, write_share
 from ptbench.files import write_atomically
 from ptbench.model.recipe import Model
 from ptbench.report import formatting
@@ -106,6 +106,7 @@ def environment() -> Environment:
     )
     made.filters.update(
         percent=formatting.format_percent,
+        share=write_share,
         p=formatting.format_p,
         signed=formatting.format_signed,
         framework=formatting.framework_name,

@@ -17,6 +17,7 @@ from ptbench.analysis.collect import Row
 from ptbench.analysis.experiment import Analysis, PublishedResult, RowResult
 from ptbench.analysis.metrics import LARGEST, METRICS, NOTHING, PERPLEXITY, Metric
 from ptbench.report.formatting import (
+    format_header,
     format_seeds,
     format_std,
     framework_name,
@@ -227,10 +228,10 @@ def _printed(analysis: Analysis, row: RowResult, metrics: Collection[Metric]) ->
     texts = {}
     for metric in metrics:
         summary = row.metrics.get(metric.name)
-        header = metric.header or metric.title
+        header = format_header(metric, analysis.currency)
         texts[header] = metric.text(row.value(metric.name))
         if metric.kind is PERPLEXITY:
-            texts[f"± {header.split()[0].lower()}"] = format_std(metric, summary)
+            texts[f"± {header.split()[0].lower()}"] = format_std(summary)
         if metric.name == analysis.metric:
             texts["95 % interval"] = metric.spread_text(summary)
     return texts

@@ -65,7 +65,10 @@ def speed_sentence(speeds: Comparison | None, rows: Sequence[RowResult]) -> str:
         why = fairness(rows)
         if all(map(is_alone, rows)):
             why = "No two frameworks ran the same on one kind of machine."
-        return f"{why} To compare speeds, run with --cores 1 on one quiet machine."
+        return (
+            f"{why} To compare speeds, remove the folders of these runs under results/cells and "
+            "run them again with --cores 1 on one quiet machine."
+        )
     (first, ratio), (second, _), *_ = speeds.ratios.items()
     over = _units([ratio])
     slowest = framework_name(speeds.reference)
@@ -117,7 +120,7 @@ def fairness(rows: Sequence[RowResult]) -> str:
     if most is None:
         why = "It was not recorded whether runs shared their machine"
     elif most > 1:
-        why = f"Up to {most} runs shared a machine"
+        why = f"Up to {most} runs, those of other studies included, shared a machine"
     elif busy:
         why = f"Other processes took cores that {count(busy, 'run')} could have used"
     else:
@@ -125,8 +128,13 @@ def fairness(rows: Sequence[RowResult]) -> str:
     return f"{why}, so times and speeds are not a fair comparison."
 
 
-def reduced_warning(reduced: Sequence[str]) -> str:
-    """Say that runs were made smaller, or on another text; nothing where none was."""
+def reduced_warning(reduced: Sequence[str], of_document: bool = True) -> str:
+    """Say that runs were made smaller, or on another text; nothing where none was.
+
+    Args:
+        reduced: what made them so.
+        of_document: whether a document's experiment is among them.
+    """
     if not reduced:
         return ""
     budgets = [BUDGETS[name] for name in BUDGETS if f"budget={name}" in reduced]
@@ -136,10 +144,19 @@ def reduced_warning(reduced: Sequence[str]) -> str:
         for each in budgets
     ]
     least = f" ({listed(sizes)})" if sizes else ""
+    said = f"Runs were made with {listed(reduced)}{least}"
+    if not of_document:
+        return f"{said}."
     return (
-        f"Runs were made with {listed(reduced)}{least}, so these are not numbers of the "
-        "documents, and none of theirs is judged by them."
+        f"{said}, so these are not numbers of the documents, and none of theirs is judged by them."
     )
+
+
+def no_pairs_sentence(rows: Sequence[RowResult]) -> str:
+    """Say why no perplexities of frameworks are compared."""
+    if any(is_smoke(row.variant) for row in rows):
+        return "Nothing is concluded from runs of the budget smoke."
+    return "There are no two frameworks to compare."
 
 
 def perplexity_sentence(found: Perplexities) -> str:
@@ -153,7 +170,7 @@ def perplexity_sentence(found: Perplexities) -> str:
         p = format_p(found.p)
         return (
             f"Perplexity depends on the framework by less than {margin}: {pairs} equivalent within "
-            f"it (one claim, p {p if p.startswith('<') else f'= {p}'})."
+            f"it (tested together, p {p if p.startswith('<') else f'= {p}'})."
         )
     counts = found.verdicts
     verb = "is" if counts["equivalent"] == 1 else "are"

@@ -76,6 +76,8 @@ onsuccess:
         print_results(
             [Path("results/experiments") / name for name in study.experiments],
             Path("results/report/index.html"),
+            [Path("results/searches") / name for name in study.searches],
+            [Path("results/papers") / name for name in study.answered()],
         )
 
 

@@ -304,7 +304,7 @@ def test_the_default_study_is_the_demo_in_all_frameworks(default_plan: list[str]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["sedes=[1]"], "--config: sedes: there is no such key for [1]; did you mean seeds?"),
+        (["sedes=[1]"], "--config: sedes: there is no such key; did you mean seeds?"),
         (["seeds=[1"], "--config seeds, line 1: not valid YAML"),
     ],
 )

@@ -97,7 +97,8 @@ def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: P
         assert "no room for 20 GiB" in text
         assert f"{interrupted.path} interrupted: " in text
         target = tmp_path / "cells" / failed.path / "metrics.json"
-        assert f"again: snakemake --cores 1 -- {target}" in text
+        assert f"again: snakemake --cores 1 -- {target}\n" in text
+        assert "again: snakemake --cores 1\n" in text  # the interrupted one, and all else
         assert done.path not in text
         assert running.path not in text
 

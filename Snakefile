@@ -43,7 +43,10 @@ include: "workflow/rules/archive.smk"
 # `ptbench status` and the trainers read it; no rule does. `partial` only looks at a study, which may
 # be running.
 onstart:
+    from ptbench.report.live import name_trials
+
     take_sigterm()
+    name_trials(study.names_of_trials)
     for sentence in study.obstacles:
         logger.warning(sentence)
     if set(workflow.dag_settings.targets) != {"partial"}:

@@ -43,7 +43,10 @@ include: "workflow/rules/archive.smk"
 # `ptbench status` and the trainers read it; no rule does. `partial` only looks at a study, which may
 # be running.
 onstart:
+    from ptbench.report.live import name_trials
+
     take_sigterm()
+    name_trials(study.names_of_trials)
     for sentence in study.obstacles:
         logger.warning(sentence)
     if set(workflow.dag_settings.targets) != {"partial"}:
@@ -76,6 +79,8 @@ onsuccess:
         print_results(
             [Path("results/experiments") / name for name in study.experiments],
             Path("results/report/index.html"),
+            [Path("results/searches") / name for name in study.searches],
+            [Path("results/papers") / name for name in study.answered()],
         )
 
 

@@ -26,10 +26,11 @@ from ptbench.configuration.papers import named_rows, paper_folders
 from ptbench.configuration.specification import Cell, whole
 from ptbench.configuration.study import load_study
 from ptbench.errors import ConfigurationError
+from ptbench.report.closing import print_results
 from ptbench.report.exhibits import Curves
 from ptbench.report.experiment import analyse_experiment
 from ptbench.report.opening import Said, answers_to
-from ptbench.report.overview import Document
+from ptbench.report.overview import Document, read_document
 from ptbench.report.paper import answer_paper
 from ptbench.report.paper_page import finding_note, write_paper_page
 from ptbench.report.site import RunFacts, Site
@@ -273,10 +274,27 @@ def test_the_page_names_every_finding_exhibit_and_number(
         assert f'id="{anchor}"' in page
 
 
-def test_answers_are_read_back_as_they_were(answered: tuple[Answers, Path]) -> None:
+def test_the_terminal_says_what_holds_of_a_document_and_which_variant_is_the_best(
+    answered: tuple[Answers, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of frameworks, because the study has one."""
     answers, results = answered
-    text = (results / "papers" / "example2018" / "answers.json").read_bytes()
-    assert Answers.model_validate_json(text) == answers
+    document = results / "papers" / "example2018"
+    assert read_document(document).answers == answers
+    experiment, index = results / "experiments" / "widths", Path("report/index.html")
+    print_results([experiment], index, (), [document])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training speed [tokens/s] seeds" in said
+    assert said.endswith(
+        ": 3 of 4 printed numbers reproduced or close, 4 of 7 findings upheld. "
+        "See report/papers/example2018.html The report is at report/index.html"
+    )
+    print_results([experiment], index)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ": best by validation perplexity, with a " in said
+    assert said.endswith(
+        " in JAX. See report/experiments/widths.html The report is at report/index.html"
+    )
 
 
 @pytest.mark.parametrize("folder", paper_folders().values(), ids=lambda folder: folder.name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ptbench import environments
 from ptbench.configuration.experiments import load_library
 from ptbench.errors import PtbenchError
 from ptbench.measurement.benchmark import (
@@ -23,6 +26,7 @@ from ptbench.measurement.benchmark import (
 from ptbench.model.recipe import Recipe
 from ptbench.model.work import Product, bound, flops_per_token, training_products
 
+ROOT = Path(__file__).parents[2]
 TINY = Recipe(batch_size=2, sequence_length=3, embedding_size=4, hidden_size=5, layers=1)
 
 
@@ -94,6 +98,25 @@ def test_the_table_has_a_line_for_each_competitor_and_leaves_unknown_energy_empt
         "small,jax,tuned,100.0,100.0,100.0,0.25,2,20.0,1\n"
         "small,jax,tuned,100.0,100.0,100.0,0.25,2,,1\n"
     )
+
+
+def test_the_command_says_what_it_will_do_and_writes_what_it_found(tmp_path: Path) -> None:
+    for framework in ("jax", "pytorch"):
+        environments.build(framework, "cpu", ROOT / f"results/environments/{framework}-cpu")
+    # in a process of its own, because this one has imported NumPy
+    answer = subprocess.run(
+        [sys.executable, "-m", "ptbench", "benchmark", "--models", "small", "--frameworks", "jax",
+         "--implementations", "stock", "--rounds", "1", "--seconds", "0", "--output", tmp_path],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith(
+        "Models: small. On each in turn: jax stock. Rounds: 1, with 0 s for each. "
+        "This takes about 1 min.\n"
+    )
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["facts"]["framework_package"] == "numpy"
+    assert [each["framework"] for each in found["results"]] == ["jax"]
 
 
 def test_what_users_of_a_framework_write_is_measured_beside_it() -> None:

@@ -255,8 +255,26 @@ def test_the_command_counts_every_run_once(capsys: pytest.CaptureFixture[str]) -
     assert found["sources"] == {"bound": found["runs"]}
     assert sum(each["runs"] for each in found["experiments"].values()) > found["runs"]
     assert found["left_hours"] == pytest.approx(found["unit_hours"] / 32)
-    main(["plan"])
+
+
+def test_the_plan_says_of_what_it_is_and_lists_dear_rows_while_there_is_something_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["experiments=demo", "frameworks=pytorch", "devices=1", "seeds=1"]
+    command = ["plan", "--results", str(tmp_path), "--config", *asked]
+    main(command)
+    said = capsys.readouterr().out
+    assert said.startswith(f"The study of config.yaml --config {' '.join(asked)}: demo.\n")
+    assert "The dearest rows" not in said  # it takes less than an hour
+    main([*command[:4], *asked[:1]])
     assert "The dearest rows" in capsys.readouterr().out
+    seconds = SECONDS.model_copy(update={"total": 90})
+    cell = load([], asked).cells[0]
+    finish(load([], asked), tmp_path, cell.variant, 1, seconds=seconds)
+    main(command)
+    said = capsys.readouterr().out
+    assert "1.5 min" in said
+    assert "Nothing is left to run." in said
 
 
 def test_a_study_is_planned_as_snakemake_would_run_it(

@@ -13,7 +13,7 @@ from tests.support.fake_results import metrics, write_cell, write_diverged
 
 from ptbench.configuration.specification import Cell
 from ptbench.errors import InterruptionError
-from ptbench.report.live import Display, duration, finish
+from ptbench.report.live import Display, duration, finish, name_trials
 from ptbench.training.attempts import Attempt
 
 CELL = Cell(variant="tiny", framework="jax", devices=2, seed=3)
@@ -156,6 +156,14 @@ def test_a_long_name_leaves_room_for_what_a_run_says(run: Run) -> None:
     said = "epoch 12/39  45%  train 123.45  12,345 tokens/s"
     long.write_text(f"[{'v' * 60} jax devices 1 seed 3] {said}\n")
     assert f"v…vvvv jax seed 3  {said}" in run.picture()
+
+
+def test_a_trial_is_called_by_its_search_and_number(run: Run) -> None:
+    name_trials({CELL.path: "m trial 5"})
+    run.train().write_text("[tiny jax devices 2 seed 3] epoch 2/8\n")
+    assert "m trial 5 jax devices 2 seed 3  epoch 2/8" in run.picture()
+    run.log("job_finished", job_id=1)
+    assert run.said()[-1].startswith("1 of 2  m trial 5 jax devices 2 seed 3: ")
 
 
 def test_the_display_shows_what_a_cell_says_at_the_end_of_its_log(run: Run) -> None:

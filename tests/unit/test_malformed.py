@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tests.unit.test_configuration import (
 
 from ptbench.analysis.collect import OUTDATED
 from ptbench.cli import main
+from ptbench.configuration.experiments import read_papers
 from ptbench.configuration.specification import Specification
 from ptbench.configuration.study import load_study
 from ptbench.model.recipe import Recipe
@@ -181,7 +183,12 @@ def test_an_empty_configuration_is_one_of_defaults(
 ) -> None:
     (tmp_path / "config.yaml").write_text(content)
     main(["validate", str(tmp_path / "config.yaml")])
-    assert "demo: " in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "demo: " in said
+    assert re.search(
+        r"^Checked \d+ documents with \d+ findings and [\d,]+ printed numbers: ", said, re.M
+    )
+    assert said.endswith(", ".join(read_papers()) + "\n")
 
 
 # ------------------------------------------------------------------------- specifications, cells

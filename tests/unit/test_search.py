@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
+import re
 import sys
 from pathlib import Path
 from statistics import median
@@ -28,6 +30,7 @@ from ptbench.environments import PYTHON
 from ptbench.errors import ConfigurationError
 from ptbench.files import write_atomically
 from ptbench.model.recipe import Recipe
+from ptbench.report.closing import print_results
 from ptbench.report.opening import answers_to
 from ptbench.report.search import write_search
 from ptbench.report.site import RunFacts, Site
@@ -623,7 +626,7 @@ def test_only_what_failed_or_was_killed_often_counts_as_failed(tmp_path: Path) -
 
 
 def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = study_with(tmp_path, monkeypatch, usual(more=", published: r+hidden_size=32"))
     monkeypatch.chdir(tmp_path)
@@ -644,6 +647,16 @@ def test_the_page_shows_trials_the_published_recipe_among_them_and_what_matters(
             write_result(study, cell, 3.1)
     output = tmp_path / "out"
     text = write_search(site, study.shown("s"), results, output).read_text()
+    for folder in (tmp_path / "partial", output):
+        print_results([], Path("report/index.html"), [folder])
+    undecided, _, _, won, *_ = capsys.readouterr().out.splitlines()
+    assert undecided.startswith("T: the winner is not decided yet: no trial has been trained")
+    perplexity = f"{math.exp(3.1):.2f}"
+    assert re.fullmatch(
+        r"T: of 20 trials, number \d+ wins, with a validation perplexity of "
+        rf"{perplexity} when trained in full\. See report/searches/s\.html",
+        won,
+    )
     with (output / "trials.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["trial"] for line in lines] == [*map(str, range(1, 21)), "published"]

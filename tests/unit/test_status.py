@@ -97,7 +97,8 @@ def test_each_cell_is_in_the_state_that_its_files_tell(study: Study, tmp_path: P
         assert "no room for 20 GiB" in text
         assert f"{interrupted.path} interrupted: " in text
         target = tmp_path / "cells" / failed.path / "metrics.json"
-        assert f"again: snakemake --cores 1 -- {target}" in text
+        assert f"again: snakemake --cores 1 -- {target}\n" in text
+        assert "again: snakemake --cores 1\n" in text  # the interrupted one, and all else
         assert done.path not in text
         assert running.path not in text
 
@@ -357,6 +358,8 @@ def test_the_command_says_what_to_type_and_why_the_time_left_is_not_known(
 
     monkeypatch.setattr("ptbench.analysis.costs.planned_size", unknown)
     study.write(tmp_path / "study.json", [], "snakemake --cores all --config seeds=1")
+    main(["status", "--failed", "--results", str(tmp_path)])
+    assert capsys.readouterr().out == "Nothing has failed or was interrupted.\n"
     with pytest.raises(MemoryError), attempt(tmp_path, study.cells[0]):
         raise MemoryError("no room")
     main(["status", "--results", str(tmp_path)])

@@ -256,6 +256,20 @@ def test_any_variant_of_any_recipe_can_be_asked_for_by_its_path(project: Project
     assert path in project.planned(path, "--cores", "1")
 
 
+def test_a_dry_run_beside_a_run_says_what_would_run_and_nothing_else(project: Project) -> None:
+    lock = project.folder / ".snakemake/locks/0.output.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text("results/report/index.html\n")
+    try:
+        said = project.snakemake("-n", "--cores", "1", "--quiet", "rules", "--config", "seeds=7")
+    finally:
+        lock.unlink()
+    assert said.stdout.count("Job stats:") == 1
+    for noise in ("Error", "Config MD5", "--cleanup-metadata"):
+        assert noise not in said.stdout + said.stderr
+    assert re.search(r"^train +10$", said.stdout, re.MULTILINE)
+
+
 def test_a_cell_that_runs_alone_claims_all_cores(project: Project) -> None:
     def threads(cell: str) -> str:
         plan = project.snakemake("-n", f"results/cells/{cell}/metrics.json", "--cores", "7").stdout
@@ -304,7 +318,7 @@ def test_the_default_study_is_the_demo_in_all_frameworks(default_plan: list[str]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["sedes=[1]"], "--config: sedes: there is no such key for [1]; did you mean seeds?"),
+        (["sedes=[1]"], "--config: sedes: there is no such key; did you mean seeds?"),
         (["seeds=[1"], "--config seeds, line 1: not valid YAML"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_failed_trial_counts_as_the_worst_and_is_waited_for_once_the_search_is
     target = "results/searches/failing+budget=smoke/generation-2.json"
     command = ("--cores", "2", target, "--config", "experiments=failing", "budget=smoke")
     answer = searched.snakemake(*command, expect=1)
-    assert "failing-trial-1" in answer.stderr
+    assert "failing+budget=smoke trial 1 jax seed 1 failed; see" in answer.stderr
     assert not (searched.folder / target).exists()
     searched.snakemake(*command)
     told = [trial["state"] for trial in read(searched, target)["told"]]

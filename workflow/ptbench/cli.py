@@ -811,6 +811,8 @@ def status(
     failures = report.failures(cells, results, runs)
     if failures:
         print(failures)
+    elif failed and not snakemake_log and not unprepared:
+        print("Nothing has failed or was interrupted.")
     if failures or unprepared:
         print(f"The report on what is there: {run_again(runs, 'partial')}")
 
@@ -840,6 +842,8 @@ def plan(
         print(costs.as_json(study, estimator, at_once))
     else:
         width = None if sys.stdout.isatty() else 120
+        read = [*map(str, config_files(configs)), *(["--config", *config] if config else [])]
+        print(f"The study of {' '.join(read)}: {', '.join(study.experiments)}.")
         costs.show(study, estimator, at_once, Console(width=width))
 
 
@@ -855,14 +859,20 @@ def validate(configs: list[Path], config: list[str]) -> None:
     from ptbench.configuration.experiments import WORKFLOW, read_papers
 
     study = load(configs, config)
-    for paper in read_papers():
-        read_claims(WORKFLOW / "papers" / paper)
-        read_exhibits(WORKFLOW / "papers" / paper)
-    read_published(WORKFLOW / "papers")
-    read_left_out(WORKFLOW / "papers")
+    papers, findings = WORKFLOW / "papers", 0
+    names = list(read_papers())
+    for name in names:
+        findings += len(read_claims(papers / name))
+        read_exhibits(papers / name)
+    numbers = len(read_published(papers))
+    read_left_out(papers)
     for name, planned in study.experiments.items():
         print(f"{name}: {len(planned.cells)} cells")
     print(f"{len(study.cells)} cells in all")
+    print(
+        f"Checked {len(names)} documents with {findings:,} findings and {numbers:,} printed "
+        f"numbers: {', '.join(names)}"
+    )
 
 
 def load(named: Sequence[Path], values: Sequence[str] = ()) -> Study:
@@ -873,11 +883,16 @@ def load(named: Sequence[Path], values: Sequence[str] = ()) -> Study:
     from ptbench.configuration.config import read_configuration
     from ptbench.configuration.study import load_study
 
-    own = Path("config.yaml")
-    paths = [own, *named] if own.exists() or not named else named
+    paths = config_files(named)
     if not paths[0].exists() and Path.cwd() != PROJECT:
         raise PtbenchError(f"there is no {paths[0]} here; give this command in {PROJECT}")
     return load_study(read_configuration(paths, values), paths[-1].name)
+
+
+def config_files(named: Sequence[Path]) -> list[Path]:
+    """Return the configuration files that are read: config.yaml, if it is here, and those named."""
+    own = Path("config.yaml")
+    return [own, *named] if own.exists() or not named else [*named]
 
 
 def from_json(option: str, text: str, make: Callable[[Any], T]) -> T:

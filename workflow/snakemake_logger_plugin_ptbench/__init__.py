@@ -1,7 +1,8 @@
 """What a run shows while it runs: a live display on a terminal, a line for each run elsewhere.
 
-With --verbose, --debug-dag, --show-failed-logs and in dry runs it is Snakemake's own output.
-Its full log is in .snakemake/log whatever is shown. `ptbench.report.live` decides what to say.
+With --verbose, --debug-dag, --show-failed-logs and in dry runs it is Snakemake's own output, in dry
+runs without its banner. Its full log is in .snakemake/log whatever is shown. `ptbench.report.live`
+decides what to say.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from snakemake.logging import ColorizingTextHandler, DefaultFilter, DefaultFormatter
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 
+from ptbench.report.dry_run import Brief
 from ptbench.report.live import Display
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ class LogHandler(LogHandlerBase):
         """Choose between the two."""
         settings = self.common_settings
         stream = sys.stdout if settings.stdout else sys.stderr
+        quiet = {str(each) for each in settings.quiet or ()}
         if (
             settings.dryrun or settings.verbose or settings.debug_dag or settings.show_failed_logs
         ):  # fmt: skip
             self.handler: logging.Handler = snakemake_s_own(settings)
+            if settings.dryrun and not settings.verbose:
+                self.handler.addFilter(Brief(counted_once="rules" in quiet))
         else:
-            quiet = {str(each) for each in settings.quiet or ()}
             self.handler = Display(stream, quiet, colours=not settings.nocolor)
 
     def emit(self, record: logging.LogRecord) -> None:

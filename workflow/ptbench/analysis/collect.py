@@ -140,7 +140,8 @@ class CellResult:
             return None
         return (
             f"its machine was busy: other processes used {hardware.other_cores:.1f} of "
-            f"{hardware.cores} cores, and the run had {hardware.threads} threads"
+            f"{hardware.cores} cores, and the run had {hardware.threads} "
+            f"thread{'' if hardware.threads == 1 else 's'}"
         )
 
 

@@ -77,7 +77,7 @@ def sentence(problem: Any, model: type[Model]) -> str:
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if kind == "extra_forbidden":
         hint = suggestion(str(path[-1]), model.model_fields) if len(path) == 1 else ""
-        return f"{where}there is no such key for {shown(value)}{hint}"
+        return f"{where}there is no such key{hint}"
     if kind == "missing":
         return f"{where}is required"
     if kind == "value_error":

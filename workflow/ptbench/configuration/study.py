@@ -304,6 +304,15 @@ class Study:
         """The cells of all trials, those of what others found among them."""
         return frozenset(c for search in self.searches.values() for c in search.shown_trials)
 
+    @property
+    def names_of_trials(self) -> dict[str, str]:
+        """Return what people call each trial of a search, by its cell."""
+        return {
+            cell: f"{search.name} trial {number}"
+            for search in self.searches.values()
+            for number, cell in enumerate(search.own_trials, start=1)
+        }
+
     @cached_property
     def _specifications(self) -> dict[str, Specification]:
         return {s.variant: s for e in self.experiments.values() for s in e.specifications}

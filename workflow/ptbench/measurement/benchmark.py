@@ -39,6 +39,7 @@ from ptbench.training.provenance import provenance
 VOCABULARY_SIZE = 10_000  # PTB's
 # For each shape and round; a GPU's clock drifts less.
 PRODUCT_SECONDS: dict[Accelerator, float] = {"cpu": 0.15, "cuda": 0.03}
+START_SECONDS = 10  # that a competitor takes beside its turns, about
 # The product classes, and the frameworks in whose environments they run.
 PRODUCTS = {
     "NumPy": ("jax", "ptbench.measurement.products:NumPyProducts"),
@@ -245,6 +246,7 @@ class Benchmark:
             PtbenchError: if an environment is missing.
         """
         self.check_environments(competitors)
+        self.say(self.outline(models, competitors))
         results: list[Result] = []
         # A GPU's machine has cores enough to start everything at once.
         groups = [[model] for model in models] if self.accelerator == "cpu" else [models]
@@ -260,6 +262,17 @@ class Benchmark:
                         results += self.measure(contest, engines)
                         self.write(results)
         return results
+
+    def outline(self, models: Sequence[str], competitors: Sequence[Competitor]) -> str:
+        """Say what is measured, and about how long it takes."""
+        recipes = [load_library().recipes[MODELS[model]] for model in models]
+        entries = sum(each.can_train(recipe) for recipe in recipes for each in competitors)
+        seconds = entries * (self.rounds * self.seconds + START_SECONDS)
+        return (
+            f"Models: {', '.join(models)}. On each in turn: "
+            f"{', '.join(each.label for each in competitors)}. Rounds: {self.rounds}, with "
+            f"{self.seconds:g} s for each. This takes about {max(seconds / 60, 1):.0f} min."
+        )
 
     def write(self, results: Sequence[Result]) -> None:
         """Write what has been measured so far."""

@@ -60,10 +60,10 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
 
     def add(name: str, costs: Costs, style: str | None = None) -> None:
         hours = [costs.unit_hours, *([costs.other_hours] if mixed else [])]
-        energy, money = f"{costs.kilowatt_hours:,.1f}", f"{costs.money:,.1f}"
         table.add_row(
-            name, write_count(len(costs.runs)), *(f"{each:,.1f}" for each in hours),
-            write_bytes(costs.disk_bytes), energy, money, style=style,
+            name, write_count(len(costs.runs)), *map(write_hours, hours),
+            write_bytes(costs.disk_bytes), write_small(costs.kilowatt_hours),
+            write_small(costs.money), style=style,
         )  # fmt: skip
 
     for group, names in groups(study).items():
@@ -76,8 +76,18 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
     said = [*study.obstacles, *too_large(total, study.config.max_memory)]
     for sentence in [*said, *sentences(total, estimator, at_once)]:
         console.print(sentence, soft_wrap=True)
-    if total.runs:
+    if total.left.runs and total.unit_hours + total.other_hours >= 1:
         console.print(dearest_rows(total))
+
+
+def write_hours(hours: float) -> str:
+    """Write hours, and minutes below one."""
+    return f"{hours:,.1f}" if hours >= 1 else f"{60 * hours:.2g} min"
+
+
+def write_small(value: float) -> str:
+    """Write one decimal, and two digits below one."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def left_sentence(left: Costs, at_once: int) -> str:
@@ -188,7 +198,7 @@ def dearest_rows(total: Costs) -> Table:
         each = statistics.median(run.seconds / 3600 for run in runs)
         kind = "GPU" if runs[0].accelerator == "cuda" else "core"
         on = f"{runs[0].units} {kind}{'' if runs[0].units == 1 else 's'}"
-        table.add_row(path, str(len(runs)), on, f"{each:,.1f}", f"{hours[path]:,.1f}")
+        table.add_row(path, str(len(runs)), on, write_hours(each), write_hours(hours[path]))
     return table
 
 

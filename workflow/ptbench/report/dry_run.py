@@ -1,4 +1,4 @@
-"""What a dry run of a large study prints: a line for each experiment, not a page for each job."""
+"""What a dry run prints: no banner, and of a large study a line for each experiment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,30 @@ from snakemake.settings.enums import Quietness
 from ptbench.configuration.specification import Cell
 
 FEW = 100  # jobs that are listed one by one
+# What Snakemake says, and nobody needs: a dry run locks no folder, and why a run trains again is in
+# the reasons of its job.
+LEFT_OUT = (
+    "Error: Directory cannot be locked", "Some jobs were triggered by provenance",
+    "Rules with provenance triggered jobs",
+)  # fmt: skip
 LISTED = "A line for each experiment, because the jobs are many; --quiet host lists every job."
+
+
+class Brief(logging.Filter):
+    """A filter that leaves out of a dry run Snakemake's banner, and what else nobody needs."""
+
+    def __init__(self, counted_once: bool) -> None:
+        """Say whether the numbers of jobs are printed once, because there is no list of jobs."""
+        super().__init__()
+        self.counted_once, self.counted = counted_once, False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is printed."""
+        event = getattr(record, "event", None)
+        if event == "run_info":
+            again, self.counted = self.counted, True
+            return not (again and self.counted_once)
+        return event != "workflow_started" and not record.getMessage().startswith(LEFT_OUT)
 
 
 class Summary(logging.Filter):

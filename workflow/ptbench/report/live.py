@@ -42,6 +42,7 @@ NOISE = (  # what Snakemake says of itself
 )  # fmt: skip
 # How Snakemake repeats the whole command of a job that it has just reported as failed.
 REPEATED = "RuleException:\nCalledProcessError"
+CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 SUBMITTED = "has been submitted with SLURM"
 # Of one job of each rule, and of several.
 NAMES = {
@@ -71,6 +72,7 @@ class Job:
     outputs: Sequence[str]
     logs: Sequence[str]
     began: float  # monotonic clock [s]
+    short: str = ""  # what its variant is called, if that is not its name
 
     @property
     def name(self) -> str:
@@ -79,7 +81,7 @@ class Job:
         if self.rule != "train":
             return " ".join([self.rule, *(own[key] for key in own if key != "digest")])
         devices = "" if own["devices"] == "1" else f" devices {own['devices']}"
-        return f"{own['variant']} {own['framework']}{devices} seed {own['seed']}"
+        return f"{self.short or own['variant']} {own['framework']}{devices} seed {own['seed']}"
 
     @property
     def has_log(self) -> bool:
@@ -228,6 +230,7 @@ class Display(logging.Handler):
         super().__init__()
         self.console = Console(file=stream, highlight=False, no_color=not colours)
         self.progress = Progress()
+        self.trials: Mapping[str, str] = {}  # what they are called, by cell
         self.silent = bool(quiet & {"all", "progress"})
         self.seen = threading.Event()  # set when `finish`'s record has come through
         self.live: Live | None = None
@@ -280,6 +283,8 @@ class Display(logging.Handler):
         facts = record.__dict__
         wildcards = dict(facts["wildcards"].items()) if facts["wildcards"] else {}
         job = Job(facts["rule_name"], wildcards, facts["output"], facts["log"], time.monotonic())
+        if job.rule == "train":
+            job.short = self.trials.get(CELL.format(**wildcards), "")
         self.progress.running[facts["jobid"]] = job
         self.progress.failed.pop(job.name, None)  # it is tried again
 
@@ -351,6 +356,16 @@ class Display(logging.Handler):
             self.live.stop()
             self.live = None
         super().close()
+
+
+def name_trials(names: Mapping[str, str]) -> None:
+    """Call the trials of searches by short names in what is shown from now on.
+
+    Args:
+        names: by cell.
+    """
+    if Display.current:
+        Display.current.trials = names
 
 
 def finish(logger: logging.Logger) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -352,7 +353,10 @@ def show(status: Mapping[str, Sequence[CellStatus]], console: Console) -> None:
 
 
 def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str]) -> str:
-    """Return for each failed or interrupted cell why, its log, and how to run it alone.
+    """Return for each failed or interrupted cell why, its log, and what to type.
+
+    What runs a failed one alone shows soon whether it fails again; after an interruption, the whole
+    study goes on.
 
     Args:
         cells: each once.
@@ -363,11 +367,12 @@ def failures(cells: Iterable[CellStatus], results: Path, command: Sequence[str])
     for cell in cells:
         if cell.state not in ("failed", "interrupted"):
             continue
-        target = results / "cells" / cell.path / "metrics.json"
+        alone = run_again(command, results / "cells" / cell.path / "metrics.json")
+        again = alone if cell.state == "failed" else shlex.join(command)
         times = "" if cell.attempts < 2 else f" (attempt {cell.attempts})"
         paragraphs.append(
             f"{cell.path} {cell.state}{times}: {cell.reason or 'no reason is known'}\n"
             f"  log:   {cell.log or 'none'}\n"
-            f"  again: {run_again(command, target)}"
+            f"  again: {again}"
         )
     return "\n".join(paragraphs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -87,7 +88,7 @@ def provenance(package: str) -> dict[str, Any]:
     """Return where and with what a run is made: all that its recipe does not say.
 
     Args:
-        package: name of the framework's module, which has been imported.
+        package: name of the framework's module, which is imported if it has not been.
     """
     status = git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -95,7 +96,7 @@ def provenance(package: str) -> dict[str, Any]:
         "git_dirty": None if status is None else bool(status),
         "framework_package": package,
         # not the distribution's, whose name depends on the accelerator (tensorflow-cpu)
-        "framework_version": sys.modules[package].__version__,
+        "framework_version": importlib.import_module(package).__version__,
         "versions": installed_versions(),
         "lock_sha256": lock_sha256(),
         "python": platform.python_version(),

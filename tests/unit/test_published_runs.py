@@ -43,7 +43,7 @@ def test_overwritten_batches_alone_make_the_collapse() -> None:
     with (PUBLISHED / "keras-collapse" / "table.csv").open() as file:
         rows = {(r["variant"], r["framework"]): r for r in csv.DictReader(file)}
     page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
-    for framework in ("pytorch", "jax"):
+    for framework in FRAMEWORKS:
         found = {}
         for variant, start in {
             "": "| 35 | 700 | no |",

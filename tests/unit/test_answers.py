@@ -159,12 +159,15 @@ def test_findings_have_the_verdicts_that_the_seeds_give(
     diverged = answered[0].findings[2].numbers[0]
     assert diverged.values == (math.inf,) * 5
     assert answered[0].findings_upheld == (4, 7)
-    assert answers_to([], [Document(answered[0], "Example 2018")], []) == [
-        Said(
-            "Example 2018: 3 of 4 printed numbers reproduced or close, 4 of 7 findings upheld",
-            "papers/example2018.html",
-        )
-    ]
+    judged = Document(answered[0], "Example 2018")
+    empty = answered[0].model_copy(update={"published": (), "findings": ()})
+    said = Said(
+        "Example 2018: 3 of 4 printed numbers reproduced or close, 4 of 7 findings upheld",
+        "papers/example2018.html",
+    )
+    assert answers_to([], [Document(empty, "Other 2018"), judged], []) == [said]
+    [alone] = answers_to([], [Document(empty, "Other 2018")], [])
+    assert alone.text == "Other 2018: nothing can be judged yet"
 
 
 @pytest.mark.parametrize("answered", ["+subset=9"], indirect=True)

@@ -23,6 +23,7 @@ class Said(NamedTuple):
 
     text: str
     link: str = ""  # to the page with the grounds for it
+    decided: bool = True
 
 
 def opening(
@@ -55,27 +56,39 @@ def opening(
 def answers_to(
     searches: Sequence[SearchResult], documents: Sequence[Document], analyses: Sequence[Analysis]
 ) -> list[Said]:
-    """Return the answers to what was asked: of searches, documents, and variants of the rest."""
+    """Return the answers to what was asked: of searches, documents, and variants of the rest.
+
+    Those that decide something come first. A document of which nothing can be judged has none, if
+    there is any other answer.
+    """
     found = [
-        Said(_on(each.contest.title, _winner(each)), f"searches/{each.contest.name}.html")
+        Said(
+            _on(each.contest.title, _winner(each)),
+            f"searches/{each.contest.name}.html",
+            each.winner is not None,
+        )
         for each in searches
     ]
+    unjudged = []
     for answers, short in documents:
         page = f"papers/{answers.paper}.html"
         counts = (
             ("printed numbers reproduced or close", answers.numbers_reproduced),
             ("findings upheld", answers.findings_upheld),
         )
-        said = [f"{held} of {judged} {what}" for what, (held, judged) in counts if judged]
-        found.append(Said(_on(short, ", ".join(said) or "nothing can be judged yet"), page))
+        if said := [f"{held} of {judged} {what}" for what, (held, judged) in counts if judged]:
+            found.append(Said(_on(short, ", ".join(said)), page))
+        else:
+            unjudged.append(Said(_on(short, "nothing can be judged yet"), page, decided=False))
     names = {each.contest.name for each in searches}
     apart = {*names, *(f"{name}-winners" for name in names)}
     apart.update(name for document in documents for name in document.answers.experiments)
     for analysis in analyses:
         if analysis.name not in apart and (sentence := words.variants_sentence(analysis)):
             page = f"experiments/{analysis.name}.html"
-            found.append(Said(_on(analysis.title, sentence.removesuffix(".")), page))
-    return found
+            decided = any(words.is_surely_best(each) for each in analysis.best)
+            found.append(Said(_on(analysis.title, sentence.removesuffix(".")), page, decided))
+    return sorted(found, key=lambda said: not said.decided) or unjudged
 
 
 def _on(title: str, said: str) -> str:

@@ -10,7 +10,7 @@ from ptbench.analysis.experiment import Analysis, RowResult
 from ptbench.analysis.headline import Comparison, Couple, Perplexities, Ratio
 from ptbench.analysis.metrics import METRICS
 from ptbench.analysis.statistics import CONFIDENCE
-from ptbench.analysis.variants import CHOSEN_BY
+from ptbench.analysis.variants import CHOSEN_BY, BestVariant
 from ptbench.configuration.specification import is_smoke
 from ptbench.model.recipe import BUDGETS
 from ptbench.report.formatting import format_devices, format_p, format_percent, framework_name
@@ -191,6 +191,11 @@ def perplexity_sentence(found: Perplexities) -> str:
     return f"Of {count(total, 'comparison')} of frameworks{among}, {listed(parts)}."
 
 
+def is_surely_best(variant: BestVariant) -> bool:
+    """Return whether a variant is the best with the confidence of the report."""
+    return variant.probability >= CONFIDENCE
+
+
 def variants_sentence(analysis: Analysis) -> str:
     """Say which variant is the best, by framework and devices, where one surely is."""
     if not analysis.best:
@@ -198,14 +203,16 @@ def variants_sentence(analysis: Analysis) -> str:
     several = len({row.devices for row in analysis.rows}) > 1
     surely: dict[str, list[str]] = {}
     for each in analysis.best:
-        if each.probability >= CONFIDENCE:
+        if is_surely_best(each):
             where = f" on {format_devices(each.devices)}" if several else ""
             surely.setdefault(analysis.label(each.variant), []).append(
                 framework_name(each.framework) + where
             )
     metric = METRICS[CHOSEN_BY].title.lower()
     if not surely:
-        return f"In no framework is a variant surely the best by {metric}."
+        one = len({row.framework for row in analysis.rows}) == 1
+        none = "No variant is" if one else "In no framework is a variant"
+        return f"{none} surely the best by {metric}."
     said = "; ".join(f"{label} in {listed(names)}" for label, names in surely.items())
     return f"Best by {metric}, with a probability of at least {CONFIDENCE:g}: {said}."
 

@@ -115,6 +115,10 @@ def test_the_same_model_in_other_frameworks_tells_more_than_other_models_do(
     assert estimator.run(cell_of("zaremba-small", 1))[1:3] == (200, "frameworks")
     two = cell_of("zaremba-small", 1).model_copy(update={"devices": 2})
     assert estimator.run(two).source == "bound"
+    config = study.config.model_dump() | {"accelerators": {"pytorch": "cuda"}}
+    assert (
+        Estimator(load_study(config), tmp_path).run(cell_of("zaremba-small", 1)).source == "bound"
+    )
 
 
 def test_a_smoke_run_of_the_same_row_tells_what_the_whole_takes(
@@ -273,7 +277,7 @@ def test_the_plan_says_of_what_it_is_and_lists_dear_rows_while_there_is_somethin
     finish(load([], asked), tmp_path, cell.variant, 1, seconds=seconds)
     main(command)
     said = capsys.readouterr().out
-    assert "1.5 min" in said
+    assert "2 min" in said
     assert "Nothing is left to run." in said
 
 

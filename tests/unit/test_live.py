@@ -120,6 +120,10 @@ def test_an_interrupted_run_has_not_failed_and_its_command_is_not_repeated(run: 
     words = "tiny jax devices 2 seed 3 was interrupted; it goes on from its last checkpoint"
     assert run.said()[1:] == [words]
     assert "failed" not in run.picture()
+    log = run.train(2)
+    run.display.progress.running[2].started += 60  # it never came to an attempt of its own
+    run.log("job_error", level=logging.ERROR, jobid=2, rule_name="train")
+    assert run.said()[-1] == f"tiny jax devices 2 seed 3 failed; see {log}"
 
 
 def test_the_time_left_goes_by_what_the_running_ones_have_done(

@@ -154,7 +154,7 @@ def test_the_runs_on_cpus_are_those_that_the_documents_count() -> None:
     assert len(runs) == 3 * len(FRAMEWORKS)
     readme = (ROOT / "README.md").read_text()
     report = (PUBLISHED / "zaremba-small" / "report" / "report.md").read_text()
-    [verdicts] = re.findall(r"Of 10 comparisons of frameworks, [^\n]*? seeds\.", report)
+    [verdicts] = re.findall(r"Of 10 comparisons of frameworks, [^\n]*? these seeds", report)
     assert verdicts in " ".join(readme.split())
     for framework in FRAMEWORKS:
         own = [run for run in runs if run["cell"]["framework"] == framework]

@@ -812,7 +812,7 @@ def status(
     if failures:
         print(failures)
     elif failed and not snakemake_log and not unprepared:
-        print("Nothing has failed or was interrupted.")
+        print("Nothing has failed or been interrupted.")
     if failures or unprepared:
         print(f"The report on what is there: {run_again(runs, 'partial')}")
 

@@ -2,9 +2,10 @@
 
 A run's time comes from the first of these that there is: the run itself, if it has finished; the
 other seeds of its row; the same run in the budget `smoke`, scaled to its text and epochs; the
-same model in other frameworks; the speeds of its framework in other finished runs, scaled by the
-model's matrix products; the bound on the safe side that its job asks a cluster for. Of a study that
-is under way, the pace of a row's running runs comes before the last four.
+same model in other frameworks on the same kind of device; the speeds of its framework in other
+finished runs, scaled by the model's matrix products; the bound on the safe side that its job asks a
+cluster for. Of a study that is under way, the pace of a row's running runs comes before the last
+four.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SOURCES: dict[Source, str] = {
     "other seeds": "by other seeds of the same row",
     "smoke": "by the same run in the budget smoke, scaled to its text and epochs",
     "pace": "by how far a run of the same row has come",
-    "frameworks": "by the same model in other frameworks",
+    "frameworks": "by the same model in other frameworks, on the same kind of device",
     "speeds": "by the speed of their framework in other finished runs",
     "bound": "by bounds on the safe side, because nothing like them has finished here",
 }
@@ -219,11 +220,13 @@ class Estimator:
         if smoke := self._smoke(cell):
             epochs = recipe.epochs
             return statistics.median(u.scaled_seconds(epochs, size) for u in smoke), "smoke"
+        kind = self.study.config.accelerator_of
         if others := [
             metrics.seconds.total
-            for (variant, _, devices), row in self.rows.items()
+            for (variant, framework, devices), row in self.rows.items()
             for metrics in row
             if (variant, devices) == (cell.variant, cell.devices)
+            and kind(framework) == kind(cell.framework)
         ]:
             return statistics.median(others), "frameworks"
         return self.without_its_row(cell, recipe, size)

@@ -234,7 +234,7 @@ class Metric:
 
 
 def write_money(value: float) -> str:
-    """Write two decimals, and three of a few hundredths; the currency is the study's."""
+    """Write a sum, or kilowatt-hours: two decimals, and three of a few hundredths."""
     if 0 < value < 0.01:
         return "< 0.01"
     return f"{value:,.3f}" if 0 < value < 0.1 else f"{value:,.2f}"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptbench.analysis.costs import SOURCES, Costs, Estimator, RunCost
-from ptbench.analysis.metrics import write_bytes, write_count, write_seconds
+from ptbench.analysis.metrics import write_bytes, write_count, write_money, write_seconds
 from ptbench.configuration.experiments import load_library
 from ptbench.configuration.specification import Cell
 from ptbench.configuration.study import Study
@@ -62,8 +62,8 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
         hours = [costs.unit_hours, *([costs.other_hours] if mixed else [])]
         table.add_row(
             name, write_count(len(costs.runs)), *map(write_hours, hours),
-            write_bytes(costs.disk_bytes), write_small(costs.kilowatt_hours),
-            write_small(costs.money), style=style,
+            write_bytes(costs.disk_bytes), write_money(costs.kilowatt_hours),
+            write_money(costs.money), style=style,
         )  # fmt: skip
 
     for group, names in groups(study).items():
@@ -82,12 +82,9 @@ def show(study: Study, estimator: Estimator, at_once: int, console: Console) -> 
 
 def write_hours(hours: float) -> str:
     """Write hours, and minutes below one."""
-    return f"{hours:,.1f}" if hours >= 1 else f"{60 * hours:.2g} min"
-
-
-def write_small(value: float) -> str:
-    """Write one decimal, and two digits below one."""
-    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+    if 0 < hours < 1 / 60:
+        return "< 1 min"
+    return f"{hours:,.1f}" if hours >= 1 else f"{60 * hours:.0f} min"
 
 
 def left_sentence(left: Costs, at_once: int) -> str:

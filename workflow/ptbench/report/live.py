@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -72,6 +73,7 @@ class Job:
     outputs: Sequence[str]
     logs: Sequence[str]
     began: float  # monotonic clock [s]
+    started: float = field(default_factory=time.time)  # seconds since 1970
     short: str = ""  # what its variant is called, if that is not its name
 
     @property
@@ -96,7 +98,10 @@ class Job:
         cell = Path(self.outputs[0]).parent  # results/cells/<variant>/<framework>/<devices>/<seed>
         results = cell.parents[4]
         seen = look(results / "attempts" / cell.relative_to(results / "cells"))
-        return seen is not None and seen.status == "interrupted"
+        if seen is None or seen.status != "interrupted" or not seen.record.ended:
+            return False
+        # One that ended before this job began says nothing of it.
+        return datetime.fromisoformat(seen.record.ended).timestamp() >= self.started - 1
 
     def said(self) -> str:
         """Return the newest line of its log, without its name."""

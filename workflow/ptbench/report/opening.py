@@ -46,7 +46,7 @@ def opening(
     on_perplexity = words.perplexity_sentence(perplexities)
     found = [*on_speed, on_perplexity]
     first: list[Said] = []
-    if speeds is None and not any(is_smoke(row.variant) for row in rows):
+    if speeds is None:
         first = list(answers[:MOST_ANSWERS])
         if perplexities.verdicts["equivalent"] or perplexities.verdicts["different"]:
             found = [on_perplexity, *on_speed]
@@ -59,8 +59,10 @@ def answers_to(
     """Return the answers to what was asked: of searches, documents, and variants of the rest.
 
     Those that decide something come first. A document of which nothing can be judged has none, if
-    there is any other answer.
+    there is any other answer. Smoke runs answer nothing.
     """
+    if any(is_smoke(row.variant) for analysis in analyses for row in analysis.rows):
+        return []
     found = [
         Said(
             _on(each.contest.title, _winner(each)),
@@ -70,6 +72,8 @@ def answers_to(
         for each in searches
     ]
     unjudged = []
+    names = {each.contest.name for each in searches}
+    apart = {*names, *(f"{name}-winners" for name in names)}
     for answers, short in documents:
         page = f"papers/{answers.paper}.html"
         counts = (
@@ -78,11 +82,9 @@ def answers_to(
         )
         if said := [f"{held} of {judged} {what}" for what, (held, judged) in counts if judged]:
             found.append(Said(_on(short, ", ".join(said)), page))
-        else:
+            apart.update(answers.experiments)
+        elif not answers.reductions:
             unjudged.append(Said(_on(short, "nothing can be judged yet"), page, decided=False))
-    names = {each.contest.name for each in searches}
-    apart = {*names, *(f"{name}-winners" for name in names)}
-    apart.update(name for document in documents for name in document.answers.experiments)
     for analysis in analyses:
         if analysis.name not in apart and (sentence := words.variants_sentence(analysis)):
             page = f"experiments/{analysis.name}.html"

@@ -127,7 +127,7 @@ def finding_note(finding: Finding) -> str:
     if finding.effect is not None and finding.is_room:
         where = "inside" if finding.effect > 0 else "beyond"
         parts.append(f"{said_effect(finding.effect)} {where} the margin")
-    elif finding.effect is not None:
+    elif finding.effect is not None and not math.isnan(finding.effect):
         parts.append(f"a difference of {said_effect(finding.effect)} {direction(finding.effect)}")
     if finding.p is not None and not shown and finding.verdict != "contradicted":
         parts.append(f"p {said_p(finding.p)}")

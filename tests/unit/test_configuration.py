@@ -35,7 +35,7 @@ MIRROR = {"url": "file:x", "format": "plain", "paths": dict.fromkeys(SPLITS, "x"
 BAD_CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"experiment": ["demo"]},
-        r"experiment: .*\[\"demo\"\]; did you mean experiments\?",
+        r"experiment: there is no such key; did you mean experiments\?",
     ),
     ({"experiments": ["dmo"]}, r"config.yaml: experiments: .*\"dmo\"; did you mean demo\?"),
     ({"experiments": []}, r"config.yaml: experiments: \[\] is not allowed: .*at least 1"),

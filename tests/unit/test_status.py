@@ -359,7 +359,7 @@ def test_the_command_says_what_to_type_and_why_the_time_left_is_not_known(
     monkeypatch.setattr("ptbench.analysis.costs.planned_size", unknown)
     study.write(tmp_path / "study.json", [], "snakemake --cores all --config seeds=1")
     main(["status", "--failed", "--results", str(tmp_path)])
-    assert capsys.readouterr().out == "Nothing has failed or was interrupted.\n"
+    assert capsys.readouterr().out == "Nothing has failed or been interrupted.\n"
     with pytest.raises(MemoryError), attempt(tmp_path, study.cells[0]):
         raise MemoryError("no room")
     main(["status", "--results", str(tmp_path)])

@@ -15,7 +15,7 @@ from ptbench.analysis.metrics import METRICS
 from ptbench.log import replace_unshowable
 from ptbench.report import words
 from ptbench.report.formatting import format_std, framework_name, kind_of_device
-from ptbench.report.opening import answers_to
+from ptbench.report.opening import answers_to, opening
 from ptbench.report.overview import read_analysis, read_document, read_search_result
 
 COLUMNS = ("test_perplexity", "tokens_per_second")
@@ -65,11 +65,11 @@ def frameworks_sentences(analyses: Sequence[Analysis]) -> list[str]:
         return [reduced] if reduced else []
     speeds = headline.compare_speeds(headline.groups_of(analyses))
     finished = [row for row in rows if row.n_ok or row.n_diverged]
-    title = words.speed_title(speeds, finished)
-    on_speed = [title] if speeds else [title, words.speed_sentence(speeds, finished)]
-    on_perplexity = words.perplexity_sentence(headline.compare_perplexities(analyses))
-    found = [*on_speed, on_perplexity] if speeds else [on_perplexity, *on_speed]
-    return [sentence for sentence in (*found, reduced) if sentence]
+    perplexities = headline.compare_perplexities(analyses)
+    found = [said.text for said in opening(speeds, finished, perplexities)]
+    if speeds:
+        del found[1]  # the intervals, which the report has
+    return [*found, reduced] if reduced else found
 
 
 def results_table(analyses: Sequence[Analysis]) -> Table:

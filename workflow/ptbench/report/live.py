@@ -43,7 +43,6 @@ NOISE = (  # what Snakemake says of itself
 )  # fmt: skip
 # How Snakemake repeats the whole command of a job that it has just reported as failed.
 REPEATED = "RuleException:\nCalledProcessError"
-CELL = "{variant}/{framework}/devices-{devices}/seed-{seed}"
 SUBMITTED = "has been submitted with SLURM"
 # Of one job of each rule, and of several.
 NAMES = {
@@ -91,13 +90,16 @@ class Job:
         return bool(self.logs) and Path(self.logs[0]).exists()
 
     @property
+    def cell(self) -> str:
+        """Path of the cell that it trains, relative to `results/cells`."""
+        return "/".join(Path(self.outputs[0]).parts[-5:-1])
+
+    @property
     def was_interrupted(self) -> bool:
         """Whether it is a cell whose newest attempt was told to end, and saved."""
         if self.rule != "train":
             return False
-        cell = Path(self.outputs[0]).parent  # results/cells/<variant>/<framework>/<devices>/<seed>
-        results = cell.parents[4]
-        seen = look(results / "attempts" / cell.relative_to(results / "cells"))
+        seen = look(Path(self.outputs[0]).parents[5] / "attempts" / self.cell)
         if seen is None or seen.status != "interrupted" or not seen.record.ended:
             return False
         # One that ended before this job began says nothing of it.
@@ -289,7 +291,7 @@ class Display(logging.Handler):
         wildcards = dict(facts["wildcards"].items()) if facts["wildcards"] else {}
         job = Job(facts["rule_name"], wildcards, facts["output"], facts["log"], time.monotonic())
         if job.rule == "train":
-            job.short = self.trials.get(CELL.format(**wildcards), "")
+            job.short = self.trials.get(job.cell, "")
         self.progress.running[facts["jobid"]] = job
         self.progress.failed.pop(job.name, None)  # it is tried again
 
